@@ -1,0 +1,14 @@
+// Every operator's schema, once. Implementations register themselves per device in <capability>/cpu.cpp and cuda.cu;
+// fake, autograd and autocast rules live beside the Python callers in gapkern/ops/.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(gapkern, m) {
+  // Log-sum-exps of the logits S [N, M] of images [N, D] and texts [M, D], without forming S.
+  m.def(
+      "contrastive_lse(Tensor images, Tensor texts, Tensor logit_scale, str similarity, int label_offset,"
+      " str precision, int work_bytes) -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor kept)");
+  m.def(
+      "contrastive_lse_backward(Tensor grad_row, Tensor grad_col, Tensor grad_positive, Tensor images, Tensor texts,"
+      " Tensor logit_scale, Tensor row_lse, Tensor col_lse, Tensor kept, str similarity, int label_offset,"
+      " str precision, bool[3] needs) -> (Tensor grad_images, Tensor grad_texts, Tensor grad_logit_scale)");
+}

@@ -1,0 +1,101 @@
+"""Loads the native libraries and knows why one is absent.
+
+`status()` lists every library with what became of it; `gapkern doctor` prints it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gapkern._version import __version__
+
+_PACKAGE = Path(__file__).resolve().parent
+_REBUILD = "rebuild with `pip install --no-build-isolation .` (in a checkout: `make build`)"
+
+
+@dataclass(frozen=True)
+class LibraryStatus:
+    """What became of one native library: its file name, whether it is loaded, and why not."""
+
+    name: str
+    loaded: bool
+    detail: str
+
+
+_status: dict[str, LibraryStatus] = {}
+
+
+def status() -> list[LibraryStatus]:
+    """Every native library, in loading order.
+
+    Example:
+        >>> [library.name for library in status()]
+        ['_core', 'libgapkern_cpu', 'libgapkern_cuda']
+    """
+    return list(_status.values())
+
+
+def sources_digest(root: Path) -> str | None:
+    """SHA-256 over csrc/ below `root`, as cmake/WriteBuildFacts.cmake computes it; None outside a checkout."""
+    if not (root / "CMakeLists.txt").exists():
+        return None
+    suffixes = {".h", ".cpp", ".cu", ".cuh"}
+    paths = sorted(p.relative_to(root).as_posix() for p in (root / "csrc").rglob("*") if p.suffix in suffixes)
+    lines = [f"{hashlib.sha256((root / path).read_bytes()).hexdigest()} {path}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_fresh(facts: dict[str, str]) -> None:
+    if facts["version"] != __version__:
+        raise ImportError(
+            f"gapkern: the native libraries are of version {facts['version']}, the Python files of {__version__}; {_REBUILD}"
+        )
+    digest = sources_digest(_PACKAGE.parent)
+    if digest is not None and digest != facts["sources"]:
+        raise ImportError(f"gapkern: csrc/ has changed since the native libraries were built; {_REBUILD}")
+
+
+def _find(name: str) -> Path | None:
+    return next((path for path in (_PACKAGE / "lib").glob(f"{name}.*") if path.suffix in (".so", ".dylib")), None)
+
+
+def load() -> None:
+    """Loads what this installation has. The CPU library is required, the CUDA library optional."""
+    try:
+        from gapkern import _core
+    except ImportError as error:
+        raise ImportError(f"gapkern: the native libraries are not built ({error}); {_REBUILD}") from None
+    _check_fresh(_core.build_facts())
+    _status["_core"] = LibraryStatus("_core", True, f"built by {_core.build_facts()['compiler']}")
+
+    path = _find("libgapkern_cpu")
+    if path is None:
+        raise ImportError(f"gapkern: libgapkern_cpu is missing from {_PACKAGE / 'lib'}; {_REBUILD}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        built = _core.build_facts()["torch"]
+        raise ImportError(
+            f"gapkern: libgapkern_cpu does not load (built with torch {built}, running {torch.__version__}): "
+            f"{error}; {_REBUILD}"
+        ) from None
+    _status["libgapkern_cpu"] = LibraryStatus("libgapkern_cpu", True, f"kernels: {_core.active_isa()}")
+    _status["libgapkern_cuda"] = _load_cuda()
+
+
+def _load_cuda() -> LibraryStatus:
+    name = "libgapkern_cuda"
+    path = _find(name)
+    if path is None:
+        return LibraryStatus(name, False, "not built (GAPKERN_CUDA=off, or no nvcc when it was built)")
+    if torch.version.cuda is None:
+        return LibraryStatus(name, False, f"torch {torch.__version__} is a CPU-only build")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return LibraryStatus(name, False, f"does not load: {error}")
+    if not torch.cuda.is_available():
+        return LibraryStatus(name, True, "loaded; no CUDA device is visible")
+    return LibraryStatus(name, True, "loaded")

@@ -1,0 +1,126 @@
+"""Hands the libraries that CMakeLists.txt builds to pip.
+
+Environment: GAPKERN_CUDA=auto|on|off, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CUDACXX.
+PyTorch is located, never imported: a build needs its headers and libraries, not its start-up.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+
+
+def fail(message):
+    sys.exit(f"gapkern: {message}")
+
+
+def torch_directory():
+    """The folder of the PyTorch that the libraries are built against."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.origin:
+        fail(
+            "PyTorch is not installed in the build environment; run `pip install torch` and then "
+            "`pip install --no-build-isolation .`"
+        )
+    directory = Path(spec.origin).parent
+    version = re.search(r"__version__ = '([^']+)'", (directory / "version.py").read_text())[1]
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        fail(f"needs PyTorch >= {oldest}, found {version} in {directory}; run `pip install -U torch`")
+    return directory
+
+
+def find_tool(name):
+    """A tool from its Python wheel if that is installed, otherwise from PATH."""
+    beside_python = Path(sys.executable).parent / name
+    spec = importlib.util.find_spec(name)
+    if spec is not None and beside_python.exists():
+        return str(beside_python)
+    if spec is not None and spec.submodule_search_locations:
+        for folder in spec.submodule_search_locations:
+            for candidate in (Path(folder) / "data" / "bin" / name, Path(folder).parent / "bin" / name):
+                if candidate.exists():
+                    return str(candidate)
+    found = shutil.which(name)
+    if found is None:
+        fail(f"{name} is missing; run `pip install {name}`")
+    return found
+
+
+def check_compiler():
+    wanted = os.environ.get("CXX")
+    candidates = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++"]
+    if not any(shutil.which(candidate) for candidate in candidates):
+        fail(
+            f"no C++ compiler found (looked for {', '.join(candidates)}); install one "
+            "(Debian/Ubuntu: `apt install g++`, macOS: `xcode-select --install`) or set CXX"
+        )
+
+
+def jobs():
+    asked = os.environ.get("MAX_JOBS")
+    if asked is None:
+        return os.cpu_count() or 1
+    if not asked.isdigit() or int(asked) < 1:
+        fail(f"MAX_JOBS must be a positive integer, got {asked!r}")
+    return int(asked)
+
+
+class CMakeBuild(build_ext):
+    """Builds every native library in one CMake run and installs it beside the Python files."""
+
+    def run(self):
+        check_compiler()
+        cuda = os.environ.get("GAPKERN_CUDA", "auto").lower()
+        if cuda not in ("auto", "on", "off"):
+            fail(f"GAPKERN_CUDA must be auto, on or off, got {cuda!r}")
+        import pybind11
+
+        (extension,) = self.extensions
+        package = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        cmake = find_tool("cmake")
+        configure = [
+            cmake,
+            "-S", str(ROOT),
+            "-B", str(build),
+            "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_INSTALL_PREFIX={package}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DGAPKERN_TORCH={torch_directory()}",
+            f"-DGAPKERN_CUDA={cuda}",
+            f"-DGAPKERN_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
+        ]  # fmt: skip
+        self.step(configure, build)
+        self.step([cmake, "--build", str(build), "--parallel", str(jobs())], build)
+        self.step([cmake, "--install", str(build)], build)
+
+    def step(self, command, build):
+        """Runs one CMake step; on failure shows what it printed, then one line that says what failed."""
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in result.stdout.splitlines():
+            if result.returncode or self.verbose > 1 or "gapkern:" in line:
+                print(line.removeprefix("-- "), file=sys.stderr)
+        if result.returncode:
+            reason = re.search(r"gapkern: .*?(?=\n\n|\n--|\Z)", result.stdout, re.S)
+            text = " ".join(reason[0].split()) if reason else f"the native build failed (see above, and {build})"
+            fail(text.removeprefix("gapkern: "))
+
+    def get_outputs(self):
+        package = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
+        return [str(path) for path in [*package.glob("_core*"), *package.glob("lib/*")]]
+
+
+setup(ext_modules=[Extension("gapkern._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
