@@ -1,0 +1,57 @@
+"""What all tests share: real embeddings, skips with a reason, thread settings."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if "OMP_NUM_THREADS" not in os.environ:
+    # The tests' matrices are small: beyond a few threads, more of them only wait for each other.
+    torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+
+def real_embeddings(name: str) -> np.ndarray:
+    """The published embeddings `features_<name>.npy` (name: clip, convirt, videoclip) as float32 (2, N, D).
+
+    Looked for in the folder GAPKERN_TEST_DATA, else in ../shared/data beside the repository; the test is skipped
+    where they are absent.
+    """
+    folder = Path(os.environ.get("GAPKERN_TEST_DATA", ROOT.parent / "shared" / "data"))
+    path = folder / f"features_{name}.npy"
+    if not path.exists():
+        pytest.skip(f"no real embeddings: {path} is absent (set GAPKERN_TEST_DATA)")
+    return np.load(path, allow_pickle=False)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The function `real_embeddings`, for tests that would rather not import it."""
+    return real_embeddings
+
+
+def _missing_hardware() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        reason = "no CUDA device is visible"
+        return {"cuda": reason, "sm90": reason}
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        return {"sm90": f"needs a Hopper device (9.x), found {major}.{minor}"}
+    return {}
+
+
+def pytest_collection_modifyitems(items):
+    reasons = _missing_hardware()
+    for marker, module in (("open_clip", "open_clip"), ("faiss", "faiss")):
+        if importlib.util.find_spec(module) is None:
+            reasons[marker] = f"{module} is not installed"
+    if not torch.distributed.is_available():
+        reasons["distributed"] = "this PyTorch is built without torch.distributed"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
