@@ -1,0 +1,131 @@
+// Vectors for the CPU kernels: one source, the compiler's own vector types, as wide as the instruction set allows.
+// Only for files listed with gapkern_simd_source(): everything has internal linkage, so that code compiled for one
+// instruction set can never be picked by the linker for another.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(GAPKERN_ISA_avx512) || defined(GAPKERN_ISA_avx512bf16)
+#define GAPKERN_VECTOR_BYTES 64
+#elif defined(GAPKERN_ISA_avx2)
+#define GAPKERN_VECTOR_BYTES 32
+#else
+#define GAPKERN_VECTOR_BYTES 16
+#endif
+#define GAPKERN_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+using f32v = float __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
+using f64v = double __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
+using i32v = int32_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
+using i64v = int64_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
+using u32v = uint32_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
+
+template <class T>
+struct Vec;
+template <>
+struct Vec<float> {
+  using type = f32v;
+  static constexpr int size = GAPKERN_VECTOR_BYTES / 4;
+};
+template <>
+struct Vec<double> {
+  using type = f64v;
+  static constexpr int size = GAPKERN_VECTOR_BYTES / 8;
+};
+
+template <class T>
+GAPKERN_INLINE typename Vec<T>::type load(const T* p) {
+  typename Vec<T>::type v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T, class V>
+GAPKERN_INLINE void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+GAPKERN_INLINE typename Vec<T>::type splat(T x) {
+  return x - typename Vec<T>::type{};
+}
+
+// Operand order keeps a NaN in `a`: both comparisons are false for it.
+template <class V>
+GAPKERN_INLINE V at_least(V a, V low) {
+  return a < low ? low : a;
+}
+template <class V>
+GAPKERN_INLINE V at_most(V a, V high) {
+  return a > high ? high : a;
+}
+
+template <class T, class V>
+GAPKERN_INLINE T sum(V v) {
+  T lanes[Vec<T>::size];
+  store(lanes, v);
+  for (int width = Vec<T>::size / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+template <class T, class V>
+GAPKERN_INLINE T largest(V v) {
+  T lanes[Vec<T>::size];
+  store(lanes, v);
+  T best = lanes[0];
+  for (int i = 1; i < Vec<T>::size; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+// 2^x. Relative error of the polynomials 3e-9 (float) and 4e-18 (double); results below the normal range are zero,
+// above it infinity; NaN stays NaN. Coefficients: interpolation of 2^f at Chebyshev nodes on [-1/2, 1/2].
+GAPKERN_INLINE f32v exp2(f32v x) {
+  x = at_most(at_least(x, splat<float>(-127.f)), splat<float>(128.f));
+  const f32v shifter = splat<float>(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32v rounded = x + shifter;
+  const f32v f = x - (rounded - shifter);
+  f32v p = splat<float>(1.54614446e-4f);
+  p = p * f + 1.34004282e-3f;
+  p = p * f + 9.61805668e-3f;
+  p = p * f + 5.55032723e-2f;
+  p = p * f + 2.40226509e-1f;
+  p = p * f + 6.93147207e-1f;
+  p = p * f + 1.f;
+  u32v n;
+  std::memcpy(&n, &rounded, sizeof n);
+  n = (n - 0x4b400000u + 127u) << 23;
+  f32v scale;
+  std::memcpy(&scale, &n, sizeof scale);
+  return p * scale;
+}
+
+GAPKERN_INLINE f64v exp2(f64v x) {
+  x = at_most(at_least(x, splat<double>(-1023.)), splat<double>(1024.));
+  const f64v shifter = splat<double>(6755399441055744.0);  // 1.5 * 2^52
+  const f64v rounded = x + shifter;
+  const f64v f = x - (rounded - shifter);
+  f64v p = splat<double>(4.45581790833606449e-10);
+  p = p * f + 7.07419429728852101e-9;
+  p = p * f + 1.01780570877339411e-7;
+  p = p * f + 1.32154325359123762e-6;
+  p = p * f + 1.52527338415567726e-5;
+  p = p * f + 1.54035304637243542e-4;
+  p = p * f + 1.33335581464064707e-3;
+  p = p * f + 9.61812910758725667e-3;
+  p = p * f + 5.5504108664821627e-2;
+  p = p * f + 2.40226506959101596e-1;
+  p = p * f + 6.93147180559945309e-1;
+  p = p * f + 1.0;
+  using u64v = uint64_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
+  u64v n;
+  std::memcpy(&n, &rounded, sizeof n);
+  n = (n - 0x4338000000000000ULL + 1023u) << 52;
+  f64v scale;
+  std::memcpy(&scale, &n, sizeof scale);
+  return p * scale;
+}
+
+}  // namespace

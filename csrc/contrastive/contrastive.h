@@ -1,0 +1,31 @@
+// The contrastive operators' contract, shared by the CPU and CUDA implementations.
+//
+//   S[i, j] = s <x_i, y_j>            similarity "dot"
+//   S[i, j] = -s ||x_i - y_j||^2      similarity "sqeuclidean"
+// with images x [N, D], texts y [M, D] and s = logit_scale (one element). Row i's label is column i + label_offset.
+//
+// contrastive_lse -> row_lse [N], col_lse [M], positive [N] in float64, and kept.
+//   row_lse[i] = log sum_j exp S[i, j],  col_lse[j] = log sum_i exp S[i, j],  positive[i] = S[i, i + label_offset].
+//   kept [K, M]: S / s of the first K rows, as many as fit into work_bytes, so that the backward pass need not form
+//   them again; [0, M] when work_bytes is 0.
+// contrastive_lse_backward -> the gradients that `needs` asks for (images, texts, logit_scale), in the inputs' dtypes;
+//   an empty tensor for the others.
+//
+// Arithmetic: float64 for float64 inputs, float32 otherwise; with precision "high" or "medium", and for bfloat16
+// inputs, products of bfloat16 with float32 accumulation where the processor has them (dot similarity only).
+// Work: 2NMD forward, 6NMD backward (4NMD for kept rows, 2NMD less for each of dX and dY not asked for).
+// Memory: O((N + M) D) and one chunk of logit gradients; never N x M beyond what work_bytes allows.
+// Results do not depend on the number of threads.
+#pragma once
+#include <string>
+
+namespace gapkern::contrastive {
+
+enum class Similarity { dot, sqeuclidean };
+
+inline bool parse_similarity(const std::string& name, Similarity* out) {
+  *out = name == "sqeuclidean" ? Similarity::sqeuclidean : Similarity::dot;
+  return name == "dot" || name == "sqeuclidean";
+}
+
+}  // namespace gapkern::contrastive

@@ -1,0 +1,411 @@
+// Register-tile GEMM with the softmax statistics and the logit gradient fused behind it; compiled once per instruction
+// set. A block of logits lives in a tile of mr x stripe values in the first-level cache and is never written out whole.
+#include "contrastive/kernels.h"
+
+#include "common/vec.h"
+
+#if defined(GAPKERN_ISA_avx512bf16)
+#include <immintrin.h>
+#endif
+
+namespace gapkern::contrastive {
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// mr x 2 accumulators, two operand vectors and one broadcast fill the register file.
+#if GAPKERN_VECTOR_BYTES == 64
+constexpr int kRows = 14;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kVectors = 2;
+
+// The arithmetic of one engine: how rows become packed words, and the multiply-add of a broadcast word and a vector.
+template <class Real>
+struct Plain {
+  using T = Real;
+  using Word = Real;
+  using V = typename Vec<T>::type;
+  using Operand = V;
+  static constexpr int group = 1;
+  GAPKERN_INLINE Operand operand(const Word* p) { return load(p); }
+  GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) { return c + a * b; }
+  GAPKERN_INLINE Word word(T x, T) { return x; }
+};
+
+#if defined(GAPKERN_ISA_avx512bf16)
+GAPKERN_INLINE uint32_t round_to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0u;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+struct Pairs {
+  using T = float;
+  using Word = uint32_t;
+  using V = f32v;
+  using Operand = __m512i;
+  static constexpr int group = 2;
+  GAPKERN_INLINE Operand operand(const Word* p) { return _mm512_loadu_si512(p); }
+  GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) {
+    return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+  }
+  GAPKERN_INLINE Word word(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
+};
+#endif
+
+template <class E>
+constexpr int kWidth = kVectors* Vec<typename E::T>::size;
+
+enum class Result { assign, add };
+
+// out [rows, cols] (=, +=) A B over `depth` words. A(r, k) is a[r * stride + k] where kAlongRows, a[k * stride + r]
+// otherwise; rows beyond `rows` are read but not written.
+template <class E, bool kAlongRows, Result kResult>
+GAPKERN_INLINE void tile_product(const typename E::Word* a, int64_t stride, const typename E::Word* b, int64_t depth,
+                                 typename E::T* out, int64_t out_stride, int rows, int cols) {
+  using T = typename E::T;
+  using V = typename E::V;
+  constexpr int lanes = Vec<T>::size;
+  V c[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) c[r][v] = V{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const typename E::Operand b0 = E::operand(b), b1 = E::operand(b + lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const typename E::Word ar = kAlongRows ? a[r * stride + k] : a[r];
+      c[r][0] = E::multiply_add(c[r][0], ar, b0);
+      c[r][1] = E::multiply_add(c[r][1], ar, b1);
+    }
+    b += kVectors * lanes;
+    if (!kAlongRows) a += stride;
+  }
+  if (rows == kRows && cols == kVectors * lanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        T* p = out + r * out_stride + v * lanes;
+        store(p, kResult == Result::add ? load(p) + c[r][v] : c[r][v]);
+      }
+    return;
+  }
+  T edge[kRows][kVectors * lanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(&edge[r][v * lanes], c[r][v]);
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < cols; ++j)
+      out[r * out_stride + j] = kResult == Result::add ? out[r * out_stride + j] + edge[r][j] : edge[r][j];
+}
+
+template <class E>
+double squared_norm(const typename E::T* x, const typename E::T* centre, int64_t depth) {
+  using T = typename E::T;
+  constexpr int lanes = Vec<T>::size;
+  typename Vec<T>::type total[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * lanes <= depth; d += 4 * lanes)
+    for (int u = 0; u < 4; ++u) {
+      auto v = load(x + d + u * lanes);
+      if (centre != nullptr) v -= load(centre + d + u * lanes);
+      total[u] += v * v;
+    }
+  double rest = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+  for (; d < depth; ++d) {
+    const double v = centre == nullptr ? x[d] : T(x[d] - centre[d]);
+    rest += v * v;
+  }
+  return rest;
+}
+
+template <class E>
+void pack_panel(const typename E::T* x, int64_t rows, int width, int64_t depth, const typename E::T* centre,
+                void* packed) {
+  using T = typename E::T;
+  auto* out = static_cast<typename E::Word*>(packed);
+  const auto value = [&](int64_t r, int64_t d) -> T {
+    if (r >= rows || d >= depth) return T(0);
+    return centre == nullptr ? x[r * depth + d] : x[r * depth + d] - centre[d];
+  };
+  constexpr int64_t block = 16;
+  const int64_t words = (depth + E::group - 1) / E::group;
+  for (int64_t k0 = 0; k0 < words; k0 += block)
+    for (int r = 0; r < width; ++r)
+      for (int64_t k = k0; k < words && k < k0 + block; ++k)
+        out[k * width + r] = E::word(value(r, k * E::group), value(r, k * E::group + E::group - 1));
+}
+
+template <class E>
+void pack_slice(const typename E::T* x, int64_t rows, int64_t width, int64_t slice, const typename E::T* centre,
+                void* packed) {
+  using T = typename E::T;
+  constexpr int nr = kWidth<E>;
+  auto* out = static_cast<typename E::Word*>(packed);
+  const int64_t d0 = slice * nr, cols = width - d0 < nr ? width - d0 : nr;
+  const int64_t words = (rows + E::group - 1) / E::group;
+  for (int64_t k = 0; k < words; ++k, out += nr)
+    for (int64_t j = 0; j < nr; ++j) {
+      T pair[2] = {T(0), T(0)};
+      for (int g = 0; g < E::group; ++g) {
+        const int64_t r = k * E::group + g;
+        if (r < rows && j < cols) pair[g] = x[r * width + d0 + j] - (centre == nullptr ? T(0) : centre[d0 + j]);
+      }
+      out[j] = E::word(pair[0], pair[E::group - 1]);
+    }
+}
+
+// <x_i, y_j> of one row panel against a stripe.
+template <class E>
+void inner_products(const void* images, const void* texts, int64_t panel, int64_t cols, int64_t depth,
+                    typename E::T* tile) {
+  constexpr int nr = kWidth<E>;
+  const int64_t words = (depth + E::group - 1) / E::group;
+  const auto* a = static_cast<const typename E::Word*>(images) + panel * words * kRows;
+  const auto* b = static_cast<const typename E::Word*>(texts);
+  for (int64_t j = 0; j < cols; j += nr)
+    tile_product<E, false, Result::assign>(a, kRows, b + j * words, words, tile + j, kStripe, kRows, nr);
+}
+
+// All ones in the lanes of columns [j, j + size) that are below cols.
+template <class T>
+GAPKERN_INLINE auto lanes_below(int64_t j, int64_t cols) {
+  T index[Vec<T>::size];
+  for (int i = 0; i < Vec<T>::size; ++i) index[i] = T(i);
+  return load(index) < splat<T>(T(cols - j));
+}
+
+template <class T>
+GAPKERN_INLINE void apply_terms(T* tile, int rows, int64_t cols, const Logits<T>& logits, int64_t i0) {
+  if (logits.row_term == nullptr) return;
+  for (int r = 0; r < rows; ++r) {
+    const auto row = splat<T>(logits.row_term[i0 + r]);
+    T* t = tile + r * kStripe;
+    for (int64_t j = 0; j < cols; j += Vec<T>::size)
+      store(t + j, load(t + j) * logits.inner + (row + load(logits.column_term + j)));
+  }
+}
+
+template <class T>
+GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int rows, int64_t i0) {
+  using V = typename Vec<T>::type;
+  V row_sum[kRows] = {};
+  for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+    V column = load(b.column_sum + j);
+    const bool edge = j + Vec<T>::size > b.cols;
+    const auto inside = lanes_below<T>(j, b.cols);
+    for (int r = 0; r < rows; ++r) {
+      V e = exp2(load(tile + r * kStripe + j) * b.logits.k);
+      if (edge) e = inside ? e : V{};
+      row_sum[r] += e;
+      column += e;
+    }
+    store(b.column_sum + j, column);
+  }
+  for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
+}
+
+template <class T>
+GAPKERN_INLINE void sum_exponentials_tracked(const ForwardBlock<T>& b, T* tile, int rows, int64_t i0) {
+  using V = typename Vec<T>::type;
+  const V lowest = splat<T>(T(-__builtin_inf()));
+  V row_sum[kRows] = {};
+  V row_max[kRows];
+  for (int r = 0; r < rows; ++r) {
+    V best = lowest;
+    for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+      V s = load(tile + r * kStripe + j) * b.logits.k;
+      if (j + Vec<T>::size > b.cols) s = lanes_below<T>(j, b.cols) ? s : lowest;
+      store(tile + r * kStripe + j, s);
+      best = best < s ? s : best;
+    }
+    b.row_max[i0 + r] = largest<T>(best);
+    row_max[r] = splat<T>(b.row_max[i0 + r]);
+  }
+  for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+    const V before = load(b.column_max + j);
+    V best = before;
+    for (int r = 0; r < rows; ++r) {
+      const V s = load(tile + r * kStripe + j);
+      best = best < s ? s : best;
+    }
+    V column = load(b.column_sum + j) * exp2(before - best);
+    for (int r = 0; r < rows; ++r) {
+      const V s = load(tile + r * kStripe + j);
+      column += exp2(s - best);
+      row_sum[r] += exp2(s - row_max[r]);
+    }
+    store(b.column_max + j, best);
+    store(b.column_sum + j, column);
+  }
+  for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
+}
+
+template <class E>
+void forward(const ForwardBlock<typename E::T>& b) {
+  using T = typename E::T;
+  alignas(64) T tile[kRows * kStripe];
+  for (int64_t j = 0; j < kStripe; ++j) {
+    b.column_sum[j] = T(0);
+    if (b.tracked) b.column_max[j] = T(-__builtin_inf());
+  }
+  for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
+    const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
+    inner_products<E>(b.images, b.texts, i0 / kRows, b.cols, b.depth, tile);
+    apply_terms(tile, rows, b.cols, b.logits, i0);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t label = b.label + i0 + r;
+      if (label >= 0 && label < b.cols) b.positive[i0 + r] = tile[r * kStripe + label];
+    }
+    if (b.keep != nullptr)
+      for (int r = 0; r < rows; ++r)
+        std::memcpy(b.keep + (i0 + r) * b.keep_stride, tile + r * kStripe, size_t(b.cols) * sizeof(T));
+    if (b.tracked)
+      sum_exponentials_tracked(b, tile, rows, i0);
+    else
+      sum_exponentials(b, tile, rows, i0);
+  }
+}
+
+// Turns the tile of t into dS in place; returns the sum of dS t.
+template <class T, bool kTracked>
+GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int rows, int64_t i0) {
+  using V = typename Vec<T>::type;
+  double scale_sum = 0;
+  for (int r = 0; r < rows; ++r) {
+    T* t = tile + r * kStripe;
+    const int64_t label = b.label + i0 + r;
+    const bool labelled = label >= 0 && label < b.cols;
+    const T label_t = labelled ? t[label] : T(0);
+    const V weight = splat<T>(b.row_weight[i0 + r]);
+    const V reference = splat<T>(kTracked ? b.row_lse[i0 + r] : T(0));
+    V dot{}, row{};
+    for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+      const V value = load(t + j), s = value * b.logits.k, column = load(b.column_weight + j);
+      V d;
+      if (kTracked)
+        d = weight * exp2(s - reference) + column * exp2(s - load(b.column_lse + j));
+      else
+        d = exp2(s) * (weight + column);
+      V product = d * value;
+      if (j + Vec<T>::size > b.cols) {
+        const auto inside = lanes_below<T>(j, b.cols);
+        d = inside ? d : V{};
+        product = inside ? product : V{};
+      }
+      dot += product;
+      row += d;
+      if (b.column_sum != nullptr) store(b.column_sum + j, load(b.column_sum + j) + d);
+      store(t + j, d);
+    }
+    T row_total = sum<T>(row);
+    scale_sum += sum<T>(dot);
+    if (labelled) {
+      const T p = b.positive[i0 + r];
+      t[label] += p;
+      row_total += p;
+      scale_sum += double(p) * label_t;
+      if (b.column_sum != nullptr) b.column_sum[label] += p;
+    }
+    if (b.row_sum != nullptr) b.row_sum[i0 + r] = row_total;
+  }
+  return scale_sum;
+}
+
+template <class T>
+GAPKERN_INLINE void emit(Plain<T>, const GradientBlock<T>& b, const T* tile, int rows, int64_t i0) {
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(static_cast<T*>(b.by_rows) + (i0 + r) * b.stride, tile + r * kStripe, size_t(b.cols) * sizeof(T));
+}
+
+#if defined(GAPKERN_ISA_avx512bf16)
+GAPKERN_INLINE void emit(Pairs, const GradientBlock<float>& b, const float* tile, int rows, int64_t i0) {
+  auto* across = static_cast<uint32_t*>(b.by_rows);
+  auto* down = static_cast<uint32_t*>(b.by_columns);
+  for (int r = 0; r < rows; r += 2)
+    for (int64_t j = 0; j < b.cols; j += 16) {
+      const __m256i even = (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + r * kStripe + j));
+      const __m256i odd = r + 1 < rows ? (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + (r + 1) * kStripe + j))
+                                       : _mm256_setzero_si256();
+      _mm256_storeu_si256((__m256i*)(across + (i0 + r) * b.stride + j / 2), even);
+      if (r + 1 < rows) _mm256_storeu_si256((__m256i*)(across + (i0 + r + 1) * b.stride + j / 2), odd);
+      const __m512i both =
+          _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+      _mm512_storeu_si512(down + (i0 + r) / 2 * b.column_stride + j, both);
+    }
+}
+#endif
+
+template <class E>
+void gradient(const GradientBlock<typename E::T>& b) {
+  using T = typename E::T;
+  alignas(64) T tile[kRows * kStripe];
+  if (b.column_sum != nullptr)
+    for (int64_t j = 0; j < kStripe; ++j) b.column_sum[j] = T(0);
+  double scale_sum = 0;
+  for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
+    const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
+    if (b.kept == nullptr) {
+      inner_products<E>(b.images, b.texts, i0 / kRows, b.cols, b.depth, tile);
+      apply_terms(tile, rows, b.cols, b.logits, i0);
+    } else {
+      for (int r = 0; r < rows; ++r)
+        std::memcpy(tile + r * kStripe, b.kept + (i0 + r) * b.kept_stride, size_t(b.cols) * sizeof(T));
+    }
+    scale_sum += b.tracked ? logit_gradient<T, true>(b, tile, rows, i0) : logit_gradient<T, false>(b, tile, rows, i0);
+    if (b.by_rows != nullptr) emit(E{}, b, tile, rows, i0);
+  }
+  *b.scale_sum = scale_sum;
+}
+
+template <class E, bool kAlongRows>
+void product(const ProductBlock<typename E::T>& b) {
+  constexpr int nr = kWidth<E>;
+  const auto* a = static_cast<const typename E::Word*>(b.a);
+  const auto* slices = static_cast<const typename E::Word*>(b.slices);
+  for (int64_t d = 0; d < b.width; d += nr) {
+    const auto* slice = slices + d * b.slice_depth + b.first * nr;
+    const int cols = b.width - d < nr ? int(b.width - d) : nr;
+    for (int64_t i = 0; i < b.rows; i += kRows) {
+      const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
+      tile_product<E, kAlongRows, Result::add>(kAlongRows ? a + i * b.a_stride : a + i, b.a_stride, slice, b.depth,
+                                               b.c + i * b.width + d, b.width, rows, cols);
+    }
+  }
+}
+
+template <class E>
+constexpr Engine<typename E::T> engine() {
+  static_assert(kStripe % kWidth<E> == 0, "a stripe holds whole panels");
+  return {{kRows, kWidth<E>, E::group, int(sizeof(typename E::Word))},
+          &squared_norm<E>,
+          &pack_panel<E>,
+          &pack_slice<E>,
+          &forward<E>,
+          &gradient<E>,
+          &product<E, true>,
+          &product<E, false>};
+}
+
+constexpr Engine<float> f32 = engine<Plain<float>>();
+constexpr Engine<double> f64 = engine<Plain<double>>();
+#if defined(GAPKERN_ISA_avx512bf16)
+constexpr Engine<float> bf16 = engine<Pairs>();
+constexpr EngineSet set{&f32, &f64, &bf16};
+#else
+constexpr EngineSet set{&f32, &f64, nullptr};
+#endif
+
+}  // namespace
+
+namespace GAPKERN_ISA {
+const EngineSet& engines() { return set; }
+}  // namespace GAPKERN_ISA
+
+}  // namespace gapkern::contrastive

@@ -1,0 +1,126 @@
+// The CPU tile engine of the contrastive losses: what cpu.cpp asks of each instruction set.
+//
+// Words: a *stripe* is a run of columns (texts), a *panel* a group of rows or columns that the register tile covers at
+// once. Operands are packed so that the inner loop reads them in order:
+//   panels   [ceil(n / width)][depth][width]   D is the depth: both sides of the logits; width = mr or nr
+//   slices   [ceil(D / nr)][depth][nr]         the rows are the depth: right-hand sides of the gradients
+// T is the arithmetic type (float or double). With bfloat16 products the packed words are pairs of bfloat16 along the
+// depth, accumulated in float32. Every sum has a fixed order that does not depend on the number of threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace gapkern::contrastive {
+
+struct Shape {
+  int mr;     // rows of the register tile
+  int nr;     // columns of the register tile
+  int group;  // depth elements per packed word: 1, or 2 with bfloat16 pairs
+  int word;   // bytes of a packed word
+};
+
+// The logit of a pair in units of log2 is k t, with t = inner <x, y> + row_term + column_term.
+//   dot:       inner = 1, terms null          squared Euclidean: inner = 2, terms = -||.||^2
+template <class T>
+struct Logits {
+  T k;
+  T inner;
+  const T* row_term;
+  const T* column_term;
+};
+
+// One block of the forward pass: `rows` rows against one stripe of `cols` columns. Arrays over columns are read and
+// written in whole vectors: they need a vector's room behind their last element.
+template <class T>
+struct ForwardBlock {
+  const void* images;  // panels of the rows
+  const void* texts;   // panels of the stripe
+  int64_t rows, cols, depth;
+  Logits<T> logits;  // terms already offset to this block
+  bool tracked;      // false: |k t| is small and exponentials need no reference; true: a maximum per row and column
+  T* row_sum;        // out [rows]  sum over the stripe of 2^(k t - row_max)
+  T* row_max;        // out [rows]  tracked only
+  T* column_sum;     // out [kStripe]
+  T* column_max;     // out [kStripe]
+  T* keep;           // out: t, leading dimension keep_stride; null: not kept
+  int64_t keep_stride;
+  int64_t label;  // column within the stripe of row 0's label; row i's is i further
+  T* positive;    // out [rows]: t at the label, where the stripe holds it
+};
+
+// The same block in the backward pass: dS, the gradient of the loss by the logit.
+//   tracked:    dS = a_i 2^(k t - row_lse_i) + b_j 2^(k t - column_lse_j)
+//   otherwise:  dS = 2^(k t) (a_i + b_j)
+// plus positive_i at the label of row i, all in T, rounded once.
+template <class T>
+struct GradientBlock {
+  const void* images;
+  const void* texts;
+  int64_t rows, cols, depth;
+  Logits<T> logits;
+  bool tracked;
+  const T* row_weight;     // a [rows]
+  const T* row_lse;        // log2
+  const T* column_weight;  // b [cols]
+  const T* column_lse;
+  const T* positive;  // [rows]
+  int64_t label;      // column within the stripe of row 0's label; row i's is i further
+  const T* kept;      // t from the forward pass, or null to recompute it
+  int64_t kept_stride;
+  void* by_rows;     // out: left operand of dX, row-major with `stride` packed words a row
+  void* by_columns;  // out: left operand of dY; the same memory as by_rows unless words are pairs (then down the rows)
+  int64_t stride;    // words between rows of by_rows
+  int64_t column_stride;  // words between depth steps of by_columns
+  double* scale_sum;      // out: sum of dS t over the block
+  T* row_sum;             // out [rows]: sums of dS; null: not wanted
+  T* column_sum;          // out [kStripe]
+};
+
+// C [rows, D] += A B: A is dS of one stripe, B the slices of the other side from depth step `first` on.
+template <class T>
+struct ProductBlock {
+  const void* a;
+  int64_t a_stride;  // words between rows of A (product_rows) or between its depth steps (product_columns)
+  const void* slices;
+  int64_t slice_depth;  // depth steps of a whole slice
+  int64_t first, depth;
+  int64_t rows, width;  // width = D
+  T* c;                 // leading dimension `width`
+};
+
+template <class T>
+struct Engine {
+  Shape shape;
+  double (*squared_norm)(const T* x, const T* centre, int64_t depth);
+  void (*pack_panel)(const T* x, int64_t rows, int width, int64_t depth, const T* centre, void* out);
+  void (*pack_slice)(const T* x, int64_t rows, int64_t depth, int64_t slice, const T* centre, void* out);
+  void (*forward)(const ForwardBlock<T>&);
+  void (*gradient)(const GradientBlock<T>&);
+  void (*product_rows)(const ProductBlock<T>&);
+  void (*product_columns)(const ProductBlock<T>&);
+};
+
+// bf16 is null where the instruction set has no native products.
+struct EngineSet {
+  const Engine<float>* f32;
+  const Engine<double>* f64;
+  const Engine<float>* bf16;
+};
+
+// The columns of a stripe at most: a multiple of every engine's nr.
+constexpr int kStripe = 224;
+
+namespace portable {
+const EngineSet& engines();
+}
+namespace avx2 {
+const EngineSet& engines();
+}
+namespace avx512 {
+const EngineSet& engines();
+}
+namespace avx512bf16 {
+const EngineSet& engines();
+}
+
+}  // namespace gapkern::contrastive

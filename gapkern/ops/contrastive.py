@@ -1,0 +1,128 @@
+"""`torch.ops.gapkern.contrastive_lse`: log-sum-exps of a logit matrix that is never formed."""
+
+import torch
+from torch import Tensor
+
+
+def lse_pair(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    *,
+    similarity: str = "dot",
+    label_offset: int = 0,
+    precision: str = "highest",
+    work_bytes: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column log-sum-exps of the logits, and the logit of each row's label.
+
+    Every softmax loss over pairs, in one direction or both, follows from these three vectors; their gradients reach
+    images, texts and logit_scale, once (double backward is refused).
+
+    Args:
+        images: (N, D) float32, float16, bfloat16 or float64.
+        texts: (M, D), the same dtype.
+        logit_scale: one element, any floating-point dtype.
+        similarity: "dot", S = s <x, y>, or "sqeuclidean", S = -s ||x - y||^2.
+        label_offset: the label of row i is column i + label_offset.
+        precision: "highest" is true float32; "high" and "medium" allow bfloat16 products with float32 accumulation.
+        work_bytes: memory the forward pass may keep for the backward pass, so that it need not form logits again.
+
+    Returns:
+        row_lse (N,), col_lse (M,), positive (N,) in float64: logsumexp_j S_ij, logsumexp_i S_ij, S[i, i + label_offset].
+
+    Example:
+        >>> x = torch.eye(3)
+        >>> row, col, positive = lse_pair(x, x, torch.tensor(2.0))
+        >>> [round(v, 4) for v in (row - positive).tolist()]
+        [0.2395, 0.2395, 0.2395]
+    """
+    row, col, positive, _ = torch.ops.gapkern.contrastive_lse(
+        images, texts, logit_scale, similarity, label_offset, precision, work_bytes
+    )
+    return row, col, positive
+
+
+@torch.library.register_fake("gapkern::contrastive_lse")
+def _(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
+    n, m = images.shape[0], texts.shape[0]
+    double = images.dtype == torch.float64
+    rows = torch.sym_min(n, max(work_bytes, 0) // (m * (8 if double else 4))) if work_bytes else 0
+    return (
+        images.new_empty((n,), dtype=torch.float64),
+        images.new_empty((m,), dtype=torch.float64),
+        images.new_empty((n,), dtype=torch.float64),
+        images.new_empty((rows, m), dtype=torch.float64 if double else torch.float32),
+    )
+
+
+@torch.library.register_fake("gapkern::contrastive_lse_backward")
+def _(
+    grad_row, grad_col, grad_positive, images, texts, logit_scale, row_lse, col_lse, kept, similarity, label_offset,
+    precision, needs,
+):  # fmt: skip
+    return (
+        images.new_empty(images.shape if needs[0] else (0,)),
+        texts.new_empty(texts.shape if needs[1] else (0,)),
+        logit_scale.new_empty((1,) if needs[2] else (0,)),
+    )
+
+
+def _save(ctx, inputs, output):
+    images, texts, logit_scale, ctx.similarity, ctx.label_offset, ctx.precision, _ = inputs
+    row_lse, col_lse, _, kept = output
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(images, texts, logit_scale, row_lse, col_lse, kept)
+
+
+def _backward(ctx, grad_row, grad_col, grad_positive, _):
+    images, texts, logit_scale, row_lse, col_lse, kept = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grad_row = torch.zeros_like(row_lse) if grad_row is None else grad_row
+    grad_col = torch.zeros_like(col_lse) if grad_col is None else grad_col
+    grad_positive = torch.zeros_like(row_lse) if grad_positive is None else grad_positive
+    dx, dy, ds = torch.ops.gapkern.contrastive_lse_backward(
+        grad_row, grad_col, grad_positive, images, texts, logit_scale, row_lse, col_lse, kept,
+        ctx.similarity, ctx.label_offset, ctx.precision, needs,
+    )  # fmt: skip
+    return (
+        dx if needs[0] else None,
+        dy if needs[1] else None,
+        ds.reshape(logit_scale.shape) if needs[2] else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _refuse(ctx, *gradients):
+    raise RuntimeError(
+        "gapkern: the contrastive losses can be differentiated once; create_graph=True (double backward) is not supported"
+    )
+
+
+torch.library.register_autograd("gapkern::contrastive_lse", _backward, setup_context=_save)
+torch.library.register_autograd("gapkern::contrastive_lse_backward", _refuse)
+
+_library = torch.library.Library("gapkern", "IMPL")
+
+
+def _autocast(device: str):
+    """Under autocast only the embeddings take the lower precision: a rounded logit_scale would shift every logit."""
+
+    def call(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            if images.dtype != torch.float64:
+                images, texts = images.to(dtype), texts.to(dtype)
+            return torch.ops.gapkern.contrastive_lse(
+                images, texts, logit_scale, similarity, label_offset, precision, work_bytes
+            )
+
+    return call
+
+
+_library.impl("contrastive_lse", _autocast("cpu"), "AutocastCPU")
+_library.impl("contrastive_lse", _autocast("cuda"), "AutocastCUDA")
