@@ -111,7 +111,9 @@ def number(
             bounds.append(f"{'>' if exclusive else '>='} {low:g}")
         if high < math.inf:
             bounds.append(f"<= {high:g}")
-        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {value:g}")
+        raise ValueError(
+            f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {value:g}"
+        )
     return value
 
 
@@ -127,7 +129,9 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
     value = int(value)
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = " and ".join(
-            text for text in (f">= {low}" if low is not None else "", f"<= {high}" if high is not None else "") if text
+            text
+            for text in (f">= {low}" if low is not None else "", f"<= {high}" if high is not None else "")
+            if text
         )
         raise ValueError(f"{name}: expected an integer {bounds}, got {value}")
     return value
@@ -156,4 +160,6 @@ def extra(module: str, package: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{package} is needed here; run `pip install 'gapkern[{name}]'` ({error})") from None
+        raise ImportError(
+            f"{package} is needed here; run `pip install 'gapkern[{name}]'` ({error})"
+        ) from None

@@ -29,7 +29,7 @@ constexpr double kLog2e = 1.4426950408889634074;
 // Without a reference, 2^(k t) for |k t| <= 80 leaves room for sums over 2^30 terms and for the weights of the backward
 // pass, far from both ends of float32.
 constexpr double kSafeExponent = 80;
-constexpr int64_t kSlack = 64;                   // vector reads and writes behind the last column
+constexpr int64_t kSlack = 64;                      // vector reads and writes behind the last column
 constexpr int64_t kChunkBytes = int64_t(32) << 20;  // logit gradients at hand, at most
 
 const EngineSet& engine_set() {
@@ -106,8 +106,6 @@ class Problem {
     stripe = round_up(divide_up(m, stripes), s.nr);
     stripes = divide_up(m, stripe);
     block = s.mr >= 12 ? s.mr * 8 : s.mr * 16;
-    row_stride = kStripe / s.group + 16;
-    column_stride = s.group > 1 ? kStripe + 16 : row_stride;
     words = divide_up(d, s.group);
     const int64_t fitting = kChunkBytes / (stripes * (kStripe + 16) * 4) / block;
     chunk = std::min(round_up(n, s.mr * 2), block * std::clamp<int64_t>(fitting, 1, 4));
@@ -127,7 +125,8 @@ class Problem {
     const int64_t panels = divide_up(m, s.nr);
     Buffer packed(panels * s.nr * words * s.word);
     parallel(panels, [&](int64_t p) {
-      engine.pack_panel(y + p * s.nr * d, m - p * s.nr, s.nr, d, centre_or_null(), packed.at(p * s.nr * words * s.word));
+      engine.pack_panel(y + p * s.nr * d, m - p * s.nr, s.nr, d, centre_or_null(),
+                        packed.at(p * s.nr * words * s.word));
     });
     return packed;
   }
@@ -144,9 +143,8 @@ class Problem {
   void pack_slices(const T* side, int64_t rows, const Buffer& packed) const {
     const Shape& s = engine.shape;
     const int64_t bytes = slice_bytes(rows);
-    parallel(divide_up(d, s.nr), [&](int64_t i) {
-      engine.pack_slice(side, rows, d, i, centre_or_null(), packed.at(i * bytes));
-    });
+    parallel(divide_up(d, s.nr),
+             [&](int64_t i) { engine.pack_slice(side, rows, d, i, centre_or_null(), packed.at(i * bytes)); });
   }
   int64_t slice_bytes(int64_t rows) const {
     return divide_up(rows, engine.shape.group) * engine.shape.nr * engine.shape.word;
@@ -162,7 +160,6 @@ class Problem {
   Similarity similarity;
   int64_t label_offset;
   int64_t stripe, stripes, block, chunk, words;
-  int64_t row_stride, column_stride;  // words between rows of dS, and between its depth steps as left operand of dY
   bool tracked = false;
   std::vector<T> row_terms, col_terms, centre;
 
@@ -275,7 +272,7 @@ struct SideWeights {
 
 template <class T>
 struct Gradients {
-  T* images;         // null: not wanted; zeros on entry
+  T* images;  // null: not wanted; zeros on entry
   T* texts;
   double* logit_scale;
 };
@@ -287,8 +284,8 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
   const SideWeights<T> row_side(p, grad_row, row_lse, p.n), col_side(p, grad_col, col_lse, p.m);
   std::vector<T> label_weight(grad_positive, grad_positive + p.n);
   const bool euclidean = p.similarity == Similarity::sqeuclidean, products = out.images || out.texts;
-  const int64_t blocks = divide_up(p.chunk, p.block), rows_words = p.chunk * p.row_stride;
-  const int64_t columns_words = p.chunk / s.group * p.column_stride;
+  const int64_t blocks = divide_up(p.chunk, p.block), along = row_stride(s.group), down = column_stride(s.group);
+  const int64_t rows_words = p.chunk * along, columns_words = p.chunk / s.group * down;
 
   Buffer texts, text_slices, images, image_slices, by_rows, by_columns;
   if (kept_rows < p.n) texts = p.pack_texts();
@@ -299,7 +296,7 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
   }
   if (out.texts) image_slices = Buffer(p.slices_bytes(p.chunk));
   // The register tile reads up to mr rows (or columns) past the last; what it finds there is not used.
-  if (products) by_rows = Buffer((p.stripes * rows_words + s.mr * p.row_stride) * s.word);
+  if (products) by_rows = Buffer((p.stripes * rows_words + s.mr * along) * s.word);
   if (products && s.group > 1) by_columns = Buffer((p.stripes * columns_words + s.mr) * s.word);
 
   std::vector<double> scale_sums(p.stripes * blocks);
@@ -335,12 +332,8 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
         g.kept_stride = p.m;
       }
       if (products) {
-        g.by_rows = by_rows.at((t * rows_words + i0 * p.row_stride) * s.word);
-        g.stride = p.row_stride;
-        if (s.group > 1) {
-          g.by_columns = by_columns.at((t * columns_words + i0 / 2 * p.column_stride) * s.word);
-          g.column_stride = p.column_stride;
-        }
+        g.by_rows = by_rows.at((t * rows_words + i0 * along) * s.word);
+        if (s.group > 1) g.by_columns = by_columns.at((t * columns_words + i0 / s.group * down) * s.word);
       }
       g.scale_sum = &scale_sums[item];
       if (euclidean) {
@@ -362,8 +355,7 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
       torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = 0; t < p.stripes; ++t) {
           ProductBlock<T> product{};
-          product.a = by_rows.at((t * rows_words + begin * s.mr * p.row_stride) * s.word);
-          product.a_stride = p.row_stride;
+          product.a = by_rows.at((t * rows_words + begin * s.mr * along) * s.word);
           product.slices = text_slices.at();
           product.slice_depth = divide_up(p.m, s.group);
           product.first = t * p.stripe / s.group;
@@ -385,7 +377,6 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
           if (from >= to) continue;
           ProductBlock<T> product{};
           product.a = a.at((t * columns_words + from) * s.word);
-          product.a_stride = p.column_stride;
           product.slices = image_slices.at();
           product.slice_depth = product.depth = divide_up(rows, s.group);
           product.rows = to - from;
@@ -439,8 +430,8 @@ Arguments check(const Tensor& images, const Tensor& texts, const Tensor& logit_s
   STD_TORCH_CHECK(images.scalar_type() == texts.scalar_type(), "texts: expected the dtype of images");
   STD_TORCH_CHECK(logit_scale.numel() == 1, "logit_scale: expected one element, got ", logit_scale.numel());
   Arguments a{};
-  STD_TORCH_CHECK(parse_similarity(similarity, &a.similarity),
-                  "similarity: expected 'dot' or 'sqeuclidean', got '", similarity, "'");
+  STD_TORCH_CHECK(parse_similarity(similarity, &a.similarity), "similarity: expected 'dot' or 'sqeuclidean', got '",
+                  similarity, "'");
   STD_TORCH_CHECK(precision == "highest" || precision == "high" || precision == "medium",
                   "precision: expected 'highest', 'high' or 'medium', got '", precision, "'");
   const ScalarType dtype = images.scalar_type();
@@ -486,8 +477,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_lse(const Tensor& images,
                                                            int64_t work_bytes) {
   const Arguments a = check(images, texts, logit_scale, similarity, precision);
   const int64_t n = images.size(0), m = texts.size(0);
-  STD_TORCH_CHECK(label_offset >= 0 && label_offset + n <= m, "label_offset: expected 0 <= label_offset <= M - N = ",
-                  m - n, ", got ", label_offset);
+  STD_TORCH_CHECK(label_offset >= 0 && label_offset + n <= m,
+                  "label_offset: expected 0 <= label_offset <= M - N = ", m - n, ", got ", label_offset);
   const int64_t item = a.type == ScalarType::Double ? 8 : 4;
   Tensor row_lse = empty(images, {n}, ScalarType::Double), col_lse = empty(images, {m}, ScalarType::Double);
   Tensor positive = empty(images, {n}, ScalarType::Double);
@@ -502,8 +493,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_lse(const Tensor& images,
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor& grad_row, const Tensor& grad_col,
                                                 const Tensor& grad_positive, const Tensor& images, const Tensor& texts,
-                                                const Tensor& logit_scale, const Tensor& row_lse,
-                                                const Tensor& col_lse, const Tensor& kept, int64_t label_offset,
+                                                const Tensor& logit_scale, const Tensor& row_lse, const Tensor& col_lse,
+                                                const Tensor& kept, int64_t label_offset,
                                                 const std::vector<bool>& needs) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),

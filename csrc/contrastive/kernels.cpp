@@ -57,14 +57,14 @@ struct Pairs {
 #endif
 
 template <class E>
-constexpr int kWidth = kVectors* Vec<typename E::T>::size;
+constexpr int kWidth = kVectors * Vec<typename E::T>::size;
 
 enum class Result { assign, add };
 
-// out [rows, cols] (=, +=) A B over `depth` words. A(r, k) is a[r * stride + k] where kAlongRows, a[k * stride + r]
-// otherwise; rows beyond `rows` are read but not written.
-template <class E, bool kAlongRows, Result kResult>
-GAPKERN_INLINE void tile_product(const typename E::Word* a, int64_t stride, const typename E::Word* b, int64_t depth,
+// out [rows, cols] (=, +=) A B over `depth` words, A(r, k) = a[r * kRowStep + k * kDepthStep]. Rows beyond `rows` are
+// read but not written.
+template <class E, int kRowStep, int kDepthStep, Result kResult>
+GAPKERN_INLINE void tile_product(const typename E::Word* a, const typename E::Word* b, int64_t depth,
                                  typename E::T* out, int64_t out_stride, int rows, int cols) {
   using T = typename E::T;
   using V = typename E::V;
@@ -73,17 +73,20 @@ GAPKERN_INLINE void tile_product(const typename E::Word* a, int64_t stride, cons
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) c[r][v] = V{};
+    for (int v = 0; v < kVectors; ++v) {
+      c[r][v] = V{};
+      if (kResult == Result::add) __builtin_prefetch(out + r * out_stride + v * lanes, 1);
+    }
   for (int64_t k = 0; k < depth; ++k) {
     const typename E::Operand b0 = E::operand(b), b1 = E::operand(b + lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const typename E::Word ar = kAlongRows ? a[r * stride + k] : a[r];
+      const typename E::Word ar = a[r * kRowStep];
       c[r][0] = E::multiply_add(c[r][0], ar, b0);
       c[r][1] = E::multiply_add(c[r][1], ar, b1);
     }
+    a += kDepthStep;
     b += kVectors * lanes;
-    if (!kAlongRows) a += stride;
   }
   if (rows == kRows && cols == kVectors * lanes) {
 #pragma GCC unroll 16
@@ -170,7 +173,7 @@ void inner_products(const void* images, const void* texts, int64_t panel, int64_
   const auto* a = static_cast<const typename E::Word*>(images) + panel * words * kRows;
   const auto* b = static_cast<const typename E::Word*>(texts);
   for (int64_t j = 0; j < cols; j += nr)
-    tile_product<E, false, Result::assign>(a, kRows, b + j * words, words, tile + j, kStripe, kRows, nr);
+    tile_product<E, 1, kRows, Result::assign>(a, b + j * words, words, tile + j, kStripe, kRows, nr);
 }
 
 // All ones in the lanes of columns [j, j + size) that are below cols.
@@ -321,7 +324,7 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int row
 template <class T>
 GAPKERN_INLINE void emit(Plain<T>, const GradientBlock<T>& b, const T* tile, int rows, int64_t i0) {
   for (int r = 0; r < rows; ++r)
-    std::memcpy(static_cast<T*>(b.by_rows) + (i0 + r) * b.stride, tile + r * kStripe, size_t(b.cols) * sizeof(T));
+    std::memcpy(static_cast<T*>(b.by_rows) + (i0 + r) * row_stride(1), tile + r * kStripe, size_t(b.cols) * sizeof(T));
 }
 
 #if defined(GAPKERN_ISA_avx512bf16)
@@ -333,11 +336,11 @@ GAPKERN_INLINE void emit(Pairs, const GradientBlock<float>& b, const float* tile
       const __m256i even = (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + r * kStripe + j));
       const __m256i odd = r + 1 < rows ? (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + (r + 1) * kStripe + j))
                                        : _mm256_setzero_si256();
-      _mm256_storeu_si256((__m256i*)(across + (i0 + r) * b.stride + j / 2), even);
-      if (r + 1 < rows) _mm256_storeu_si256((__m256i*)(across + (i0 + r + 1) * b.stride + j / 2), odd);
+      _mm256_storeu_si256((__m256i*)(across + (i0 + r) * row_stride(2) + j / 2), even);
+      if (r + 1 < rows) _mm256_storeu_si256((__m256i*)(across + (i0 + r + 1) * row_stride(2) + j / 2), odd);
       const __m512i both =
           _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-      _mm512_storeu_si512(down + (i0 + r) / 2 * b.column_stride + j, both);
+      _mm512_storeu_si512(down + (i0 + r) / 2 * column_stride(2) + j, both);
     }
 }
 #endif
@@ -366,7 +369,7 @@ void gradient(const GradientBlock<typename E::T>& b) {
 
 template <class E, bool kAlongRows>
 void product(const ProductBlock<typename E::T>& b) {
-  constexpr int nr = kWidth<E>;
+  constexpr int nr = kWidth<E>, along = row_stride(E::group), down = column_stride(E::group);
   const auto* a = static_cast<const typename E::Word*>(b.a);
   const auto* slices = static_cast<const typename E::Word*>(b.slices);
   for (int64_t d = 0; d < b.width; d += nr) {
@@ -374,8 +377,8 @@ void product(const ProductBlock<typename E::T>& b) {
     const int cols = b.width - d < nr ? int(b.width - d) : nr;
     for (int64_t i = 0; i < b.rows; i += kRows) {
       const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
-      tile_product<E, kAlongRows, Result::add>(kAlongRows ? a + i * b.a_stride : a + i, b.a_stride, slice, b.depth,
-                                               b.c + i * b.width + d, b.width, rows, cols);
+      tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, Result::add>(
+          a + (kAlongRows ? i * along : i), slice, b.depth, b.c + i * b.width + d, b.width, rows, cols);
     }
   }
 }

@@ -12,6 +12,13 @@
 
 namespace gapkern::contrastive {
 
+// The columns of a stripe at most: a multiple of every engine's nr.
+constexpr int kStripe = 224;
+// Words between the rows of dS, and between the depth steps of its copy for dY. Not a power of two, so that the rows
+// the register tile reads at once do not fall on the same cache sets; constants, so that they become address offsets.
+constexpr int row_stride(int group) { return kStripe / group + 16; }
+constexpr int column_stride(int group) { return group > 1 ? kStripe + 16 : row_stride(1); }
+
 struct Shape {
   int mr;     // rows of the register tile
   int nr;     // columns of the register tile
@@ -67,20 +74,18 @@ struct GradientBlock {
   int64_t label;      // column within the stripe of row 0's label; row i's is i further
   const T* kept;      // t from the forward pass, or null to recompute it
   int64_t kept_stride;
-  void* by_rows;     // out: left operand of dX, row-major with `stride` packed words a row
-  void* by_columns;  // out: left operand of dY; the same memory as by_rows unless words are pairs (then down the rows)
-  int64_t stride;    // words between rows of by_rows
-  int64_t column_stride;  // words between depth steps of by_columns
-  double* scale_sum;      // out: sum of dS t over the block
-  T* row_sum;             // out [rows]: sums of dS; null: not wanted
-  T* column_sum;          // out [kStripe]
+  void* by_rows;      // out: left operand of dX, row-major, row_stride(group) words a row
+  void* by_columns;   // out, where words are pairs: left operand of dY, pairs down the rows, column_stride(group) words
+                      // a step
+  double* scale_sum;  // out: sum of dS t over the block
+  T* row_sum;         // out [rows]: sums of dS; null: not wanted
+  T* column_sum;      // out [kStripe]
 };
 
 // C [rows, D] += A B: A is dS of one stripe, B the slices of the other side from depth step `first` on.
 template <class T>
 struct ProductBlock {
   const void* a;
-  int64_t a_stride;  // words between rows of A (product_rows) or between its depth steps (product_columns)
   const void* slices;
   int64_t slice_depth;  // depth steps of a whole slice
   int64_t first, depth;
@@ -96,8 +101,8 @@ struct Engine {
   void (*pack_slice)(const T* x, int64_t rows, int64_t depth, int64_t slice, const T* centre, void* out);
   void (*forward)(const ForwardBlock<T>&);
   void (*gradient)(const GradientBlock<T>&);
-  void (*product_rows)(const ProductBlock<T>&);
-  void (*product_columns)(const ProductBlock<T>&);
+  void (*product_rows)(const ProductBlock<T>&);     // A read along by_rows: dX
+  void (*product_columns)(const ProductBlock<T>&);  // A read down by_rows or by_columns: dY
 };
 
 // bf16 is null where the instruction set has no native products.
@@ -106,9 +111,6 @@ struct EngineSet {
   const Engine<double>* f64;
   const Engine<float>* bf16;
 };
-
-// The columns of a stripe at most: a multiple of every engine's nr.
-constexpr int kStripe = 224;
 
 namespace portable {
 const EngineSet& engines();
