@@ -115,9 +115,7 @@ class CMakeBuild(build_ext):
                 print(line.removeprefix("-- "), file=sys.stderr)
         if result.returncode:
             reason = re.search(r"gapkern: .*?(?=\n\n|\n--|\Z)", result.stdout, re.S)
-            text = (
-                " ".join(reason[0].split()) if reason else f"the native build failed (see above, and {build})"
-            )
+            text = " ".join(reason[0].split()) if reason else f"the native build failed (see above, and {build})"
             fail(text.removeprefix("gapkern: "))
 
     def get_outputs(self):

@@ -54,9 +54,7 @@ def same_width(**matrices: torch.Tensor) -> None:
     (first, reference), *others = matrices.items()
     for name, other in others:
         if other.shape[1] != reference.shape[1]:
-            raise ValueError(
-                f"{name}: expected D = {reference.shape[1]} as in {first}, got shape {tuple(other.shape)}"
-            )
+            raise ValueError(f"{name}: expected D = {reference.shape[1]} as in {first}, got shape {tuple(other.shape)}")
 
 
 def same_rows(**matrices: torch.Tensor) -> None:
@@ -111,9 +109,7 @@ def number(
             bounds.append(f"{'>' if exclusive else '>='} {low:g}")
         if high < math.inf:
             bounds.append(f"<= {high:g}")
-        raise ValueError(
-            f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {value:g}"
-        )
+        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}".rstrip() + f", got {value:g}")
     return value
 
 
@@ -129,9 +125,7 @@ def integer(name: str, value: Any, *, low: int | None = None, high: int | None =
     value = int(value)
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = " and ".join(
-            text
-            for text in (f">= {low}" if low is not None else "", f"<= {high}" if high is not None else "")
-            if text
+            text for text in (f">= {low}" if low is not None else "", f"<= {high}" if high is not None else "") if text
         )
         raise ValueError(f"{name}: expected an integer {bounds}, got {value}")
     return value
@@ -160,6 +154,4 @@ def extra(module: str, package: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"{package} is needed here; run `pip install 'gapkern[{name}]'` ({error})"
-        ) from None
+        raise ImportError(f"{package} is needed here; run `pip install 'gapkern[{name}]'` ({error})") from None

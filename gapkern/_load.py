@@ -50,7 +50,8 @@ def sources_digest(root: Path) -> str | None:
 def _check_fresh(facts: dict[str, str]) -> None:
     if facts["version"] != __version__:
         raise ImportError(
-            f"gapkern: the native libraries are of version {facts['version']}, the Python files of {__version__}; {_REBUILD}"
+            f"gapkern: the native libraries are of version {facts['version']}, the Python files of {__version__}; "
+            f"{_REBUILD}"
         )
     digest = sources_digest(_PACKAGE.parent)
     if digest is not None and digest != facts["sources"]:
@@ -58,9 +59,7 @@ def _check_fresh(facts: dict[str, str]) -> None:
 
 
 def _find(name: str) -> Path | None:
-    return next(
-        (path for path in (_PACKAGE / "lib").glob(f"{name}.*") if path.suffix in (".so", ".dylib")), None
-    )
+    return next((path for path in (_PACKAGE / "lib").glob(f"{name}.*") if path.suffix in (".so", ".dylib")), None)
 
 
 def load() -> None:

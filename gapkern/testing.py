@@ -134,7 +134,6 @@ def assert_three_way(
     allowed = margin + (0.0 if torch_error.mismatched else torch_error.relative_l2)
     if our_error.mismatched or not our_error.relative_l2 <= allowed:
         raise AssertionError(
-            f"{name}: error above PyTorch's own + {margin:.3e}\n"
-            f"  ours:    {our_error}\n  PyTorch: {torch_error}"
+            f"{name}: error above PyTorch's own + {margin:.3e}\n  ours:    {our_error}\n  PyTorch: {torch_error}"
         )
     return our_error, torch_error

@@ -29,7 +29,8 @@ def lse_pair(
         work_bytes: memory the forward pass may keep for the backward pass, so that it need not form logits again.
 
     Returns:
-        row_lse (N,), col_lse (M,), positive (N,) in float64: logsumexp_j S_ij, logsumexp_i S_ij, S[i, i + label_offset].
+        In float64: row_lse (N,) = logsumexp_j S_ij, col_lse (M,) = logsumexp_i S_ij, positive (N,) =
+        S[i, i + label_offset].
 
     Example:
         >>> x = torch.eye(3)
@@ -99,7 +100,7 @@ def _backward(ctx, grad_row, grad_col, grad_positive, _):
 
 def _refuse(ctx, *gradients):
     raise RuntimeError(
-        "gapkern: the contrastive losses can be differentiated once; create_graph=True (double backward) is not supported"
+        "gapkern: the contrastive losses can be differentiated once; double backward (create_graph=True) is refused"
     )
 
 
