@@ -11,4 +11,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "contrastive_lse_backward(Tensor grad_row, Tensor grad_col, Tensor grad_positive, Tensor images, Tensor texts,"
       " Tensor logit_scale, Tensor row_lse, Tensor col_lse, Tensor kept, str similarity, int label_offset,"
       " str precision, bool[3] needs) -> (Tensor grad_images, Tensor grad_texts, Tensor grad_logit_scale)");
+  // The summed sigmoid loss and its gradients in one pass; `needs` says which of the embeddings' gradients to form.
+  m.def(
+      "sigmoid_loss(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, int label_offset,"
+      " str precision, bool[2] needs) -> (Tensor loss, Tensor grad_images, Tensor grad_texts,"
+      " Tensor grad_logit_scale, Tensor grad_logit_bias)");
 }

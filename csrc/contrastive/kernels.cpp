@@ -164,18 +164,6 @@ void pack_slice(const typename E::T* x, int64_t rows, int64_t width, int64_t sli
     }
 }
 
-// <x_i, y_j> of one row panel against a stripe.
-template <class E>
-void inner_products(const void* images, const void* texts, int64_t panel, int64_t cols, int64_t depth,
-                    typename E::T* tile) {
-  constexpr int nr = kWidth<E>;
-  const int64_t words = (depth + E::group - 1) / E::group;
-  const auto* a = static_cast<const typename E::Word*>(images) + panel * words * kRows;
-  const auto* b = static_cast<const typename E::Word*>(texts);
-  for (int64_t j = 0; j < cols; j += nr)
-    tile_product<E, 1, kRows, Result::assign>(a, b + j * words, words, tile + j, kStripe, kRows, nr);
-}
-
 // All ones in the lanes of columns [j, j + size) that are below cols.
 template <class T>
 GAPKERN_INLINE auto lanes_below(int64_t j, int64_t cols) {
@@ -185,12 +173,28 @@ GAPKERN_INLINE auto lanes_below(int64_t j, int64_t cols) {
 }
 
 template <class T>
-GAPKERN_INLINE void apply_terms(T* tile, int rows, int64_t cols, const Logits<T>& logits, int64_t i0) {
+GAPKERN_INLINE auto lane_at(int64_t lane) {
+  T index[Vec<T>::size];
+  for (int i = 0; i < Vec<T>::size; ++i) index[i] = T(i);
+  return load(index) == splat<T>(T(lane));
+}
+
+// t of one row panel, which starts at row i0 of the block, against the stripe.
+template <class E>
+void logit_tile(const LogitBlock<typename E::T>& block, int rows, int64_t i0, typename E::T* tile) {
+  using T = typename E::T;
+  constexpr int nr = kWidth<E>;
+  const int64_t words = (block.depth + E::group - 1) / E::group;
+  const auto* a = static_cast<const typename E::Word*>(block.images) + i0 * words;
+  const auto* b = static_cast<const typename E::Word*>(block.texts);
+  for (int64_t j = 0; j < block.cols; j += nr)
+    tile_product<E, 1, kRows, Result::assign>(a, b + j * words, words, tile + j, kStripe, kRows, nr);
+  const Logits<T>& logits = block.logits;
   if (logits.row_term == nullptr) return;
   for (int r = 0; r < rows; ++r) {
     const auto row = splat<T>(logits.row_term[i0 + r]);
     T* t = tile + r * kStripe;
-    for (int64_t j = 0; j < cols; j += Vec<T>::size)
+    for (int64_t j = 0; j < block.cols; j += Vec<T>::size)
       store(t + j, load(t + j) * logits.inner + (row + load(logits.column_term + j)));
   }
 }
@@ -260,8 +264,7 @@ void forward(const ForwardBlock<typename E::T>& b) {
   }
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
-    inner_products<E>(b.images, b.texts, i0 / kRows, b.cols, b.depth, tile);
-    apply_terms(tile, rows, b.cols, b.logits, i0);
+    logit_tile<E>(b, rows, i0, tile);
     for (int r = 0; r < rows; ++r) {
       const int64_t label = b.label + i0 + r;
       if (label >= 0 && label < b.cols) b.positive[i0 + r] = tile[r * kStripe + label];
@@ -322,17 +325,17 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int row
 }
 
 template <class T>
-GAPKERN_INLINE void emit(Plain<T>, const GradientBlock<T>& b, const T* tile, int rows, int64_t i0) {
+GAPKERN_INLINE void emit(Plain<T>, const GradientOutput& out, const T* tile, int rows, int64_t cols, int64_t i0) {
   for (int r = 0; r < rows; ++r)
-    std::memcpy(static_cast<T*>(b.by_rows) + (i0 + r) * row_stride(1), tile + r * kStripe, size_t(b.cols) * sizeof(T));
+    std::memcpy(static_cast<T*>(out.by_rows) + (i0 + r) * row_stride(1), tile + r * kStripe, size_t(cols) * sizeof(T));
 }
 
 #if defined(GAPKERN_ISA_avx512bf16)
-GAPKERN_INLINE void emit(Pairs, const GradientBlock<float>& b, const float* tile, int rows, int64_t i0) {
-  auto* across = static_cast<uint32_t*>(b.by_rows);
-  auto* down = static_cast<uint32_t*>(b.by_columns);
+GAPKERN_INLINE void emit(Pairs, const GradientOutput& out, const float* tile, int rows, int64_t cols, int64_t i0) {
+  auto* across = static_cast<uint32_t*>(out.by_rows);
+  auto* down = static_cast<uint32_t*>(out.by_columns);
   for (int r = 0; r < rows; r += 2)
-    for (int64_t j = 0; j < b.cols; j += 16) {
+    for (int64_t j = 0; j < cols; j += 16) {
       const __m256i even = (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + r * kStripe + j));
       const __m256i odd = r + 1 < rows ? (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + (r + 1) * kStripe + j))
                                        : _mm256_setzero_si256();
@@ -355,16 +358,80 @@ void gradient(const GradientBlock<typename E::T>& b) {
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
     if (b.kept == nullptr) {
-      inner_products<E>(b.images, b.texts, i0 / kRows, b.cols, b.depth, tile);
-      apply_terms(tile, rows, b.cols, b.logits, i0);
+      logit_tile<E>(b, rows, i0, tile);
     } else {
       for (int r = 0; r < rows; ++r)
         std::memcpy(tile + r * kStripe, b.kept + (i0 + r) * b.kept_stride, size_t(b.cols) * sizeof(T));
     }
     scale_sum += b.tracked ? logit_gradient<T, true>(b, tile, rows, i0) : logit_gradient<T, false>(b, tile, rows, i0);
-    if (b.by_rows != nullptr) emit(E{}, b, tile, rows, i0);
+    if (b.out.by_rows != nullptr) emit(E{}, b.out, tile, rows, b.cols, i0);
   }
-  *b.scale_sum = scale_sum;
+  *b.out.scale_sum = scale_sum;
+}
+
+// log(1 + u) for u in [0, 1], to full relative precision: 2 artanh(u / (2 + u)), whose series in z^2 <= 1/9 is short.
+template <class T>
+GAPKERN_INLINE typename Vec<T>::type log1p(typename Vec<T>::type u) {
+  constexpr int terms = sizeof(T) == 4 ? 8 : 17;
+  const auto z = u / (u + T(2)), z2 = z * z;
+  auto p = splat<T>(T(1) / T(2 * terms - 1));
+#pragma GCC unroll 17
+  for (int i = terms - 2; i >= 0; --i) p = p * z2 + T(1) / T(2 * i + 1);
+  return p * (z + z);
+}
+
+template <class E>
+void sigmoid(const SigmoidBlock<typename E::T>& b) {
+  using T = typename E::T;
+  using V = typename Vec<T>::type;
+  constexpr T log2e = T(1.4426950408889634074);
+  alignas(64) T tile[kRows * kStripe];
+  double loss = 0, bias_sum = 0, scale_sum = 0;
+  for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
+    const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
+    logit_tile<E>(b, rows, i0, tile);
+    for (int r = 0; r < rows; ++r) {
+      T* t = tile + r * kStripe;
+      const int64_t label = b.label + i0 + r;
+      const bool labelled = label >= 0 && label < b.cols;
+      const T label_t = labelled ? t[label] : T(0);
+      V row_loss{}, row{}, dot{};
+      for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+        const V value = load(t + j), l = value * b.logits.k + b.bias;
+        const V u = exp2((l < V{} ? l : -l) * log2e);
+        V softplus = at_least(l, V{}) + log1p<T>(u);
+        V d = (l < V{} ? u : splat<T>(T(1))) / (u + T(1));
+        V product = d * value;
+        const bool holds_label = labelled && label >= j && label < j + Vec<T>::size;
+        if (holds_label || j + Vec<T>::size > b.cols) {
+          const auto inside = lanes_below<T>(j, b.cols) & ~(holds_label ? lane_at<T>(label - j) : lane_at<T>(-1));
+          softplus = inside ? softplus : V{};
+          d = inside ? d : V{};
+          product = inside ? product : V{};
+        }
+        row_loss += softplus;
+        row += d;
+        dot += product;
+        store(t + j, d);
+      }
+      loss += sum<T>(row_loss);
+      bias_sum += sum<T>(row);
+      scale_sum += sum<T>(dot);
+      if (labelled) {
+        const T l = label_t * b.logits.k + b.bias;
+        const V u = exp2(splat<T>((l < 0 ? l : -l) * log2e));
+        const V minus = (l < 0 ? splat<T>(T(1)) : u) / (u + T(1));  // sigmoid(-l)
+        t[label] = -minus[0];
+        loss += double(l < 0 ? -l : T(0)) + log1p<T>(u)[0];
+        bias_sum -= minus[0];
+        scale_sum -= double(minus[0]) * label_t;
+      }
+    }
+    if (b.out.by_rows != nullptr) emit(E{}, b.out, tile, rows, b.cols, i0);
+  }
+  *b.loss_sum = loss;
+  *b.bias_sum = bias_sum;
+  *b.out.scale_sum = scale_sum;
 }
 
 template <class E, bool kAlongRows>
@@ -392,6 +459,7 @@ constexpr Engine<typename E::T> engine() {
           &pack_slice<E>,
           &forward<E>,
           &gradient<E>,
+          &sigmoid<E>,
           &product<E, true>,
           &product<E, false>};
 }

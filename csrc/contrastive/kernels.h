@@ -26,7 +26,7 @@ struct Shape {
   int word;   // bytes of a packed word
 };
 
-// The logit of a pair in units of log2 is k t, with t = inner <x, y> + row_term + column_term.
+// The logit of a pair is k t (in units of log2 for the softmax losses), with t = inner <x, y> + row_term + column_term.
 //   dot:       inner = 1, terms null          squared Euclidean: inner = 2, terms = -||.||^2
 template <class T>
 struct Logits {
@@ -36,50 +36,64 @@ struct Logits {
   const T* column_term;
 };
 
-// One block of the forward pass: `rows` rows against one stripe of `cols` columns. Arrays over columns are read and
-// written in whole vectors: they need a vector's room behind their last element.
+// `rows` rows against one stripe of `cols` columns. Arrays over columns are read and written in whole vectors: they
+// need a vector's room behind their last element.
 template <class T>
-struct ForwardBlock {
+struct LogitBlock {
   const void* images;  // panels of the rows
   const void* texts;   // panels of the stripe
   int64_t rows, cols, depth;
   Logits<T> logits;  // terms already offset to this block
-  bool tracked;      // false: |k t| is small and exponentials need no reference; true: a maximum per row and column
-  T* row_sum;        // out [rows]  sum over the stripe of 2^(k t - row_max)
-  T* row_max;        // out [rows]  tracked only
-  T* column_sum;     // out [kStripe]
-  T* column_max;     // out [kStripe]
-  T* keep;           // out: t, leading dimension keep_stride; null: not kept
-  int64_t keep_stride;
-  int64_t label;  // column within the stripe of row 0's label; row i's is i further
-  T* positive;    // out [rows]: t at the label, where the stripe holds it
+  int64_t label;     // column within the stripe of row 0's label; row i's is i further
 };
 
-// The same block in the backward pass: dS, the gradient of the loss by the logit.
+// Where dS, the gradient of the loss by the logit, goes.
+struct GradientOutput {
+  void* by_rows;  // left operand of dX, row-major, row_stride(group) words a row; null: no product wants dS
+  void*
+      by_columns;  // where words are pairs: left operand of dY, pairs down the rows, column_stride(group) words a step
+  double* scale_sum;  // sum of dS t over the block
+};
+
+template <class T>
+struct ForwardBlock : LogitBlock<T> {
+  bool tracked;   // false: |k t| is small and exponentials need no reference; true: a maximum per row and column
+  T* row_sum;     // out [rows]  sum over the stripe of 2^(k t - row_max)
+  T* row_max;     // out [rows]  tracked only
+  T* column_sum;  // out [kStripe]
+  T* column_max;  // out [kStripe]
+  T* positive;    // out [rows]: t at the label, where the stripe holds it
+  T* keep;        // out: t, leading dimension keep_stride; null: not kept
+  int64_t keep_stride;
+};
+
+// The same block in the backward pass.
 //   tracked:    dS = a_i 2^(k t - row_lse_i) + b_j 2^(k t - column_lse_j)
 //   otherwise:  dS = 2^(k t) (a_i + b_j)
 // plus positive_i at the label of row i, all in T, rounded once.
 template <class T>
-struct GradientBlock {
-  const void* images;
-  const void* texts;
-  int64_t rows, cols, depth;
-  Logits<T> logits;
+struct GradientBlock : LogitBlock<T> {
   bool tracked;
   const T* row_weight;     // a [rows]
   const T* row_lse;        // log2
   const T* column_weight;  // b [cols]
   const T* column_lse;
   const T* positive;  // [rows]
-  int64_t label;      // column within the stripe of row 0's label; row i's is i further
   const T* kept;      // t from the forward pass, or null to recompute it
   int64_t kept_stride;
-  void* by_rows;      // out: left operand of dX, row-major, row_stride(group) words a row
-  void* by_columns;   // out, where words are pairs: left operand of dY, pairs down the rows, column_stride(group) words
-                      // a step
-  double* scale_sum;  // out: sum of dS t over the block
-  T* row_sum;         // out [rows]: sums of dS; null: not wanted
-  T* column_sum;      // out [kStripe]
+  GradientOutput out;
+  T* row_sum;     // out [rows]: sums of dS; null: not wanted
+  T* column_sum;  // out [kStripe]
+};
+
+// The sigmoid loss of a block and its gradient in one pass. With l = k t + bias in natural units:
+//   loss += softplus(l),  dS = sigmoid(l);  at the label softplus(-l) and -sigmoid(-l).
+template <class T>
+struct SigmoidBlock : LogitBlock<T> {
+  T bias;
+  double* loss_sum;
+  double* bias_sum;  // sum of dS
+  GradientOutput out;
 };
 
 // C [rows, D] += A B: A is dS of one stripe, B the slices of the other side from depth step `first` on.
@@ -101,6 +115,7 @@ struct Engine {
   void (*pack_slice)(const T* x, int64_t rows, int64_t depth, int64_t slice, const T* centre, void* out);
   void (*forward)(const ForwardBlock<T>&);
   void (*gradient)(const GradientBlock<T>&);
+  void (*sigmoid)(const SigmoidBlock<T>&);
   void (*product_rows)(const ProductBlock<T>&);     // A read along by_rows: dX
   void (*product_columns)(const ProductBlock<T>&);  // A read down by_rows or by_columns: dY
 };

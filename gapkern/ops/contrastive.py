@@ -44,6 +44,77 @@ def lse_pair(
     return row, col, positive
 
 
+def sigmoid_sum(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    label_offset: int = 0,
+    precision: str = "highest",
+) -> Tensor:
+    """Sum over all pairs of the sigmoid loss, in one pass that also forms the gradients.
+
+    Args:
+        images: (N, D) float32, float16, bfloat16 or float64.
+        texts: (M, D), the same dtype.
+        logit_scale: one element, any floating-point dtype.
+        logit_bias: one element, any floating-point dtype.
+        label_offset: column i + label_offset is the positive of row i; a row whose label lies outside [0, M) has none.
+        precision: as for `lse_pair`.
+
+    Returns:
+        0-d float64: sum_ij softplus(-z_ij (s <x_i, y_j> + bias)), z = +1 for positives and -1 for all other pairs.
+
+    Example:
+        >>> x = torch.eye(2)
+        >>> round(float(sigmoid_sum(x, x, torch.tensor(10.0), torch.tensor(-10.0))), 4)
+        1.3864
+    """
+    grads = torch.is_grad_enabled()
+    needs = [grads and images.requires_grad, grads and texts.requires_grad]
+    return torch.ops.gapkern.sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs)[0]
+
+
+@torch.library.register_fake("gapkern::sigmoid_loss")
+def _(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    scalar = images.new_empty((), dtype=torch.float64)
+    return (
+        scalar,
+        images.new_empty(images.shape if needs[0] else (0,), dtype=dtype),
+        texts.new_empty(texts.shape if needs[1] else (0,), dtype=dtype),
+        torch.empty_like(scalar),
+        torch.empty_like(scalar),
+    )
+
+
+def _save_sigmoid(ctx, inputs, output):
+    images, texts, logit_scale, logit_bias = inputs[:4]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [t.dtype for t in (images, texts, logit_scale, logit_bias)]
+    ctx.shapes = [logit_scale.shape, logit_bias.shape]
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_sigmoid(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 7
+    if torch.is_grad_enabled():  # the saved gradients are constants: a second differentiation would silently be wrong
+        _refuse(ctx)
+    needs, (dx, dy, ds, db) = ctx.needs_input_grad, ctx.saved_tensors
+    return (
+        (dx * grad_loss).to(ctx.dtypes[0]) if needs[0] else None,
+        (dy * grad_loss).to(ctx.dtypes[1]) if needs[1] else None,
+        (ds * grad_loss).to(ctx.dtypes[2]).reshape(ctx.shapes[0]) if needs[2] else None,
+        (db * grad_loss).to(ctx.dtypes[3]).reshape(ctx.shapes[1]) if needs[3] else None,
+        None,
+        None,
+        None,
+    )
+
+
 @torch.library.register_fake("gapkern::contrastive_lse")
 def _(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
     n, m = images.shape[0], texts.shape[0]
@@ -106,24 +177,24 @@ def _refuse(ctx, *gradients):
 
 torch.library.register_autograd("gapkern::contrastive_lse", _backward, setup_context=_save)
 torch.library.register_autograd("gapkern::contrastive_lse_backward", _refuse)
+torch.library.register_autograd("gapkern::sigmoid_loss", _backward_sigmoid, setup_context=_save_sigmoid)
 
 _library = torch.library.Library("gapkern", "IMPL")
 
 
-def _autocast(device: str):
+def _autocast(operator, device: str):
     """Under autocast only the embeddings take the lower precision: a rounded logit_scale would shift every logit."""
 
-    def call(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
+    def call(images, texts, *rest):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             if images.dtype != torch.float64:
                 images, texts = images.to(dtype), texts.to(dtype)
-            return torch.ops.gapkern.contrastive_lse(
-                images, texts, logit_scale, similarity, label_offset, precision, work_bytes
-            )
+            return operator(images, texts, *rest)
 
     return call
 
 
-_library.impl("contrastive_lse", _autocast("cpu"), "AutocastCPU")
-_library.impl("contrastive_lse", _autocast("cuda"), "AutocastCUDA")
+for _operator in (torch.ops.gapkern.contrastive_lse, torch.ops.gapkern.sigmoid_loss):
+    for _device in ("cpu", "cuda"):
+        _library.impl(_operator.default, _autocast(_operator, _device), f"Autocast{_device.upper()}")

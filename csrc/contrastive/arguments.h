@@ -1,0 +1,88 @@
+// What the CPU operators accept, and the engine that serves it.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/macros/Macros.h>
+
+#include <string>
+#include <vector>
+
+#include "common/isa.h"
+#include "contrastive/contrastive.h"
+#include "contrastive/kernels.h"
+
+namespace gapkern::contrastive {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline const EngineSet& engine_set() {
+  switch (active_isa()) {
+#if defined(__x86_64__)
+    case Isa::avx512bf16:
+      return avx512bf16::engines();
+    case Isa::avx512:
+      return avx512::engines();
+    case Isa::avx2:
+      return avx2::engines();
+#endif
+    default:
+      return portable::engines();
+  }
+}
+
+inline Tensor as_type(const Tensor& t, ScalarType type) {
+  Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return torch::stable::contiguous(converted);
+}
+
+struct Arguments {
+  Similarity similarity;
+  ScalarType type;  // of the arithmetic
+  bool pairs;       // bfloat16 products
+  double scale;
+};
+
+inline Arguments check(const Tensor& images, const Tensor& texts, const Tensor& logit_scale,
+                       const std::string& similarity, const std::string& precision) {
+  STD_TORCH_CHECK(images.dim() == 2 && texts.dim() == 2, "images and texts: expected two dimensions, got ",
+                  images.dim(), " and ", texts.dim());
+  STD_TORCH_CHECK(images.size(1) == texts.size(1), "texts: expected D = ", images.size(1), " as in images, got ",
+                  texts.size(1));
+  STD_TORCH_CHECK(images.size(0) > 0 && texts.size(0) > 0 && images.size(1) > 0,
+                  "images and texts: expected at least one row and one column");
+  STD_TORCH_CHECK(images.scalar_type() == texts.scalar_type(), "texts: expected the dtype of images");
+  STD_TORCH_CHECK(logit_scale.numel() == 1, "logit_scale: expected one element, got ", logit_scale.numel());
+  Arguments a{};
+  STD_TORCH_CHECK(parse_similarity(similarity, &a.similarity), "similarity: expected 'dot' or 'sqeuclidean', got '",
+                  similarity, "'");
+  STD_TORCH_CHECK(precision == "highest" || precision == "high" || precision == "medium",
+                  "precision: expected 'highest', 'high' or 'medium', got '", precision, "'");
+  const ScalarType dtype = images.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  "images: expected float32, float64, bfloat16 or float16");
+  a.type = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const bool low = dtype == ScalarType::BFloat16 || (dtype == ScalarType::Float && precision != "highest");
+  a.pairs = low && a.similarity == Similarity::dot && engine_set().bf16 != nullptr;
+  a.scale = *as_type(logit_scale, ScalarType::Double).const_data_ptr<double>();
+  return a;
+}
+
+template <class T>
+const Engine<T>& engine_for(const Arguments& a);
+template <>
+inline const Engine<double>& engine_for<double>(const Arguments&) {
+  return *engine_set().f64;
+}
+template <>
+inline const Engine<float>& engine_for<float>(const Arguments& a) {
+  return a.pairs ? *engine_set().bf16 : *engine_set().f32;
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType type) {
+  return torch::stable::new_empty(like, size, type);
+}
+
+}  // namespace gapkern::contrastive

@@ -1,0 +1,266 @@
+// How an N x M problem is cut into blocks on the CPU: packed operands, chunks of rows, stripes of columns, threads.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/macros/Macros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "contrastive/contrastive.h"
+#include "contrastive/kernels.h"
+
+namespace gapkern::contrastive {
+
+inline constexpr double kLog2e = 1.4426950408889634074;
+// Without a reference, 2^(k t) for |k t| <= 80 leaves room for sums over 2^30 terms and for the weights of the backward
+// pass, far from both ends of float32.
+inline constexpr double kSafeExponent = 80;
+inline constexpr int64_t kSlack = 64;                      // vector reads and writes behind the last column
+inline constexpr int64_t kChunkBytes = int64_t(32) << 20;  // logit gradients at hand, at most
+
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+template <class F>
+void parallel(int64_t count, const F& body) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+// Uninitialised, aligned to a cache line.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t bytes)
+      : memory_(static_cast<char*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(bytes, 64), 64))))) {
+    STD_TORCH_CHECK(memory_ != nullptr, "contrastive_lse: out of memory, wanted ", bytes, " bytes of work space");
+  }
+  template <class T = char>
+  T* at(int64_t bytes = 0) const {
+    return reinterpret_cast<T*>(memory_.get() + bytes);
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+};
+
+// One N x M problem: its blocking, its packed operands and its logits.
+template <class T>
+class Problem {
+ public:
+  Problem(const Engine<T>& engine, const T* x, const T* y, int64_t n, int64_t m, int64_t d, double scale,
+          Similarity similarity, int64_t label_offset)
+      : engine(engine), x(x), y(y), n(n), m(m), d(d), scale(scale), similarity(similarity), label_offset(label_offset) {
+    const Shape& s = engine.shape;
+    stripes = divide_up(m, kStripe);
+    stripe = round_up(divide_up(m, stripes), s.nr);
+    stripes = divide_up(m, stripe);
+    block = s.mr >= 12 ? s.mr * 8 : s.mr * 16;
+    words = divide_up(d, s.group);
+    const int64_t fitting = kChunkBytes / (stripes * (kStripe + 16) * 4) / block;
+    chunk = std::min(round_up(n, s.mr * 2), block * std::clamp<int64_t>(fitting, 1, 4));
+    measure();
+  }
+
+  Logits<T> logits(int64_t row, int64_t col) const {
+    const bool terms = similarity == Similarity::sqeuclidean;
+    return {T(scale * kLog2e), terms ? T(2) : T(1), terms ? row_terms.data() + row : nullptr,
+            terms ? col_terms.data() + col : nullptr};
+  }
+
+  // Block b of the chunk of `rows` rows at row0, against stripe t.
+  LogitBlock<T> block_at(const Buffer& images, const Buffer& texts, int64_t row0, int64_t rows, int64_t t,
+                         int64_t b) const {
+    const int64_t i0 = b * block, col0 = t * stripe;
+    return {
+        images.at(i0 * panel_bytes()), texts.at(col0 * panel_bytes()), std::min(block, rows - i0), stripe_columns(t), d,
+        logits(row0 + i0, col0),       row0 + i0 + label_offset - col0};
+  }
+
+  const T* centre_or_null() const { return similarity == Similarity::sqeuclidean ? centre.data() : nullptr; }
+
+  Buffer pack_texts() const {
+    const Shape& s = engine.shape;
+    const int64_t panels = divide_up(m, s.nr);
+    Buffer packed(panels * s.nr * words * s.word);
+    parallel(panels, [&](int64_t p) {
+      engine.pack_panel(y + p * s.nr * d, m - p * s.nr, s.nr, d, centre_or_null(),
+                        packed.at(p * s.nr * words * s.word));
+    });
+    return packed;
+  }
+
+  void pack_images(int64_t row0, int64_t rows, const Buffer& packed) const {
+    const Shape& s = engine.shape;
+    parallel(divide_up(rows, s.mr), [&](int64_t p) {
+      engine.pack_panel(x + (row0 + p * s.mr) * d, rows - p * s.mr, s.mr, d, centre_or_null(),
+                        packed.at(p * s.mr * words * s.word));
+    });
+  }
+
+  // The rows of `side` as right-hand sides of a product; depth steps are rows.
+  void pack_slices(const T* side, int64_t rows, const Buffer& packed) const {
+    const Shape& s = engine.shape;
+    const int64_t bytes = slice_bytes(rows);
+    parallel(divide_up(d, s.nr),
+             [&](int64_t i) { engine.pack_slice(side, rows, d, i, centre_or_null(), packed.at(i * bytes)); });
+  }
+  int64_t slice_bytes(int64_t rows) const {
+    return divide_up(rows, engine.shape.group) * engine.shape.nr * engine.shape.word;
+  }
+  int64_t slices_bytes(int64_t rows) const { return divide_up(d, engine.shape.nr) * slice_bytes(rows); }
+  int64_t panel_bytes() const { return words * engine.shape.word; }  // per row or column of a panel
+  int64_t stripe_columns(int64_t t) const { return std::min(stripe, m - t * stripe); }
+
+  const Engine<T>& engine;
+  const T *x, *y;
+  int64_t n, m, d;
+  double scale;
+  Similarity similarity;
+  int64_t label_offset;
+  int64_t stripe, stripes, block, chunk, words;
+  bool tracked = false;
+  std::vector<T> row_terms, col_terms, centre;
+
+ private:
+  // Squared Euclidean distances are taken about the texts' mean, which leaves them unchanged and keeps
+  // ||x||^2 - 2 <x, y> + ||y||^2 from cancelling; then the largest |k t| decides whether exponentials need a reference.
+  void measure() {
+    if (similarity == Similarity::sqeuclidean) {
+      centre.assign(d, T(0));
+      std::vector<double> total(d, 0.);
+      for (int64_t j = 0; j < m; ++j)
+        for (int64_t c = 0; c < d; ++c) total[c] += y[j * d + c];
+      for (int64_t c = 0; c < d; ++c) centre[c] = T(total[c] / double(m));
+    }
+    const double largest_x = norms(x, n, row_terms), largest_y = norms(y, m, col_terms);
+    const double reach = std::sqrt(largest_x) + std::sqrt(largest_y);
+    const double t = similarity == Similarity::dot ? std::sqrt(largest_x * largest_y) : reach * reach;
+    tracked = !(std::abs(scale) * kLog2e * t <= kSafeExponent);
+  }
+
+  double norms(const T* side, int64_t rows, std::vector<T>& terms) const {
+    terms.assign(rows + kSlack, T(0));
+    parallel(divide_up(rows, 64), [&](int64_t b) {
+      for (int64_t i = b * 64; i < std::min(rows, b * 64 + 64); ++i)
+        terms[i] = T(-engine.squared_norm(side + i * d, centre_or_null(), d));
+    });
+    double lowest = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      if (!(terms[i] >= lowest)) lowest = terms[i];
+    return -lowest;
+  }
+};
+
+// dS of one chunk of rows, and the two products that consume it.
+template <class T>
+class LogitGradients {
+ public:
+  // A null gradient is not computed. The others hold zeros on entry.
+  LogitGradients(const Problem<T>& problem, T* images, T* texts)
+      : p(problem),
+        images(images),
+        texts(texts),
+        rows_words(p.chunk * row_stride(p.engine.shape.group)),
+        columns_words(p.chunk / p.engine.shape.group * column_stride(p.engine.shape.group)) {
+    const Shape& s = p.engine.shape;
+    // The register tile reads up to mr rows (or columns) past the last; what it finds there is not used.
+    if (images || texts) by_rows = Buffer((p.stripes * rows_words + s.mr * row_stride(s.group)) * s.word);
+    if ((images || texts) && s.group > 1) by_columns = Buffer((p.stripes * columns_words + s.mr) * s.word);
+    if (images) {
+      text_slices = Buffer(p.slices_bytes(p.m));
+      p.pack_slices(p.y, p.m, text_slices);
+    }
+    if (texts) image_slices = Buffer(p.slices_bytes(p.chunk));
+  }
+
+  // Where the block of stripe t that starts at row i0 of the chunk writes its dS.
+  GradientOutput output(int64_t t, int64_t i0, double* scale_sum) const {
+    const Shape& s = p.engine.shape;
+    GradientOutput out{nullptr, nullptr, scale_sum};
+    if (images || texts) out.by_rows = by_rows.at((t * rows_words + i0 * row_stride(s.group)) * s.word);
+    if ((images || texts) && s.group > 1)
+      out.by_columns = by_columns.at((t * columns_words + i0 / s.group * column_stride(s.group)) * s.word);
+    return out;
+  }
+
+  // dX of the chunk's rows, and its share of dY; unscaled.
+  void multiply(int64_t row0, int64_t rows) {
+    if (images) multiply_images(row0, rows);
+    if (texts) multiply_texts(row0, rows);
+  }
+
+  // dX_i = s sum_j dS_ij y_j, and in the Euclidean form 2 s (sum_j dS_ij y_j - x_i sum_j dS_ij), whose sums of dS are
+  // row_totals and column_totals.
+  void finish(const std::vector<double>& row_totals, const std::vector<double>& column_totals) const {
+    finish(images, p.x, p.n, row_totals);
+    finish(texts, p.y, p.m, column_totals);
+  }
+
+ private:
+  void finish(T* gradient, const T* side, int64_t count, const std::vector<double>& totals) const {
+    if (gradient == nullptr) return;
+    const bool euclidean = p.similarity == Similarity::sqeuclidean;
+    parallel(divide_up(count, 16), [&](int64_t g) {
+      for (int64_t i = g * 16; i < std::min(count, g * 16 + 16); ++i)
+        for (int64_t c = 0; c < p.d; ++c) {
+          T& v = gradient[i * p.d + c];
+          v = euclidean ? T(2 * p.scale) * (v - T(totals[i]) * (side[i * p.d + c] - p.centre[c])) : v * T(p.scale);
+        }
+    });
+  }
+
+  void multiply_images(int64_t row0, int64_t rows) const {
+    const Shape& s = p.engine.shape;
+    torch::stable::parallel_for(0, divide_up(rows, s.mr), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = 0; t < p.stripes; ++t) {
+        ProductBlock<T> product{};
+        product.a = by_rows.at((t * rows_words + begin * s.mr * row_stride(s.group)) * s.word);
+        product.slices = text_slices.at();
+        product.slice_depth = divide_up(p.m, s.group);
+        product.first = t * p.stripe / s.group;
+        product.depth = divide_up(p.stripe_columns(t), s.group);
+        product.rows = std::min(rows, end * s.mr) - begin * s.mr;
+        product.width = p.d;
+        product.c = images + (row0 + begin * s.mr) * p.d;
+        p.engine.product_rows(product);
+      }
+    });
+  }
+
+  void multiply_texts(int64_t row0, int64_t rows) const {
+    const Shape& s = p.engine.shape;
+    p.pack_slices(p.x + row0 * p.d, rows, image_slices);
+    const Buffer& a = s.group > 1 ? by_columns : by_rows;
+    const int64_t per_stripe = divide_up(p.stripe, s.mr);
+    torch::stable::parallel_for(0, p.stripes * per_stripe, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin / per_stripe; t * per_stripe < end; ++t) {
+        const int64_t from = std::max(begin - t * per_stripe, int64_t(0)) * s.mr;
+        const int64_t to = std::min((end - t * per_stripe) * s.mr, p.stripe_columns(t));
+        if (from >= to) continue;
+        ProductBlock<T> product{};
+        product.a = a.at((t * columns_words + from) * s.word);
+        product.slices = image_slices.at();
+        product.slice_depth = product.depth = divide_up(rows, s.group);
+        product.rows = to - from;
+        product.width = p.d;
+        product.c = texts + (t * p.stripe + from) * p.d;
+        p.engine.product_columns(product);
+      }
+    });
+  }
+
+  const Problem<T>& p;
+  T *images, *texts;
+  int64_t rows_words, columns_words;  // of one stripe
+  Buffer by_rows, by_columns, text_slices, image_slices;
+};
+
+}  // namespace gapkern::contrastive
