@@ -6,10 +6,11 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   // Log-sum-exps of the logits S [N, M] of images [N, D] and texts [M, D], without forming S.
   m.def(
       "contrastive_lse(Tensor images, Tensor texts, Tensor logit_scale, str similarity, int label_offset,"
-      " str precision, int work_bytes) -> (Tensor row_lse, Tensor col_lse, Tensor positive, Tensor kept)");
+      " str precision, int work_bytes) -> (Tensor row_lse, Tensor col_lse, Tensor positive,"
+      " Tensor row_stats, Tensor col_stats, Tensor kept)");
   m.def(
       "contrastive_lse_backward(Tensor grad_row, Tensor grad_col, Tensor grad_positive, Tensor images, Tensor texts,"
-      " Tensor logit_scale, Tensor row_lse, Tensor col_lse, Tensor kept, str similarity, int label_offset,"
+      " Tensor logit_scale, Tensor row_stats, Tensor col_stats, Tensor kept, str similarity, int label_offset,"
       " str precision, bool[3] needs) -> (Tensor grad_images, Tensor grad_texts, Tensor grad_logit_scale)");
   // The summed sigmoid loss and its gradients in one pass; `needs` says which of the embeddings' gradients to form.
   m.def(

@@ -12,36 +12,55 @@
 namespace gapkern::contrastive {
 namespace {
 
-// A value with a power-of-two reference: sum * 2^max.
-struct Scaled {
+// sum * 2^(k reference): a sum of exponentials about the largest logit seen so far.
+struct Exponentials {
   double sum = 0;
-  double max = -std::numeric_limits<double>::infinity();
-  void add(double other_sum, double other_max) {
-    if (other_max == max) {
+  double reference = 0;
+  bool empty = true;
+
+  void add(double other_sum, double other_reference, double k) {
+    if (empty || other_reference == reference) {
       sum += other_sum;
-    } else if (other_max > max) {
-      sum = sum * std::exp2(max - other_max) + other_sum;
-      max = other_max;
+      reference = other_reference;
+      empty = false;
+      return;
+    }
+    const double above = k * (other_reference - reference);
+    if (above > 0) {
+      sum = sum * std::exp2(-above) + other_sum;
+      reference = other_reference;
     } else {
-      sum += other_sum * std::exp2(other_max - max);
+      sum += other_sum * std::exp2(above);
     }
   }
-  double log2() const { return std::log2(sum) + max; }
+};
+
+// What the forward pass says of one side: the log-sum-exps, and for the backward pass their two parts apart, since
+// their sum would round where |k t| is large.
+struct Side {
+  double* lse;
+  double* reference;
+  double* log2;
+  void set(int64_t i, const Exponentials& e, double scale) const {
+    reference[i] = e.reference;
+    log2[i] = std::log2(e.sum);
+    lse[i] = scale * e.reference + log2[i] / kLog2e;
+  }
 };
 
 template <class T>
-void forward(const Problem<T>& p, double* row_lse, double* col_lse, double* positive, T* kept, int64_t kept_rows) {
+void forward(const Problem<T>& p, const Side& row_side, const Side& column_side, double* positive, T* kept,
+             int64_t kept_rows) {
   const Shape& s = p.engine.shape;
   const Buffer texts = p.pack_texts();
   const int64_t blocks = divide_up(p.chunk, p.block);
   const Buffer images(round_up(p.chunk, s.mr) * p.panel_bytes());
   const int64_t padded = p.stripes * kStripe;
-  std::vector<T> row_sum(p.stripes * p.chunk), row_max(p.tracked ? p.stripes * p.chunk : 0);
-  std::vector<T> col_sum(blocks * padded), col_max(p.tracked ? blocks * padded : 0);
+  std::vector<T> row_sum(p.stripes * p.chunk), row_largest(p.tracked ? p.stripes * p.chunk : 0);
+  std::vector<T> col_sum(blocks * padded), col_largest(p.tracked ? blocks * padded : 0);
   std::vector<T> label_t(p.n, std::numeric_limits<T>::quiet_NaN());
-  std::vector<Scaled> columns(p.m);
-  if (!p.tracked)
-    for (Scaled& c : columns) c.max = 0;
+  std::vector<Exponentials> columns(p.m);
+  const double k = p.logits(0, 0).k, sign = k < 0 ? -1 : 1;
 
   for (int64_t row0 = 0; row0 < p.n; row0 += p.chunk) {
     const int64_t rows = std::min(p.chunk, p.n - row0), here = divide_up(rows, p.block);
@@ -53,8 +72,8 @@ void forward(const Problem<T>& p, double* row_lse, double* col_lse, double* posi
       f.row_sum = row_sum.data() + t * p.chunk + i0;
       f.column_sum = col_sum.data() + b * padded + t * kStripe;
       if (p.tracked) {
-        f.row_max = row_max.data() + t * p.chunk + i0;
-        f.column_max = col_max.data() + b * padded + t * kStripe;
+        f.row_largest = row_largest.data() + t * p.chunk + i0;
+        f.column_largest = col_largest.data() + b * padded + t * kStripe;
       }
       // Whole blocks are kept or none, so that the backward pass finds each block in one place.
       if (row0 + i0 + f.rows <= kept_rows) {
@@ -66,11 +85,10 @@ void forward(const Problem<T>& p, double* row_lse, double* col_lse, double* posi
     });
     parallel(divide_up(rows, 64), [&](int64_t g) {
       for (int64_t i = g * 64; i < std::min(rows, g * 64 + 64); ++i) {
-        Scaled total;
-        if (!p.tracked) total.max = 0;
+        Exponentials total;
         for (int64_t t = 0; t < p.stripes; ++t)
-          total.add(row_sum[t * p.chunk + i], p.tracked ? row_max[t * p.chunk + i] : T(0));
-        row_lse[row0 + i] = total.log2() / kLog2e;
+          total.add(row_sum[t * p.chunk + i], p.tracked ? sign * row_largest[t * p.chunk + i] : 0, k);
+        row_side.set(row0 + i, total, p.scale);
         positive[row0 + i] = p.scale * double(label_t[row0 + i]);
       }
     });
@@ -78,23 +96,25 @@ void forward(const Problem<T>& p, double* row_lse, double* col_lse, double* posi
       for (int64_t b = 0; b < here; ++b)
         for (int64_t j = 0; j < p.stripe_columns(t); ++j) {
           const int64_t at = b * padded + t * kStripe + j;
-          columns[t * p.stripe + j].add(col_sum[at], p.tracked ? col_max[at] : T(0));
+          columns[t * p.stripe + j].add(col_sum[at], p.tracked ? sign * col_largest[at] : 0, k);
         }
     });
   }
-  for (int64_t j = 0; j < p.m; ++j) col_lse[j] = columns[j].log2() / kLog2e;
+  for (int64_t j = 0; j < p.m; ++j) column_side.set(j, columns[j], p.scale);
 }
 
-// The weights and references of one side for GradientBlock.
+// The weights and references of one side for GradientBlock. stats [2, count]: references and log2 of the sums.
 template <class T>
 struct SideWeights {
-  std::vector<T> weight, lse;
-  SideWeights(const Problem<T>& p, const double* gradient, const double* lse_nat, int64_t count)
-      : weight(count + kSlack, T(0)), lse(p.tracked ? count + kSlack : 0, T(0)) {
+  std::vector<T> weight, reference, log2;
+  SideWeights(const Problem<T>& p, const double* gradient, const double* stats, int64_t count)
+      : weight(count + kSlack, T(0)), reference(p.tracked ? count + kSlack : 0, T(0)), log2(reference) {
     for (int64_t i = 0; i < count; ++i) {
-      const double log2 = lse_nat[i] * kLog2e;
-      weight[i] = T(p.tracked ? gradient[i] : gradient[i] * std::exp2(-log2));
-      if (p.tracked) lse[i] = T(log2);
+      const double log2_sum = stats[count + i];
+      weight[i] = T(p.tracked ? gradient[i] : gradient[i] * std::exp2(-log2_sum));
+      if (!p.tracked) continue;
+      reference[i] = T(stats[i]);
+      log2[i] = T(log2_sum);
     }
   }
 };
@@ -108,9 +128,9 @@ struct Gradients {
 
 template <class T>
 void backward(const Problem<T>& p, const double* grad_row, const double* grad_col, const double* grad_positive,
-              const double* row_lse, const double* col_lse, const T* kept, int64_t kept_rows, Gradients<T> out) {
+              const double* row_stats, const double* col_stats, const T* kept, int64_t kept_rows, Gradients<T> out) {
   const Shape& s = p.engine.shape;
-  const SideWeights<T> row_side(p, grad_row, row_lse, p.n), col_side(p, grad_col, col_lse, p.m);
+  const SideWeights<T> row_side(p, grad_row, row_stats, p.n), col_side(p, grad_col, col_stats, p.m);
   std::vector<T> label_weight(grad_positive, grad_positive + p.n);
   const bool euclidean = p.similarity == Similarity::sqeuclidean;
   const int64_t blocks = divide_up(p.chunk, p.block);
@@ -134,8 +154,10 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
       g.row_weight = row_side.weight.data() + row0 + i0;
       g.column_weight = col_side.weight.data() + col0;
       if (p.tracked) {
-        g.row_lse = row_side.lse.data() + row0 + i0;
-        g.column_lse = col_side.lse.data() + col0;
+        g.row_reference = row_side.reference.data() + row0 + i0;
+        g.row_log2 = row_side.log2.data() + row0 + i0;
+        g.column_reference = col_side.reference.data() + col0;
+        g.column_log2 = col_side.log2.data() + col0;
       }
       g.positive = label_weight.data() + row0 + i0;
       if (row0 + i0 + g.rows <= kept_rows) {
@@ -165,19 +187,22 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
 
 template <class T>
 void run_forward(const Arguments& a, const Tensor& images, const Tensor& texts, int64_t label_offset, Tensor& row_lse,
-                 Tensor& col_lse, Tensor& positive, Tensor& kept) {
+                 Tensor& col_lse, Tensor& positive, Tensor& row_stats, Tensor& col_stats, Tensor& kept) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),
                      y.size(0), x.size(1), a.scale, a.similarity, label_offset);
-  forward<T>(p, row_lse.mutable_data_ptr<double>(), col_lse.mutable_data_ptr<double>(),
-             positive.mutable_data_ptr<double>(), kept.size(0) ? kept.template mutable_data_ptr<T>() : nullptr,
-             kept.size(0));
+  const auto side = [](Tensor& lse, Tensor& stats) -> Side {
+    double* both = stats.mutable_data_ptr<double>();
+    return {lse.mutable_data_ptr<double>(), both, both + stats.size(1)};
+  };
+  forward<T>(p, side(row_lse, row_stats), side(col_lse, col_stats), positive.mutable_data_ptr<double>(),
+             kept.size(0) ? kept.template mutable_data_ptr<T>() : nullptr, kept.size(0));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_lse(const Tensor& images, const Tensor& texts,
-                                                           const Tensor& logit_scale, std::string similarity,
-                                                           int64_t label_offset, std::string precision,
-                                                           int64_t work_bytes) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_lse(const Tensor& images, const Tensor& texts,
+                                                                           const Tensor& logit_scale,
+                                                                           std::string similarity, int64_t label_offset,
+                                                                           std::string precision, int64_t work_bytes) {
   const Arguments a = check(images, texts, logit_scale, similarity, precision);
   const int64_t n = images.size(0), m = texts.size(0);
   STD_TORCH_CHECK(label_offset >= 0 && label_offset + n <= m,
@@ -185,19 +210,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_lse(const Tensor& images,
   const int64_t item = a.type == ScalarType::Double ? 8 : 4;
   Tensor row_lse = empty(images, {n}, ScalarType::Double), col_lse = empty(images, {m}, ScalarType::Double);
   Tensor positive = empty(images, {n}, ScalarType::Double);
+  Tensor row_stats = empty(images, {2, n}, ScalarType::Double), col_stats = empty(images, {2, m}, ScalarType::Double);
   Tensor kept = empty(images, {std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item)), m}, a.type);
   if (a.type == ScalarType::Double)
-    run_forward<double>(a, images, texts, label_offset, row_lse, col_lse, positive, kept);
+    run_forward<double>(a, images, texts, label_offset, row_lse, col_lse, positive, row_stats, col_stats, kept);
   else
-    run_forward<float>(a, images, texts, label_offset, row_lse, col_lse, positive, kept);
-  return {row_lse, col_lse, positive, kept};
+    run_forward<float>(a, images, texts, label_offset, row_lse, col_lse, positive, row_stats, col_stats, kept);
+  return {row_lse, col_lse, positive, row_stats, col_stats, kept};
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor& grad_row, const Tensor& grad_col,
                                                 const Tensor& grad_positive, const Tensor& images, const Tensor& texts,
-                                                const Tensor& logit_scale, const Tensor& row_lse, const Tensor& col_lse,
-                                                const Tensor& kept, int64_t label_offset,
+                                                const Tensor& logit_scale, const Tensor& row_stats,
+                                                const Tensor& col_stats, const Tensor& kept, int64_t label_offset,
                                                 const std::vector<bool>& needs) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),
@@ -210,10 +236,10 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor
   double dscale = 0;
   const Tensor gr = as_type(grad_row, ScalarType::Double), gc = as_type(grad_col, ScalarType::Double);
   const Tensor gp = as_type(grad_positive, ScalarType::Double);
-  const Tensor rl = as_type(row_lse, ScalarType::Double), cl = as_type(col_lse, ScalarType::Double);
+  const Tensor rs = as_type(row_stats, ScalarType::Double), cs = as_type(col_stats, ScalarType::Double);
   const Tensor saved = torch::stable::contiguous(kept);
   backward<T>(p, gr.const_data_ptr<double>(), gc.const_data_ptr<double>(), gp.const_data_ptr<double>(),
-              rl.const_data_ptr<double>(), cl.const_data_ptr<double>(),
+              rs.const_data_ptr<double>(), cs.const_data_ptr<double>(),
               saved.size(0) ? saved.template const_data_ptr<T>() : nullptr, saved.size(0),
               {needs[0] ? dx.template mutable_data_ptr<T>() : nullptr,
                needs[1] ? dy.template mutable_data_ptr<T>() : nullptr, &dscale});
@@ -227,18 +253,19 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_lse_backward(
     const Tensor& grad_row, const Tensor& grad_col, const Tensor& grad_positive, const Tensor& images,
-    const Tensor& texts, const Tensor& logit_scale, const Tensor& row_lse, const Tensor& col_lse, const Tensor& kept,
-    std::string similarity, int64_t label_offset, std::string precision, std::vector<bool> needs) {
+    const Tensor& texts, const Tensor& logit_scale, const Tensor& row_stats, const Tensor& col_stats,
+    const Tensor& kept, std::string similarity, int64_t label_offset, std::string precision, std::vector<bool> needs) {
   const Arguments a = check(images, texts, logit_scale, similarity, precision);
   STD_TORCH_CHECK(needs.size() == 3, "needs: expected three flags");
   STD_TORCH_CHECK(grad_row.numel() == images.size(0) && grad_positive.numel() == images.size(0) &&
-                      grad_col.numel() == texts.size(0),
+                      grad_col.numel() == texts.size(0) && row_stats.numel() == 2 * images.size(0) &&
+                      col_stats.numel() == 2 * texts.size(0),
                   "contrastive_lse_backward: gradients do not match images and texts");
   if (a.type == ScalarType::Double)
-    return run_backward<double>(a, grad_row, grad_col, grad_positive, images, texts, logit_scale, row_lse, col_lse,
+    return run_backward<double>(a, grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats,
                                 kept, label_offset, needs);
-  return run_backward<float>(a, grad_row, grad_col, grad_positive, images, texts, logit_scale, row_lse, col_lse, kept,
-                             label_offset, needs);
+  return run_backward<float>(a, grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats,
+                             kept, label_offset, needs);
 }
 
 }  // namespace

@@ -222,33 +222,34 @@ template <class T>
 GAPKERN_INLINE void sum_exponentials_tracked(const ForwardBlock<T>& b, T* tile, int rows, int64_t i0) {
   using V = typename Vec<T>::type;
   const V lowest = splat<T>(T(-__builtin_inf()));
+  const T sign = b.logits.k < 0 ? T(-1) : T(1), k = b.logits.k * sign;
   V row_sum[kRows] = {};
-  V row_max[kRows];
+  V row_largest[kRows];
   for (int r = 0; r < rows; ++r) {
     V best = lowest;
     for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
-      V s = load(tile + r * kStripe + j) * b.logits.k;
-      if (j + Vec<T>::size > b.cols) s = lanes_below<T>(j, b.cols) ? s : lowest;
-      store(tile + r * kStripe + j, s);
-      best = best < s ? s : best;
+      V t = load(tile + r * kStripe + j) * sign;
+      if (j + Vec<T>::size > b.cols) t = lanes_below<T>(j, b.cols) ? t : lowest;
+      store(tile + r * kStripe + j, t);
+      best = best < t ? t : best;
     }
-    b.row_max[i0 + r] = largest<T>(best);
-    row_max[r] = splat<T>(b.row_max[i0 + r]);
+    b.row_largest[i0 + r] = largest<T>(best);
+    row_largest[r] = splat<T>(b.row_largest[i0 + r]);
   }
   for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
-    const V before = load(b.column_max + j);
+    const V before = load(b.column_largest + j);
     V best = before;
     for (int r = 0; r < rows; ++r) {
-      const V s = load(tile + r * kStripe + j);
-      best = best < s ? s : best;
+      const V t = load(tile + r * kStripe + j);
+      best = best < t ? t : best;
     }
-    V column = load(b.column_sum + j) * exp2(before - best);
+    V column = load(b.column_sum + j) * exp2((before - best) * k);
     for (int r = 0; r < rows; ++r) {
-      const V s = load(tile + r * kStripe + j);
-      column += exp2(s - best);
-      row_sum[r] += exp2(s - row_max[r]);
+      const V t = load(tile + r * kStripe + j);
+      column += exp2((t - best) * k);
+      row_sum[r] += exp2((t - row_largest[r]) * k);
     }
-    store(b.column_max + j, best);
+    store(b.column_largest + j, best);
     store(b.column_sum + j, column);
   }
   for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
@@ -260,7 +261,7 @@ void forward(const ForwardBlock<typename E::T>& b) {
   alignas(64) T tile[kRows * kStripe];
   for (int64_t j = 0; j < kStripe; ++j) {
     b.column_sum[j] = T(0);
-    if (b.tracked) b.column_max[j] = T(-__builtin_inf());
+    if (b.tracked) b.column_largest[j] = T(-__builtin_inf());
   }
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
@@ -290,15 +291,17 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int row
     const bool labelled = label >= 0 && label < b.cols;
     const T label_t = labelled ? t[label] : T(0);
     const V weight = splat<T>(b.row_weight[i0 + r]);
-    const V reference = splat<T>(kTracked ? b.row_lse[i0 + r] : T(0));
+    const V reference = splat<T>(kTracked ? b.row_reference[i0 + r] : T(0));
+    const V log2 = splat<T>(kTracked ? b.row_log2[i0 + r] : T(0));
     V dot{}, row{};
     for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
-      const V value = load(t + j), s = value * b.logits.k, column = load(b.column_weight + j);
+      const V value = load(t + j), column = load(b.column_weight + j);
       V d;
       if (kTracked)
-        d = weight * exp2(s - reference) + column * exp2(s - load(b.column_lse + j));
+        d = weight * exp2((value - reference) * b.logits.k - log2) +
+            column * exp2((value - load(b.column_reference + j)) * b.logits.k - load(b.column_log2 + j));
       else
-        d = exp2(s) * (weight + column);
+        d = exp2(value * b.logits.k) * (weight + column);
       V product = d * value;
       if (j + Vec<T>::size > b.cols) {
         const auto inside = lanes_below<T>(j, b.cols);

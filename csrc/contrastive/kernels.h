@@ -55,29 +55,32 @@ struct GradientOutput {
   double* scale_sum;  // sum of dS t over the block
 };
 
+// References are logits in units of t, times the sign of k: differences t - t' of near logits are exact, whatever k is.
 template <class T>
 struct ForwardBlock : LogitBlock<T> {
-  bool tracked;   // false: |k t| is small and exponentials need no reference; true: a maximum per row and column
-  T* row_sum;     // out [rows]  sum over the stripe of 2^(k t - row_max)
-  T* row_max;     // out [rows]  tracked only
-  T* column_sum;  // out [kStripe]
-  T* column_max;  // out [kStripe]
-  T* positive;    // out [rows]: t at the label, where the stripe holds it
-  T* keep;        // out: t, leading dimension keep_stride; null: not kept
+  bool tracked;       // false: |k t| is small and exponentials need no reference; true: the largest logit is it
+  T* row_sum;         // out [rows]  sum over the stripe of 2^(k (t - reference))
+  T* row_largest;     // out [rows]  tracked only: sign(k) times the row's reference
+  T* column_sum;      // out [kStripe]
+  T* column_largest;  // out [kStripe]
+  T* positive;        // out [rows]: t at the label, where the stripe holds it
+  T* keep;            // out: t, leading dimension keep_stride; null: not kept
   int64_t keep_stride;
 };
 
 // The same block in the backward pass.
-//   tracked:    dS = a_i 2^(k t - row_lse_i) + b_j 2^(k t - column_lse_j)
+//   tracked:    dS = a_i 2^(k (t - row_reference_i) - row_log2_i) + b_j 2^(k (t - column_reference_j) - column_log2_j)
 //   otherwise:  dS = 2^(k t) (a_i + b_j)
 // plus positive_i at the label of row i, all in T, rounded once.
 template <class T>
 struct GradientBlock : LogitBlock<T> {
   bool tracked;
-  const T* row_weight;     // a [rows]
-  const T* row_lse;        // log2
+  const T* row_weight;  // a [rows]
+  const T* row_reference;
+  const T* row_log2;       // log2 of the row's sum about its reference
   const T* column_weight;  // b [cols]
-  const T* column_lse;
+  const T* column_reference;
+  const T* column_log2;
   const T* positive;  // [rows]
   const T* kept;      // t from the forward pass, or null to recompute it
   int64_t kept_stride;

@@ -38,7 +38,7 @@ def lse_pair(
         >>> [round(v, 4) for v in (row - positive).tolist()]
         [0.2395, 0.2395, 0.2395]
     """
-    row, col, positive, _ = torch.ops.gapkern.contrastive_lse(
+    row, col, positive, *_ = torch.ops.gapkern.contrastive_lse(
         images, texts, logit_scale, similarity, label_offset, precision, work_bytes
     )
     return row, col, positive
@@ -124,13 +124,15 @@ def _(images, texts, logit_scale, similarity, label_offset, precision, work_byte
         images.new_empty((n,), dtype=torch.float64),
         images.new_empty((m,), dtype=torch.float64),
         images.new_empty((n,), dtype=torch.float64),
+        images.new_empty((2, n), dtype=torch.float64),
+        images.new_empty((2, m), dtype=torch.float64),
         images.new_empty((rows, m), dtype=torch.float64 if double else torch.float32),
     )
 
 
 @torch.library.register_fake("gapkern::contrastive_lse_backward")
 def _(
-    grad_row, grad_col, grad_positive, images, texts, logit_scale, row_lse, col_lse, kept, similarity, label_offset,
+    grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats, kept, similarity, label_offset,
     precision, needs,
 ):  # fmt: skip
     return (
@@ -142,20 +144,20 @@ def _(
 
 def _save(ctx, inputs, output):
     images, texts, logit_scale, ctx.similarity, ctx.label_offset, ctx.precision, _ = inputs
-    row_lse, col_lse, _, kept = output
-    ctx.mark_non_differentiable(kept)
+    stats_and_kept = output[3:]
+    ctx.mark_non_differentiable(*stats_and_kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(images, texts, logit_scale, row_lse, col_lse, kept)
+    ctx.save_for_backward(images, texts, logit_scale, *stats_and_kept)
 
 
-def _backward(ctx, grad_row, grad_col, grad_positive, _):
-    images, texts, logit_scale, row_lse, col_lse, kept = ctx.saved_tensors
+def _backward(ctx, grad_row, grad_col, grad_positive, *_):
+    images, texts, logit_scale, row_stats, col_stats, kept = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grad_row = torch.zeros_like(row_lse) if grad_row is None else grad_row
-    grad_col = torch.zeros_like(col_lse) if grad_col is None else grad_col
-    grad_positive = torch.zeros_like(row_lse) if grad_positive is None else grad_positive
+    grad_row = row_stats.new_zeros(images.shape[0]) if grad_row is None else grad_row
+    grad_col = col_stats.new_zeros(texts.shape[0]) if grad_col is None else grad_col
+    grad_positive = row_stats.new_zeros(images.shape[0]) if grad_positive is None else grad_positive
     dx, dy, ds = torch.ops.gapkern.contrastive_lse_backward(
-        grad_row, grad_col, grad_positive, images, texts, logit_scale, row_lse, col_lse, kept,
+        grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats, kept,
         ctx.similarity, ctx.label_offset, ctx.precision, needs,
     )  # fmt: skip
     return (
