@@ -105,17 +105,11 @@ class Problem {
     });
   }
 
-  // The rows of `side` as right-hand sides of a product; depth steps are rows.
-  void pack_slices(const T* side, int64_t rows, const Buffer& packed) const {
-    const Shape& s = engine.shape;
-    const int64_t bytes = slice_bytes(rows);
-    parallel(divide_up(d, s.nr),
-             [&](int64_t i) { engine.pack_slice(side, rows, d, i, centre_or_null(), packed.at(i * bytes)); });
-  }
+  int64_t slices() const { return divide_up(d, engine.shape.nr); }
+  int slice_columns(int64_t i) const { return int(std::min<int64_t>(engine.shape.nr, d - i * engine.shape.nr)); }
   int64_t slice_bytes(int64_t rows) const {
     return divide_up(rows, engine.shape.group) * engine.shape.nr * engine.shape.word;
   }
-  int64_t slices_bytes(int64_t rows) const { return divide_up(d, engine.shape.nr) * slice_bytes(rows); }
   int64_t panel_bytes() const { return words * engine.shape.word; }  // per row or column of a panel
   int64_t stripe_columns(int64_t t) const { return std::min(stripe, m - t * stripe); }
 
@@ -174,11 +168,7 @@ class LogitGradients {
     // The register tile reads up to mr rows (or columns) past the last; what it finds there is not used.
     if (images || texts) by_rows = Buffer((p.stripes * rows_words + s.mr * row_stride(s.group)) * s.word);
     if ((images || texts) && s.group > 1) by_columns = Buffer((p.stripes * columns_words + s.mr) * s.word);
-    if (images) {
-      text_slices = Buffer(p.slices_bytes(p.m));
-      p.pack_slices(p.y, p.m, text_slices);
-    }
-    if (texts) image_slices = Buffer(p.slices_bytes(p.chunk));
+    if (texts) image_slices = Buffer(p.slices() * p.slice_bytes(p.chunk));
   }
 
   // Where the block of stripe t that starts at row i0 of the chunk writes its dS.
@@ -217,42 +207,39 @@ class LogitGradients {
     });
   }
 
+  // Each thread packs the slices of the texts it is about to use: they are used for all its rows, and packing them
+  // ahead would hold a second copy of the texts.
   void multiply_images(int64_t row0, int64_t rows) const {
     const Shape& s = p.engine.shape;
     torch::stable::parallel_for(0, divide_up(rows, s.mr), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = 0; t < p.stripes; ++t) {
-        ProductBlock<T> product{};
-        product.a = by_rows.at((t * rows_words + begin * s.mr * row_stride(s.group)) * s.word);
-        product.slices = text_slices.at();
-        product.slice_depth = divide_up(p.m, s.group);
-        product.first = t * p.stripe / s.group;
-        product.depth = divide_up(p.stripe_columns(t), s.group);
-        product.rows = std::min(rows, end * s.mr) - begin * s.mr;
-        product.width = p.d;
-        product.c = images + (row0 + begin * s.mr) * p.d;
-        p.engine.product_rows(product);
-      }
+      const Buffer slice(p.slice_bytes(p.stripe));
+      for (int64_t t = 0; t < p.stripes; ++t)
+        for (int64_t i = 0; i < p.slices(); ++i) {
+          const int64_t depth = p.stripe_columns(t), first = row0 + begin * s.mr;
+          p.engine.pack_slice(p.y + t * p.stripe * p.d, depth, p.d, i, p.centre_or_null(), slice.at());
+          p.engine.product_rows({by_rows.at((t * rows_words + begin * s.mr * row_stride(s.group)) * s.word), slice.at(),
+                                 divide_up(depth, s.group), std::min(rows, end * s.mr) - begin * s.mr,
+                                 p.slice_columns(i), images + first * p.d + i * s.nr, p.d});
+        }
     });
   }
 
   void multiply_texts(int64_t row0, int64_t rows) const {
     const Shape& s = p.engine.shape;
-    p.pack_slices(p.x + row0 * p.d, rows, image_slices);
+    const int64_t bytes = p.slice_bytes(rows);
+    parallel(p.slices(), [&](int64_t i) {
+      p.engine.pack_slice(p.x + row0 * p.d, rows, p.d, i, p.centre_or_null(), image_slices.at(i * bytes));
+    });
     const Buffer& a = s.group > 1 ? by_columns : by_rows;
     const int64_t per_stripe = divide_up(p.stripe, s.mr);
     torch::stable::parallel_for(0, p.stripes * per_stripe, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin / per_stripe; t * per_stripe < end; ++t) {
         const int64_t from = std::max(begin - t * per_stripe, int64_t(0)) * s.mr;
         const int64_t to = std::min((end - t * per_stripe) * s.mr, p.stripe_columns(t));
-        if (from >= to) continue;
-        ProductBlock<T> product{};
-        product.a = a.at((t * columns_words + from) * s.word);
-        product.slices = image_slices.at();
-        product.slice_depth = product.depth = divide_up(rows, s.group);
-        product.rows = to - from;
-        product.width = p.d;
-        product.c = texts + (t * p.stripe + from) * p.d;
-        p.engine.product_columns(product);
+        for (int64_t i = 0; from < to && i < p.slices(); ++i)
+          p.engine.product_columns({a.at((t * columns_words + from) * s.word), image_slices.at(i * bytes),
+                                    divide_up(rows, s.group), to - from, p.slice_columns(i),
+                                    texts + (t * p.stripe + from) * p.d + i * s.nr, p.d});
       }
     });
   }
@@ -260,7 +247,7 @@ class LogitGradients {
   const Problem<T>& p;
   T *images, *texts;
   int64_t rows_words, columns_words;  // of one stripe
-  Buffer by_rows, by_columns, text_slices, image_slices;
+  Buffer by_rows, by_columns, image_slices;
 };
 
 }  // namespace gapkern::contrastive

@@ -32,6 +32,8 @@ struct Plain {
   GAPKERN_INLINE Operand operand(const Word* p) { return load(p); }
   GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) { return c + a * b; }
   GAPKERN_INLINE Word word(T x, T) { return x; }
+  // One vector of a packed depth step, from the row (or pair of rows) it is made of.
+  GAPKERN_INLINE void pack(V first, V, Word* out) { store(out, first); }
 };
 
 #if defined(GAPKERN_ISA_avx512bf16)
@@ -53,6 +55,11 @@ struct Pairs {
     return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
   }
   GAPKERN_INLINE Word word(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
+  GAPKERN_INLINE void pack(V first, V second, Word* out) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
 };
 #endif
 
@@ -149,19 +156,29 @@ template <class E>
 void pack_slice(const typename E::T* x, int64_t rows, int64_t width, int64_t slice, const typename E::T* centre,
                 void* packed) {
   using T = typename E::T;
-  constexpr int nr = kWidth<E>;
+  using V = typename E::V;
+  constexpr int nr = kWidth<E>, lanes = Vec<T>::size;
   auto* out = static_cast<typename E::Word*>(packed);
   const int64_t d0 = slice * nr, cols = width - d0 < nr ? width - d0 : nr;
   const int64_t words = (rows + E::group - 1) / E::group;
-  for (int64_t k = 0; k < words; ++k, out += nr)
-    for (int64_t j = 0; j < nr; ++j) {
-      T pair[2] = {T(0), T(0)};
-      for (int g = 0; g < E::group; ++g) {
-        const int64_t r = k * E::group + g;
-        if (r < rows && j < cols) pair[g] = x[r * width + d0 + j] - (centre == nullptr ? T(0) : centre[d0 + j]);
+  T shift[nr] = {};
+  for (int64_t j = 0; centre != nullptr && j < cols; ++j) shift[j] = centre[d0 + j];
+  for (int64_t k = 0; k < words; ++k, out += nr) {
+    const T* first = x + k * E::group * width + d0;
+    const bool both = k * E::group + E::group <= rows;
+    if (cols == nr) {
+      for (int j = 0; j < nr; j += lanes) {
+        const V second = both ? load(first + (E::group - 1) * width + j) - load(shift + j) : V{};
+        E::pack(load(first + j) - load(shift + j), second, out + j);
       }
-      out[j] = E::word(pair[0], pair[E::group - 1]);
+      continue;
     }
+    for (int64_t j = 0; j < nr; ++j) {
+      const T low = j < cols ? first[j] - shift[j] : T(0);
+      const T high = j < cols && both ? first[(E::group - 1) * width + j] - shift[j] : T(0);
+      out[j] = E::word(low, high);
+    }
+  }
 }
 
 // All ones in the lanes of columns [j, j + size) that are below cols.
@@ -439,17 +456,13 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
 
 template <class E, bool kAlongRows>
 void product(const ProductBlock<typename E::T>& b) {
-  constexpr int nr = kWidth<E>, along = row_stride(E::group), down = column_stride(E::group);
+  constexpr int along = row_stride(E::group), down = column_stride(E::group);
   const auto* a = static_cast<const typename E::Word*>(b.a);
-  const auto* slices = static_cast<const typename E::Word*>(b.slices);
-  for (int64_t d = 0; d < b.width; d += nr) {
-    const auto* slice = slices + d * b.slice_depth + b.first * nr;
-    const int cols = b.width - d < nr ? int(b.width - d) : nr;
-    for (int64_t i = 0; i < b.rows; i += kRows) {
-      const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
-      tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, Result::add>(
-          a + (kAlongRows ? i * along : i), slice, b.depth, b.c + i * b.width + d, b.width, rows, cols);
-    }
+  const auto* slice = static_cast<const typename E::Word*>(b.slice);
+  for (int64_t i = 0; i < b.rows; i += kRows) {
+    const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
+    tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, Result::add>(
+        a + (kAlongRows ? i * along : i), slice, b.depth, b.c + i * b.c_stride, b.c_stride, rows, b.cols);
   }
 }
 

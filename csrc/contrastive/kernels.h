@@ -99,15 +99,15 @@ struct SigmoidBlock : LogitBlock<T> {
   GradientOutput out;
 };
 
-// C [rows, D] += A B: A is dS of one stripe, B the slices of the other side from depth step `first` on.
+// C [rows, cols] += A B: A is dS of one stripe, B one packed slice of the other side, cols <= nr.
 template <class T>
 struct ProductBlock {
   const void* a;
-  const void* slices;
-  int64_t slice_depth;  // depth steps of a whole slice
-  int64_t first, depth;
-  int64_t rows, width;  // width = D
-  T* c;                 // leading dimension `width`
+  const void* slice;
+  int64_t depth, rows;
+  int cols;
+  T* c;
+  int64_t c_stride;
 };
 
 template <class T>
