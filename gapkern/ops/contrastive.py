@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gapkern.ops import chunked
+
 
 def lse_pair(
     images: Tensor,
@@ -197,6 +199,8 @@ def _autocast(operator, device: str):
     return call
 
 
-for _operator in (torch.ops.gapkern.contrastive_lse, torch.ops.gapkern.sigmoid_loss):
+for _name in ("contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"):
+    _library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
+for _name in ("contrastive_lse", "sigmoid_loss"):
     for _device in ("cpu", "cuda"):
-        _library.impl(_operator.default, _autocast(_operator, _device), f"Autocast{_device.upper()}")
+        _library.impl(_name, _autocast(getattr(torch.ops.gapkern, _name), _device), f"Autocast{_device.upper()}")
