@@ -5,6 +5,7 @@ PyTorch is located, never imported: a build needs its headers and libraries, not
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,11 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
+OLDEST_SETUPTOOLS = 77  # the first to read the SPDX licence in pyproject.toml
 
 
 def fail(message):
@@ -75,16 +78,27 @@ def jobs():
     return int(asked)
 
 
+def pybind11_directory():
+    try:
+        import pybind11
+    except ImportError:
+        fail("pybind11 is missing from the build environment; run `pip install pybind11`")
+    return pybind11.get_cmake_dir()
+
+
+def cuda_wish():
+    wish = os.environ.get("GAPKERN_CUDA") or "auto"
+    if wish.lower() not in ("auto", "on", "off"):
+        fail(f"GAPKERN_CUDA must be auto, on or off, got {wish!r}")
+    return wish.lower()
+
+
 class CMakeBuild(build_ext):
     """Builds every native library in one CMake run and installs it beside the Python files."""
 
     def run(self):
+        cuda, parallel = cuda_wish(), jobs()
         check_compiler()
-        cuda = os.environ.get("GAPKERN_CUDA", "auto").lower()
-        if cuda not in ("auto", "on", "off"):
-            fail(f"GAPKERN_CUDA must be auto, on or off, got {cuda!r}")
-        import pybind11
-
         (extension,) = self.extensions
         package = Path(self.get_ext_fullpath(extension.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -98,29 +112,56 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11_directory()}",
             f"-DGAPKERN_TORCH={torch_directory()}",
             f"-DGAPKERN_CUDA={cuda}",
             f"-DGAPKERN_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
         ]  # fmt: skip
+        self.prepare(build, configure)
         self.step(configure, build)
-        self.step([cmake, "--build", str(build), "--parallel", str(jobs())], build)
+        self.step([cmake, "--build", str(build), "--parallel", str(parallel)], build)
+        # What an earlier build with other switches installed must not outlive it.
+        shutil.rmtree(package / "lib", ignore_errors=True)
         self.step([cmake, "--install", str(build)], build)
 
+    def prepare(self, build, configure):
+        """Starts the log, and drops CMake's cache where it was made for other tools or another place."""
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.log").write_text("")
+        tools = {
+            name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
+        }
+        signature = json.dumps([configure, tools])
+        remembered = build / "configured-for.json"
+        if not remembered.exists() or remembered.read_text() != signature:
+            (build / "CMakeCache.txt").unlink(missing_ok=True)
+            shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+            remembered.write_text(signature)
+
     def step(self, command, build):
-        """Runs one CMake step; on failure shows what it printed, then one line that says what failed."""
+        """Runs one CMake step; its output goes to build.log. A known reason for a failure is one line."""
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with open(build / "build.log", "a") as log:
+            log.write(result.stdout)
+        reason = (
+            re.search(r"gapkern: .*?(?=\n\n|\n--|\Z)", result.stdout, re.S) if result.returncode else None
+        )
+        if reason and result.returncode:
+            fail(" ".join(reason[0].split()).removeprefix("gapkern: "))
         for line in result.stdout.splitlines():
             if result.returncode or self.verbose > 1 or "gapkern:" in line:
                 print(line.removeprefix("-- "), file=sys.stderr)
         if result.returncode:
-            reason = re.search(r"gapkern: .*?(?=\n\n|\n--|\Z)", result.stdout, re.S)
-            text = " ".join(reason[0].split()) if reason else f"the native build failed (see above, and {build})"
-            fail(text.removeprefix("gapkern: "))
+            fail(f"the native build failed; the compiler's words are above and in {build / 'build.log'}")
 
     def get_outputs(self):
         package = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
         return [str(path) for path in [*package.glob("_core*"), *package.glob("lib/*")]]
 
 
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    fail(
+        f"needs setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}; "
+        "run `pip install -U setuptools`"
+    )
 setup(ext_modules=[Extension("gapkern._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import torch
 from gapkern._version import __version__
 
 _PACKAGE = Path(__file__).resolve().parent
-_REBUILD = "rebuild with `pip install --no-build-isolation .` (in a checkout: `make build`)"
+_REBUILD = (
+    "rebuild with `make build` or `pip install --no-build-isolation -e .`"
+    if (_PACKAGE.parent / "CMakeLists.txt").exists()
+    else "reinstall with `pip install --force-reinstall --no-deps gapkern`"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def status() -> list[LibraryStatus]:
 
 
 def sources_digest(root: Path) -> str | None:
-    """SHA-256 over csrc/ below `root`, as cmake/WriteBuildFacts.cmake computes it; None outside a checkout."""
+    """SHA-256 over csrc/ below `root`, as cmake/WriteBuildFacts.cmake does; None outside a checkout."""
     if not (root / "CMakeLists.txt").exists():
         return None
     suffixes = {".h", ".cpp", ".cu", ".cuh"}
@@ -59,11 +64,27 @@ def _check_fresh(facts: dict[str, str]) -> None:
 
 
 def _find(name: str) -> Path | None:
-    return next((path for path in (_PACKAGE / "lib").glob(f"{name}.*") if path.suffix in (".so", ".dylib")), None)
+    return next(
+        (path for path in (_PACKAGE / "lib").glob(f"{name}.*") if path.suffix in (".so", ".dylib")), None
+    )
 
 
 def load() -> None:
-    """Loads what this installation has. The CPU library is required, the CUDA library optional."""
+    """Loads what this installation has. The CPU library is required, the CUDA library optional.
+
+    Raises:
+        ImportError: a required library is absent, stale or unloadable; in one line, with what to do about it.
+        SystemExit: the same, where this import is the first step of the command line `gapkern`.
+    """
+    try:
+        _load_all()
+    except ImportError as error:
+        if Path(sys.argv[0]).stem == "gapkern" or (sys.argv[0] == "-m" and "gapkern" in sys.orig_argv):
+            sys.exit(str(error))
+        raise
+
+
+def _load_all() -> None:
     try:
         from gapkern import _core
     except ImportError as error:

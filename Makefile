@@ -1,0 +1,94 @@
+# Everything works from a bare checkout: each target first makes .venv, installs what it needs and builds the native
+# libraries. Stamp files remember what is done, so a second run starts at once.
+#
+#   PYTHON=python3.12           the interpreter .venv is made with
+#   GAPKERN_CUDA=auto|on|off    build the CUDA library (auto: when nvcc is found)
+#   TORCH_CUDA_ARCH_LIST=9.0a   CUDA architectures      MAX_JOBS=2   parallel compilations
+#   DEMO_ARGS=  TEST_ARGS=  BENCH_ARGS=                 passed on to the command
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py gapkern/_version.py
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(origin CXX):$(CXX) CUDACXX=$(CUDACXX)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint mypy format bench build clean distclean FORCE
+
+help:
+	@echo "make demo    train on handwritten digits, measure the modality gap, close it, write a report"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
+	@echo "make bench   time the kernels against plain PyTorch and open_clip"
+	@echo "make build   set up $(VENV) and build the native libraries there"
+	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
+
+demo: $(STAMPS)/demo
+	$(BIN)/gapkern demo $(DEMO_ARGS)
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: $(STAMPS)/test
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+build: $(STAMPS)/build
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+mypy: $(STAMPS)/lint
+	$(BIN)/mypy
+
+format: $(STAMPS)/lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info gapkern/lib gapkern/_core*.so $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find gapkern tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("gapkern: needs Python >= 3.10, but \
+	$(PYTHON) is " + sys.version.split()[0] + "; name another one, as in: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(@D) && touch $@
+
+# The build requirements are installed first and pip's build isolation is off: an isolated build would download
+# PyTorch a second time.
+$(STAMPS)/requirements: pyproject.toml $(STAMPS)/venv
+	@echo "Installing PyTorch and the build tools into $(VENV) (several GB the first time) ..."
+	@$(BIN)/python -c 'import re, ast; print(*ast.literal_eval(re.search(r"^requires = (\[.*\])", \
+	open("pyproject.toml").read(), re.M)[1]), sep="\n")' > $(STAMPS)/requirements.txt
+	$(PIP) -r $(STAMPS)/requirements.txt
+	@touch $@
+
+$(STAMPS)/settings: FORCE | $(STAMPS)/venv
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+
+$(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings
+	@echo "Building the native libraries ..."
+	$(PIP) --no-build-isolation -e .
+	@sed -n 's/^-- \(gapkern: \)/\1/p' build/cmake-*/build.log
+	@touch $@
+
+$(STAMPS)/demo $(STAMPS)/test: pyproject.toml | $(STAMPS)/build
+	@echo "Installing what 'make $(@F)' needs ..."
+	$(PIP) --no-build-isolation -e '.[$(@F)]'
+	@touch $@
+
+$(STAMPS)/lint: pyproject.toml | $(STAMPS)/build
+	$(PIP) --no-build-isolation -e '.[lint]'
+	@touch $@
