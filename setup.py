@@ -128,9 +128,7 @@ class CMakeBuild(build_ext):
         """Starts the log, and drops CMake's cache where it was made for other tools or another place."""
         build.mkdir(parents=True, exist_ok=True)
         (build / "build.log").write_text("")
-        tools = {
-            name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX", "CUDA_HOME", "CUDA_PATH")
-        }
+        tools = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX", "CUDA_HOME", "CUDA_PATH")}
         signature = json.dumps([configure, tools])
         remembered = build / "configured-for.json"
         if not remembered.exists() or remembered.read_text() != signature:
@@ -143,9 +141,7 @@ class CMakeBuild(build_ext):
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         with open(build / "build.log", "a") as log:
             log.write(result.stdout)
-        reason = (
-            re.search(r"gapkern: .*?(?=\n\n|\n--|\Z)", result.stdout, re.S) if result.returncode else None
-        )
+        reason = re.search(r"gapkern: .*?(?=\n\n|\n--|\Z)", result.stdout, re.S) if result.returncode else None
         if reason and result.returncode:
             fail(" ".join(reason[0].split()).removeprefix("gapkern: "))
         for line in result.stdout.splitlines():
@@ -160,8 +156,5 @@ class CMakeBuild(build_ext):
 
 
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
-    fail(
-        f"needs setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}; "
-        "run `pip install -U setuptools`"
-    )
+    fail(f"needs setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}; run `pip install -U setuptools`")
 setup(ext_modules=[Extension("gapkern._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -64,9 +64,7 @@ def _check_fresh(facts: dict[str, str]) -> None:
 
 
 def _find(name: str) -> Path | None:
-    return next(
-        (path for path in (_PACKAGE / "lib").glob(f"{name}.*") if path.suffix in (".so", ".dylib")), None
-    )
+    return next((path for path in (_PACKAGE / "lib").glob(f"{name}.*") if path.suffix in (".so", ".dylib")), None)
 
 
 def load() -> None:

@@ -58,9 +58,7 @@ def test_three_way_allows_pytorchs_own_error_and_no_more():
     own = compare(rounded, truth).relative_l2
     assert own > 1e-4
     assert_three_way(rounded, rounded, truth, margin=0.0)
-    with pytest.raises(
-        AssertionError, match=r"gradient: error above PyTorch's own[\s\S]*ours:[\s\S]*PyTorch:"
-    ):
+    with pytest.raises(AssertionError, match=r"gradient: error above PyTorch's own[\s\S]*ours:[\s\S]*PyTorch:"):
         assert_three_way(truth * (1 + 3 * own), rounded, truth, margin=own, name="gradient")
 
 

@@ -109,9 +109,7 @@ def contrastive_lse_backward(
     """Gradients of `contrastive_lse`."""
     logits = _Rows(images, texts, similarity)
     scale = logit_scale.reshape(()).to(logits.dtype)
-    row, col = (
-        (scale.double() * stats[0] + _LN2 * stats[1]).to(logits.dtype) for stats in (row_stats, col_stats)
-    )
+    row, col = ((scale.double() * stats[0] + _LN2 * stats[1]).to(logits.dtype) for stats in (row_stats, col_stats))
     grad_row, grad_col, grad_positive = (g.to(logits.dtype) for g in (grad_row, grad_col, grad_positive))
     gradients = _Gradients(logits, needs)
     for rows in logits.chunks():
