@@ -107,7 +107,9 @@ def _doubly_stochastic_residual(images: Tensor, texts: Tensor, logit_scale: floa
     return float((sums * len(texts) / len(images) - 1).abs().max())
 
 
-def gap_metrics(images: Tensor | np.ndarray, texts: Tensor | np.ndarray, *, logit_scale: float = 100.0) -> dict[str, float]:
+def gap_metrics(
+    images: Tensor | np.ndarray, texts: Tensor | np.ndarray, *, logit_scale: float = 100.0
+) -> dict[str, float]:
     """How large the modality gap is and what shape it has; all in float64, none with N x N memory.
 
     Args:
@@ -116,10 +118,10 @@ def gap_metrics(images: Tensor | np.ndarray, texts: Tensor | np.ndarray, *, logi
         logit_scale: of the softmax in `doubly_stochastic_residual`.
 
     Returns:
-        As stored: `centroid_distance` ||mu_x - mu_t||, `mean_pair_distance` E||x_i - t_i||, `frechet` distance of the two
-        Gaussians, `effective_rank_*` exp(entropy of the normalised singular values) of each centred modality,
-        `orthogonality` ||g'|| / ||g|| with g' the gap outside the texts' affine hull, `variance_along_gap_*` the share of
-        each modality's variance along g, `linear_separability` held-out accuracy of a linear probe.
+        As stored: `centroid_distance` ||mu_x - mu_t||, `mean_pair_distance` E||x_i - t_i||, `frechet` distance of the
+        two Gaussians, `effective_rank_*` exp(entropy of the normalised singular values) of each centred modality,
+        `orthogonality` ||g'|| / ||g|| with g' the gap outside the texts' affine hull, `variance_along_gap_*` the share
+        of each modality's variance along g, `linear_separability` held-out accuracy of a linear probe.
         On L2-normalised rows: `cos_paired`, `cos_unpaired`, `cos_within_images`, `cos_within_texts` mean cosines, `rmg`
         the relative modality gap d_pair / (d_pair + (d_images + d_texts) / 2) with d = (1 - cos) / 2, `alignment`
         E||x_i - t_i||^2, `uniformity_*` log E exp(-2 ||u - v||^2), `doubly_stochastic_residual` max |S_i - 1|.
@@ -215,7 +217,7 @@ class MeanShift:
     Attributes:
         gap_vector_ (D,): g.  shift_vector_ (D,): g'.  components_: the k in use.
         orthogonality_: ||g'|| / ||g||, the share of the gap that is closed at alpha = 1.
-        agreement_: share of the fitted queries whose nearest neighbour is unchanged at alpha = 1 (None after partial_fit).
+        agreement_: share of the fitted queries whose nearest neighbour is the same at alpha = 1.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -259,8 +261,10 @@ class MeanShift:
         """Learns g and g' from a gallery (G, D) and queries (Q, D). Returns self."""
         gallery, queries = _check.matrix("gallery", gallery, rows="G"), _check.matrix("queries", queries, rows="Q")
         _check.same_width(gallery=gallery, queries=queries)
-        gallery, queries = _check.finite("gallery", gallery).detach().cpu(), _check.finite("queries", queries).detach().cpu()
-        self.__dict__.pop("_sums", None)
+        gallery, queries = (
+            _check.finite("gallery", gallery).detach().cpu(),
+            _check.finite("queries", queries).detach().cpu(),
+        )
         mean, gram = moments(gallery)
         self.gap_vector_ = queries.double().mean(0) - mean
         if self.components == "exact":
@@ -268,7 +272,7 @@ class MeanShift:
         else:
             values, vectors = principal(gram)
             rank = numerical_rank(values)
-            if self.components == "auto":
+            if isinstance(self.components, str):
                 k = self._largest_closure(gallery, queries, vectors, rank)
             elif isinstance(self.components, float):
                 share = values.cumsum(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
@@ -279,7 +283,7 @@ class MeanShift:
         self._set(basis)
         before = nearest(queries, gallery)
         after = nearest(queries, self._moved(gallery, 1.0))
-        self.agreement_: float | None = float((before == after).double().mean())
+        self.agreement_ = float((before == after).double().mean())
         return self
 
     def _set(self, basis: Tensor) -> None:
