@@ -1,4 +1,4 @@
-# gapkern_simd_source(TARGET FILE): compiles FILE once per instruction set, each time with GAPKERN_ISA naming the
+# gapkern_simd_source(TARGET FILE [FLAGS...]): compiles FILE once per instruction set, each time with GAPKERN_ISA naming the
 # namespace its functions live in. Code chooses at run time (csrc/common/isa.h); nothing is built for the build machine.
 set(GAPKERN_ISAS portable)
 set(GAPKERN_FLAGS_portable "")
@@ -16,7 +16,7 @@ function(gapkern_simd_source target source)
     set(object "${target}_${capability}_${isa}")
     add_library(${object} OBJECT "${source}")
     target_compile_options(${object} PRIVATE -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast
-                           ${GAPKERN_FLAGS_${isa}})
+                           ${GAPKERN_FLAGS_${isa}} ${ARGN})
     target_compile_definitions(${object} PRIVATE GAPKERN_ISA=${isa} GAPKERN_ISA_${isa})
     target_include_directories(${object} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${object}>)

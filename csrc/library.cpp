@@ -17,4 +17,14 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "sigmoid_loss(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, int label_offset,"
       " str precision, bool[2] needs) -> (Tensor loss, Tensor grad_images, Tensor grad_texts,"
       " Tensor grad_logit_scale, Tensor grad_logit_bias)");
+  // Counter-based noise and quantisation of rows; perturb/perturb.h.
+  m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
+  m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");
+  m.def("perturb_quantize(Tensor x, Tensor low, Tensor high, int bins) -> Tensor");
+  // The mean shift; meanshift/meanshift.h.
+  m.def("meanshift_sum(Tensor x) -> Tensor");
+  m.def("meanshift_gram(Tensor x, Tensor mean) -> Tensor");
+  m.def("meanshift_apply(Tensor x, Tensor shift, bool normalize) -> Tensor");
+  // Probabilities that a row of the gallery stays nearest under Gaussian noise; robustness/robustness.h.
+  m.def("robustness_exact(Tensor distances, Tensor targets, float variance, int dims) -> Tensor");
 }

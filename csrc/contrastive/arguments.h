@@ -1,41 +1,17 @@
 // What the CPU operators accept, and the engine that serves it.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/macros/Macros.h>
 
 #include <string>
 #include <vector>
 
-#include "common/isa.h"
+#include "common/dispatch.h"
 #include "contrastive/contrastive.h"
 #include "contrastive/kernels.h"
 
 namespace gapkern::contrastive {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline const EngineSet& engine_set() {
-  switch (active_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx512bf16:
-      return avx512bf16::engines();
-    case Isa::avx512:
-      return avx512::engines();
-    case Isa::avx2:
-      return avx2::engines();
-#endif
-    default:
-      return portable::engines();
-  }
-}
-
-inline Tensor as_type(const Tensor& t, ScalarType type) {
-  Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  return torch::stable::contiguous(converted);
-}
+inline const EngineSet& engine_set() { return GAPKERN_FOR_ACTIVE_ISA(engines); }
 
 struct Arguments {
   Similarity similarity;
@@ -63,7 +39,7 @@ inline Arguments check(const Tensor& images, const Tensor& texts, const Tensor& 
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
                       dtype == ScalarType::Half,
                   "images: expected float32, float64, bfloat16 or float16");
-  a.type = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  a.type = arithmetic_type(images);
   const bool low = dtype == ScalarType::BFloat16 || (dtype == ScalarType::Float && precision != "highest");
   a.pairs = low && a.similarity == Similarity::dot && engine_set().bf16 != nullptr;
   a.scale = *as_type(logit_scale, ScalarType::Double).const_data_ptr<double>();

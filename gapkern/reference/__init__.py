@@ -1,1 +1,1 @@
-"""Plain PyTorch oracles, one file per capability; nothing here shares code with the kernels."""
+"""The oracles: every operator in plain PyTorch, as its definition reads. They import nothing of gapkern."""

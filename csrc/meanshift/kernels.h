@@ -1,0 +1,35 @@
+// What meanshift/cpu.cpp asks of each instruction set: rows of contiguous matrices.
+#pragma once
+#include <cstdint>
+
+#include "common/half.h"
+
+namespace gapkern::meanshift {
+
+template <class T>
+struct Rows {
+  void (*sum)(const T* x, int64_t rows, int64_t columns, double* total);  // adds to total [columns]
+  void (*apply)(const T* x, int64_t rows, int64_t columns, const double* shift, bool normalize, T* out);
+};
+
+struct Kernels {
+  Rows<float> f32;
+  Rows<double> f64;
+  Rows<BFloat16> bf16;
+  Rows<Half> f16;
+};
+
+namespace portable {
+const Kernels& kernels();
+}
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512bf16 {
+const Kernels& kernels();
+}
+
+}  // namespace gapkern::meanshift

@@ -1,0 +1,44 @@
+// Exact robustness on the CPU; queries go to threads, the integral of a query is kernels.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "common/dispatch.h"
+#include "robustness/kernels.h"
+
+namespace gapkern::robustness {
+namespace {
+
+const Kernels& table() { return GAPKERN_FOR_ACTIVE_ISA(kernels); }
+
+Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
+  STD_TORCH_CHECK(distances.dim() == 2 && targets.dim() == 2 && distances.size(0) == targets.size(0),
+                  "targets: expected (Q, T) beside distances (Q, G)");
+  STD_TORCH_CHECK(distances.scalar_type() == ScalarType::Double, "distances: expected float64");
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
+  STD_TORCH_CHECK(variance > 0, "variance: expected a number > 0, got ", variance);
+  STD_TORCH_CHECK(dims > 0, "dims: expected an integer > 0, got ", dims);
+  const Tensor squared = torch::stable::contiguous(distances), rows = torch::stable::contiguous(targets);
+  const int64_t q = squared.size(0), g = squared.size(1), t = rows.size(1);
+  Tensor out = torch::stable::new_zeros(squared, {q, t}, ScalarType::Double);
+  const double* d = squared.const_data_ptr<double>();
+  const int64_t* target = rows.const_data_ptr<int64_t>();
+  double* p = out.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < q * t; ++i)
+    STD_TORCH_CHECK(target[i] >= -1 && target[i] < g, "targets: expected values in [-1, G = ", g, "), got ", target[i]);
+  torch::stable::parallel_for(0, q, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(g + 1);
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t c = 0; c < t; ++c)
+        if (target[i * t + c] >= 0)
+          p[i * t + c] = table().stays_nearest(d + i * g, g, target[i * t + c], variance, double(dims), room.data());
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace gapkern::robustness
+
+STABLE_TORCH_LIBRARY_IMPL(gapkern, CPU, m) {
+  m.impl("robustness_exact", TORCH_BOX(&gapkern::robustness::exact));
+}

@@ -1,0 +1,167 @@
+// The probability that a gallery row stays nearest under Gaussian noise; compiled once per instruction set.
+#include "robustness/kernels.h"
+
+#include <algorithm>
+
+#include "robustness/chi2.h"
+#include "robustness/robustness.h"
+
+namespace gapkern::robustness::GAPKERN_ISA {
+namespace {
+
+// Nodes in standard normal deviates, and the two tails there.
+struct Nodes {
+  alignas(64) double z[kNodes], log_upper[kNodes], log_lower[kNodes];
+  alignas(64) double weight[kNodes];
+  Nodes() {
+    const double step = 2 * kReach / (kNodes - 1);
+    double total = 0;
+    for (int k = 0; k < kNodes; ++k) {
+      z[k] = -kReach + k * step;
+      log_upper[k] = std::log(0.5 * std::erfc(z[k] * 0.70710678118654752440));
+      log_lower[k] = std::log(0.5 * std::erfc(-z[k] * 0.70710678118654752440));
+      weight[k] = std::exp(-z[k] * z[k] / 2);
+      total += weight[k];
+    }
+    for (double& w : weight) w /= total;
+  }
+};
+
+const Nodes& nodes() {
+  static const Nodes table;
+  return table;
+}
+
+// excess[k] = q_k - D - lambda with P(X > q_k) = Phi(-z_k), by Newton's method on the logarithm of the nearer tail.
+void quantiles(double dims, double lambda, double* excess) {
+  const Nodes& n = nodes();
+  constexpr int width = Vec<double>::size;
+  const f64v l = splat<double>(lambda);
+  const double mean = dims + lambda, spread = 2 * (dims + 2 * lambda) / (9 * mean * mean);
+  for (int k = 0; k < kNodes; k += width) {
+    // Start: the cube root of X / mean is nearly normal.
+    f64v cube = 1. - spread + std::sqrt(spread) * load(n.z + k);
+    cube = at_least(cube, splat<double>(0.01));
+    f64v at = mean * (cube * cube * cube - 1.);
+    for (int i = 0; i < 6; ++i) {
+      const f64v q = at_least(mean + at, splat<double>(1e-9 * mean));
+      const Saddle<f64v> p = saddle<double, false>(q, at, l, dims);
+      const auto left = p.w < f64v{};
+      const f64v size = left ? -p.w : p.w;
+      const f64v ratio = mills(size) + (left ? -p.correction : p.correction);
+      const f64v log_tail = natural_log(at_least(ratio, splat<double>(1e-300))) - 0.5 * size * size -
+                            0.91893853320467274178;
+      const f64v curvature = root(2. * dims * p.s * p.s + 4. * l * p.s * p.s * p.s);
+      const f64v wanted = left ? load(n.log_lower + k) : load(n.log_upper + k);
+      const f64v step = (log_tail - wanted) * ratio * curvature;
+      at = at_least(at + (left ? -step : step), splat<double>(-mean * (1 - 1e-9)));
+    }
+    store(excess + k, at);
+  }
+}
+
+// The same where the mixture serves, by bisection on log q.
+void small_quantiles(double dims, double lambda, double* q) {
+  const Nodes& n = nodes();
+  double low = 1e-30;
+  for (int k = 0; k < kNodes; ++k) {
+    const double survival = std::exp(n.log_upper[k]);
+    double high = std::max(2 * low, dims + lambda);
+    while (mixture_survival(high, dims, lambda) > survival) high *= 2;
+    double a = std::log(low), b = std::log(high);
+    for (int i = 0; i < 44; ++i) {
+      const double middle = (a + b) / 2;
+      (mixture_survival(std::exp(middle), dims, lambda) > survival ? a : b) = middle;
+    }
+    q[k] = std::exp((a + b) / 2);
+    low = std::exp(a);
+  }
+}
+
+double survival(double q, double dims, double lambda) {
+  if (small(dims, lambda)) return mixture_survival(q, dims, lambda);
+  if (q <= 0) return 1;
+  const Saddle<f64v> p = saddle<double, false>(splat<double>(q), splat<double>(q - dims - lambda), splat<double>(lambda), dims);
+  const double tail = near_tail<double>(p)[0];
+  return p.w[0] < 0 ? 1 - tail : tail;
+}
+
+double small_stays_nearest(const double* squared, int64_t count, int64_t target, double variance, double dims) {
+  const double lambda = squared[target] / variance;
+  double q[kNodes], product[kNodes];
+  small_quantiles(dims, lambda, q);
+  std::fill(product, product + kNodes, 1.0);
+  for (int64_t j = 0; j < count; ++j) {
+    const double other = squared[j] / variance, ahead = other - lambda;
+    if (j == target || (ahead > 0 && ahead * ahead > 6.5 * 6.5 * 4 * (dims + other + lambda))) continue;
+    for (int k = 0; k < kNodes; ++k)
+      if (product[k] > 1e-12) product[k] *= survival(q[k], dims, other);
+  }
+  double total = 0;
+  for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
+  return total;
+}
+
+// product[k] *= P(X_j > q_k) for each rival j; ahead[j] = lambda_j - lambda.
+template <bool near_only>
+void multiply(const float* ahead, int64_t rivals, double lambda, float dims, const float* q, const float* excess,
+              double* product) {
+  constexpr int width = Vec<float>::size;
+  int live = kNodes;
+  for (int64_t j = 0; j < rivals; ++j) {
+    const f32v other = splat<float>(float(lambda + ahead[j]));
+    for (int at = 0; at < live; at += width) {
+      const Saddle<f32v> p = saddle<float, near_only>(load(q + at), load(excess + at) - ahead[j], other, dims);
+      const f32v tail = near_tail<float>(p);
+      // The survival function in double: 1 - tail would lose a small tail's digits.
+      alignas(64) float part[width], whole[width];
+      store(part, p.w < f32v{} ? -tail : tail);
+      store(whole, p.w < f32v{} ? splat<float>(1.f) : f32v{});
+      for (int k = 0; k < width; ++k) product[at + k] *= double(whole[k]) + double(part[k]);
+    }
+    // Nodes far right of the rivals soon have no chance left.
+    if (j % 16 == 15 && live > width && *std::max_element(product + live - width, product + live) < 1e-12)
+      live -= width;
+  }
+}
+
+double stays_nearest(const double* squared, int64_t count, int64_t target, double variance, double dims, float* room) {
+  const double inverse = 1 / variance, lambda = squared[target] * inverse;
+  if (small(dims, lambda)) return small_stays_nearest(squared, count, target, variance, dims);
+
+  // What matters: rows whose noisy distance differs from the target's by less than 6.5 standard deviations, or is less.
+  int64_t rivals = 0;
+  double least = 0, most = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const double ahead = squared[j] * inverse - lambda;
+    if (j == target || (ahead > 0 && ahead * ahead > 6.5 * 6.5 * 4 * (dims + 2 * lambda + ahead))) continue;
+    room[rivals++] = float(ahead);
+    least = std::min(least, ahead);
+    most = std::max(most, ahead);
+  }
+  if (rivals == 0) return 1;
+
+  alignas(64) double excess[kNodes], product[kNodes];
+  alignas(64) float q32[kNodes], excess32[kNodes];
+  quantiles(dims, lambda, excess);
+  for (int k = 0; k < kNodes; ++k) {
+    q32[k] = float(dims + lambda + excess[k]);
+    excess32[k] = float(excess[k]);
+    product[k] = 1;
+  }
+  const bool near = near_mean(dims + lambda + excess[0], dims, lambda + most) &&
+                    near_mean(dims + lambda + excess[kNodes - 1], dims, lambda + least);
+  (near ? multiply<true> : multiply<false>)(room, rivals, lambda, float(dims), q32, excess32, product);
+  double total = 0;
+  for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
+  return total;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table{stays_nearest, survival};
+  return table;
+}
+
+}  // namespace gapkern::robustness::GAPKERN_ISA

@@ -1,0 +1,98 @@
+"""`torch.ops.gapkern.meanshift_*`: sums, Gram matrices and shifts of rows (csrc/meanshift/meanshift.h)."""
+
+import torch
+from torch import Tensor
+
+_ROWS = 8192
+_TINY = 1e-12  # norms below it are taken for it, as torch.nn.functional.normalize does
+
+
+@torch.library.register_fake("gapkern::meanshift_sum")
+def _(x):
+    return x.new_empty((x.shape[1],), dtype=torch.float64)
+
+
+@torch.library.register_fake("gapkern::meanshift_gram")
+def _(x, mean):
+    return x.new_empty((x.shape[1], x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("gapkern::meanshift_apply")
+def _(x, shift, normalize):
+    return x.new_empty(x.shape)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """For devices without kernels of ours."""
+    return x.sum(0, dtype=torch.float64)
+
+
+def _gram(x: Tensor, mean: Tensor) -> Tensor:
+    """The library's product in float64, over chunks of rows."""
+    gram = mean.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
+    for first in range(0, x.shape[0], _ROWS):
+        centred = x[first : first + _ROWS].double() - mean.double()
+        gram.addmm_(centred.T, centred)
+    return gram
+
+
+def _apply(x: Tensor, shift: Tensor, normalize: bool) -> Tensor:
+    """For devices without kernels of ours."""
+    moved = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for first in range(0, x.shape[0], _ROWS):
+        rows = x[first : first + _ROWS].double() + shift.double()
+        if normalize:
+            rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(_TINY)
+        moved[first : first + _ROWS] = rows.to(x.dtype)
+    return moved
+
+
+_library = torch.library.Library("gapkern", "IMPL")
+_library.impl("meanshift_sum", _sum, "CompositeExplicitAutograd")
+_library.impl("meanshift_gram", _gram, "CompositeExplicitAutograd")
+_library.impl("meanshift_apply", _apply, "CompositeExplicitAutograd")
+
+
+def _save_sum(ctx, inputs, output):
+    ctx.like = inputs[0].shape, inputs[0].dtype
+
+
+def _backward_sum(ctx, grad):
+    shape, dtype = ctx.like
+    return grad.to(dtype).expand(shape)
+
+
+def _save_gram(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_gram(ctx, grad):
+    x, mean = ctx.saved_tensors
+    rows = (x.double() - mean.double()) @ (grad + grad.T)
+    return rows.to(x.dtype), -rows.sum(0).to(mean.dtype)
+
+
+def _save_apply(ctx, inputs, output):
+    x, shift, ctx.normalize = inputs
+    ctx.save_for_backward(x, shift, output)
+
+
+def _backward_apply(ctx, grad):
+    x, shift, output = ctx.saved_tensors
+    rows = grad.double()
+    if ctx.normalize:
+        norm = (x.double() + shift.double()).norm(dim=1, keepdim=True)
+        unit = output.double()
+        inside = torch.where(norm > _TINY, (rows * unit).sum(1, keepdim=True), 0.0)
+        rows = (rows - inside * unit) / norm.clamp_min(_TINY)
+    needs = ctx.needs_input_grad
+    return (
+        rows.to(x.dtype) if needs[0] else None,
+        rows.sum(0).reshape(shift.shape).to(shift.dtype) if needs[1] else None,
+        None,
+    )
+
+
+torch.library.register_autograd("gapkern::meanshift_sum", _backward_sum, setup_context=_save_sum)
+torch.library.register_autograd("gapkern::meanshift_gram", _backward_gram, setup_context=_save_gram)
+torch.library.register_autograd("gapkern::meanshift_apply", _backward_apply, setup_context=_save_apply)

@@ -1,0 +1,41 @@
+"""Robustness as the paper defines it (Eq. 10): draw noise, search, compare. Brute force, one trial at a time."""
+
+import torch
+from torch import Tensor
+
+
+def stays_nearest(
+    queries: Tensor, gallery: Tensor, targets: Tensor, variance: float, trials: int, generator: torch.Generator
+) -> Tensor:
+    """Share of trials in which targets[i] is query i's nearest row of gallery + noise, (Q,) float64.
+
+    `variance` is of each coordinate; every trial draws new noise for every gallery point.
+    """
+    wins = torch.zeros(len(queries), dtype=torch.float64)
+    for _ in range(trials):
+        noise = torch.randn(gallery.shape, generator=generator, dtype=gallery.dtype)
+        wins += torch.cdist(queries, gallery + variance**0.5 * noise).argmin(1) == targets
+    return wins / trials
+
+
+def winning_probability(squared: Tensor, target: int, variance: float, dims: int, nodes: int = 2001) -> float:
+    """The same probability for one query by quadrature over SciPy's noncentral chi-square law.
+
+    `squared` (G,) float64 holds the query's squared distances to the gallery. The rule is the trapezoid's in the
+    target's normal score.
+    """
+    import numpy as np
+    from scipy.stats import chi2, ncx2, norm
+
+    lam = (squared.double() / variance).numpy()
+    law = [ncx2(dims, v) if v > 0 else chi2(dims) for v in lam]
+    z = np.linspace(-8.0, 8.0, nodes)
+    q = np.where(z < 0, law[target].ppf(norm.cdf(z)), law[target].isf(norm.sf(z)))
+    product = norm.pdf(z)
+    product /= product.sum()
+    for j in range(len(lam)):
+        # SciPy overflows far from the target, where the answer is one.
+        far = lam[j] - lam[target] > 10 * (4 * (dims + lam[j] + lam[target])) ** 0.5
+        if j != target and not far:
+            product = product * law[j].sf(q)
+    return float(product.sum())
