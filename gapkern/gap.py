@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._nearest import nearest
+from gapkern.ops import meanshift as _ops  # noqa: F401 - registers the operators
 
 FORMAT_VERSION = 1
 _ROWS = 8192
@@ -33,12 +34,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> mean.tolist(), gram.tolist()
         ([1.0, 0.0], [[2.0, 0.0], [0.0, 0.0]])
     """
-    mean = sum((rows.double().sum(0) for rows in _chunks(x)), torch.zeros(x.shape[1], dtype=torch.float64)) / len(x)
-    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    for rows in _chunks(x):
-        centred = rows.double() - mean
-        gram.addmm_(centred.T, centred)
-    return mean, gram
+    mean = torch.ops.gapkern.meanshift_sum(x) / len(x)
+    return mean, torch.ops.gapkern.meanshift_gram(x, mean)
 
 
 def _off_diagonal_cosine(unit: Tensor) -> float:
@@ -314,8 +311,7 @@ class MeanShift:
         return high
 
     def _moved(self, x: Tensor, alpha: float) -> Tensor:
-        y = (x.double() + alpha * self.shift_vector_.to(x.device)).to(x.dtype)
-        return torch.nn.functional.normalize(y.float(), dim=1).to(x.dtype) if self.normalize else y
+        return torch.ops.gapkern.meanshift_apply(x, alpha * self.shift_vector_.to(x.device), self.normalize)
 
     def _apply(self, name: str, x: Any, alpha: float) -> Any:
         if not hasattr(self, "shift_vector_"):

@@ -1,0 +1,359 @@
+"""How many nearest neighbours survive a perturbation of the gallery (Chowers et al., CVPR 2026, Eq. 10)."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gapkern import _check
+from gapkern._nearest import nearest
+from gapkern.gap import MeanShift
+from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
+from gapkern.perturb import Gaussian, Perturbation, check, title
+
+METHODS = ("auto", "exact", "projected", "sample")
+_ELEMENTS = 2**22  # of a Q x G block at hand
+_MARGIN = 6.5  # standard deviations by which a row must trail before it is left out: 4e-11
+
+
+@dataclass(frozen=True)
+class RobustnessResult:
+    """Four numbers that belong together, and how they were found.
+
+    Attributes:
+        robustness: share of queries whose nearest neighbour is the same with and without the perturbation.
+        agreement: the same against the nearest neighbour without perturbation and without shift. Robustness alone can
+            mislead: a coarse shift may raise it while neighbours become others.
+        accuracy: share of queries whose nearest neighbour is right, under the perturbation; NaN without labels.
+        clean_accuracy: the same without the perturbation (with the shift).
+        gini: how unevenly the queries' nearest neighbours spread over the gallery's rows, or over classes where
+            gallery_labels are given: 0 evenly, towards 1 all on few.
+        stderr: Monte-Carlo standard error of `robustness`. Trials share their noise among queries, so it is taken over
+            trials; 0 where nothing is drawn, NaN for a single trial.
+        per_query: (Q,) float64, each query's robustness.
+        method: "exact", "projected" or "sample"; "none drawn" for what is not random.
+        trials: galleries drawn; 0 for "exact".
+        seconds: wall-clock time.
+    """
+
+    robustness: float
+    agreement: float
+    accuracy: float
+    clean_accuracy: float
+    gini: float
+    stderr: float
+    per_query: Tensor = field(repr=False)
+    method: str
+    trials: int
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but `per_query`, as plain numbers."""
+        return {name: value for name, value in vars(self).items() if name != "per_query"}
+
+
+@dataclass
+class _Task:
+    """Queries and galleries after the shift, and what counts as staying, agreeing and being right."""
+
+    queries: Tensor
+    gallery: Tensor
+    base: Tensor  # what the perturbation starts from; the gallery itself but for Replace
+    stays: Tensor  # (Q,) nearest row of the shifted gallery
+    agrees: Tensor  # (Q,) nearest row without shift
+    labels: Tensor | None
+    classes: Tensor  # (G,) class of each gallery row
+
+    def right(self, rows: Tensor, first: int) -> Tensor | None:
+        """Whether gallery rows (..., n) are right for queries first .. first + n - 1."""
+        if self.labels is None:
+            return None
+        return self.classes[rows] == self.labels[first : first + rows.shape[-1]]
+
+
+class _Tally:
+    """Counts wins per query and per trial."""
+
+    def __init__(self, task: _Task, trials: int):
+        self.task = task
+        self.wins = torch.zeros(3, len(task.queries), dtype=torch.float64)  # stays, agrees, right
+        self.by_trial = torch.zeros(trials, dtype=torch.float64)
+
+    def add(self, found: Tensor, first: int, trial: int) -> None:
+        """found (T, n): nearest rows in trials trial .. trial + T - 1 of queries first .. first + n - 1."""
+        queries = slice(first, first + found.shape[1])
+        stays = found == self.task.stays[queries]
+        self.wins[0, queries] += stays.sum(0)
+        self.wins[1, queries] += (found == self.task.agrees[queries]).sum(0)
+        right = self.task.right(found, first)
+        if right is not None:
+            self.wins[2, queries] += right.sum(0)
+        self.by_trial[trial : trial + found.shape[0]] += stays.sum(1)
+
+    def finish(self) -> tuple[Tensor, float]:
+        trials = len(self.by_trial)
+        means = self.by_trial / len(self.task.queries)
+        return self.wins / trials, float(means.std() / math.sqrt(trials)) if trials > 1 else math.nan
+
+
+def _squared_distances(queries: Tensor, gallery: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First query and (n, G) float64 squared distances of some queries at a time, about the gallery's mean."""
+    centre = gallery.double().mean(0)
+    x = gallery.double() - centre
+    norms = x.square().sum(1)
+    step = max(1, _ELEMENTS // len(x))
+    for first in range(0, len(queries), step):
+        y = queries[first : first + step].double() - centre
+        squared = torch.addmm(norms[None], y, x.T, alpha=-2).add_(y.square().sum(1, keepdim=True))
+        yield first, squared.clamp_min_(0)
+
+
+def _variance(task: _Task, perturbation: Perturbation) -> float:
+    assert isinstance(perturbation, Gaussian)
+    return perturbation.per_coordinate(task.gallery.shape[1])
+
+
+def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
+    """The winning probabilities as integrals: no sampling error."""
+    variance, dims = _variance(task, perturbation), task.gallery.shape[1]
+    result = torch.zeros(3, len(task.queries), dtype=torch.float64)
+    members = None if task.labels is None else _members(task)
+    for first, squared in _squared_distances(task.queries, task.gallery):
+        rows = slice(first, first + len(squared))
+        stays, agrees = task.stays[rows], task.agrees[rows]
+        targets = torch.stack([stays, torch.where(agrees == stays, -1, agrees)], 1)
+        if members is not None:
+            targets = torch.cat([targets, members[rows]], 1)
+        p = torch.ops.gapkern.robustness_exact(squared, targets, variance, dims)
+        result[0, rows] = p[:, 0]
+        result[1, rows] = torch.where(agrees == stays, p[:, 0], p[:, 1])
+        if members is not None:
+            # The chance of a class is the sum over its rows.
+            result[2, rows] = p[:, 2:].sum(1)
+        tick(len(squared))
+    return result, 0.0
+
+
+def _members(task: _Task) -> Tensor:
+    """(Q, T) gallery rows that are right for each query, -1 where there are fewer than T."""
+    assert task.labels is not None
+    order = torch.argsort(task.classes, stable=True)
+    ordered = task.classes[order]
+    first = torch.searchsorted(ordered, task.labels)
+    count = torch.searchsorted(ordered, task.labels, right=True) - first
+    places = torch.arange(max(1, int(count.max())))[None]
+    rows = order[(first[:, None] + places).clamp_max(len(order) - 1)]
+    return torch.where(places < count[:, None], rows, -1)
+
+
+def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
+    """Draws noisy distances instead of noise: two numbers for each row that may win replace D.
+
+    ||y - x - e||^2 / v = (||y - x|| / sqrt v + z)^2 + c with z ~ N(0, 1), c ~ chi-square(D - 1), independent over rows.
+    """
+    variance, dims = _variance(task, perturbation), task.gallery.shape[1]
+    tally = _Tally(task, trials)
+    generator = torch.Generator().manual_seed(seed)
+    for first, squared in _squared_distances(task.queries, task.gallery):
+        noncentrality = squared / variance
+        best = noncentrality.amin(1, keepdim=True)
+        ahead = noncentrality - best
+        kept = ahead.square() <= _MARGIN**2 * 4 * (dims + noncentrality + best)
+        rivals = int(kept.sum(1).max())
+        values, rows = noncentrality.topk(rivals, dim=1, largest=False)
+        means = values.sqrt()
+        batch = max(1, _ELEMENTS // means.numel())
+        for trial in range(0, trials, batch):
+            shape = (min(batch, trials - trial), *means.shape)
+            draws = torch.randn(shape, generator=generator, dtype=torch.float64).add_(means).square_()
+            if dims > 1:
+                half = torch.full(shape, (dims - 1) / 2, dtype=torch.float64)
+                draws += 2 * torch._standard_gamma(half, generator=generator)
+            place = draws.argmin(2)
+            tally.add(rows.expand(shape[0], -1, -1).gather(2, place[..., None])[..., 0], first, trial)
+        tick(len(squared))
+    return tally.finish()
+
+
+def _sample(
+    task: _Task, perturbation: Perturbation, trials: int, seed: int, tick, on: str = "gallery"
+) -> tuple[Tensor, float]:
+    """Draws the perturbation literally; one noisy gallery per trial, shared by all queries."""
+    tally = _Tally(task, trials)
+    work = torch.float64 if task.gallery.dtype == torch.float64 else torch.float32
+    queries, base = task.queries.to(work), task.base.to(work)
+    for trial in range(trials):
+        if on == "gallery":
+            found = nearest(queries, perturbation.apply(base, seed, trial), exact=not perturbation.random)
+        else:
+            found = nearest(perturbation.apply(queries, seed, trial), base, exact=not perturbation.random)
+        tally.add(found[None], 0, trial)
+        tick(len(queries) / trials)
+    return tally.finish()
+
+
+_ESTIMATORS = {"exact": _exact, "projected": _projected}
+
+
+def _gini(rows: Tensor, classes: Tensor) -> float:
+    counts = torch.bincount(classes[rows], minlength=int(classes.max()) + 1).double()
+    counts = counts[torch.unique(classes)].sort().values
+    n = len(counts)
+    ranks = torch.arange(1, n + 1, dtype=torch.float64)
+    return float((2 * ranks - n - 1) @ counts / (n * counts.sum())) if n > 1 else 0.0
+
+
+def _labels(name: str, labels: Any, count: int, what: str) -> Tensor:
+    labels = torch.as_tensor(labels).cpu()
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {labels.dtype}")
+    if labels.shape != (count,):
+        raise ValueError(f"{name}: expected shape ({count},), one per {what}, got {tuple(labels.shape)}")
+    return labels.long()
+
+
+def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on) -> tuple[_Task, Tensor]:
+    queries, gallery = _check.matrix("queries", queries, rows="Q"), _check.matrix("gallery", gallery, rows="G")
+    _check.same_width(gallery=gallery, queries=queries)
+    queries, gallery = (
+        _check.finite("queries", queries).detach().cpu(),
+        _check.finite("gallery", gallery).detach().cpu(),
+    )
+    base = perturbation.base(gallery if on == "gallery" else queries)
+    if on == "queries" and base is not queries:
+        raise ValueError("on: expected 'gallery' for Replace, got 'queries'")
+    if labels is not None:
+        labels = _labels("labels", labels, len(queries), "query")
+        if gallery_labels is None and not bool(((labels >= 0) & (labels < len(gallery))).all()):
+            raise ValueError(
+                f"labels: expected gallery rows in [0, {len(gallery)}), got values from {int(labels.min())} "
+                f"to {int(labels.max())}; give gallery_labels where labels are classes"
+            )
+    classes = torch.arange(len(gallery))
+    if gallery_labels is not None:
+        if labels is None:
+            raise ValueError("gallery_labels: expected labels beside them, got none")
+        classes = _labels("gallery_labels", gallery_labels, len(gallery), "gallery row")
+        _, inverse = torch.unique(torch.cat([classes, labels]), return_inverse=True)
+        classes, labels = inverse[: len(gallery)], inverse[len(gallery) :]
+    agrees = nearest(queries, gallery)
+    moved, moved_queries, moved_base = gallery, queries, base
+    if shift is not None:
+        moved, moved_queries = shift.transform(gallery), shift.transform_queries(queries)
+        moved_base = moved if base is gallery else shift.transform(base)
+    if on == "queries":
+        moved_base = moved
+    stays = nearest(moved_queries, moved) if shift is not None else agrees
+    return _Task(moved_queries, moved, moved_base, stays, agrees, labels, classes), agrees
+
+
+def robustness(
+    queries: Tensor | np.ndarray,
+    gallery: Tensor | np.ndarray,
+    perturbation: Perturbation,
+    *,
+    labels: Any = None,
+    gallery_labels: Any = None,
+    shift: MeanShift | None = None,
+    on: str = "gallery",
+    method: str = "auto",
+    trials: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> RobustnessResult:
+    """The share of queries whose Euclidean nearest neighbour survives a perturbation of the gallery (Eq. 10).
+
+    Args:
+        queries: (Q, D).
+        gallery: (G, D), the rows that are searched.
+        perturbation: see `gapkern.perturb`; it comes after the shift. The gallery of a `Replace` is shifted too.
+        labels: (Q,) integers: the right gallery row of each query, or its class where `gallery_labels` are given.
+        gallery_labels: (G,) integers: the class of each gallery row.
+        shift: a fitted `MeanShift`, applied to both sides first.
+        on: "gallery", or "queries" to perturb the queries instead.
+        method: "exact" integrates the winning probabilities (Gaussian noise on the gallery; no sampling error, below
+            1e-4 per query); "projected" draws noisy distances (the same law); "sample" draws the perturbation
+            literally; "auto" is exact where it can be and otherwise sample.
+        trials: draws for "projected" and "sample". What is not random needs one and gets one.
+        seed: of the draws.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: shapes that do not match, values that are not finite, a method that cannot serve the perturbation.
+
+    Example:
+        >>> gallery = torch.eye(3)
+        >>> result = robustness(gallery + 0.1, gallery, Gaussian(0.5), labels=[0, 1, 2])
+        >>> result.method, result.clean_accuracy, round(result.robustness, 3)
+        ('exact', 1.0, 0.935)
+    """
+    started = time.perf_counter()
+    check(perturbation)
+    _check.choice("method", method, METHODS)
+    _check.choice("on", on, ("gallery", "queries"))
+    trials = _check.integer("trials", trials, low=1, high=2**32)
+    seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
+    if shift is not None and not isinstance(shift, MeanShift):
+        raise TypeError(f"shift: expected a MeanShift, got {type(shift).__name__}")
+    integrable = isinstance(perturbation, Gaussian) and on == "gallery"
+    if method in _ESTIMATORS and not integrable:
+        raise ValueError(
+            f"method: {method!r} is for Gaussian noise on the gallery, got {title(perturbation.describe())!r} on the "
+            f"{on}; use 'sample' or 'auto'"
+        )
+    if method == "auto":
+        method = "exact" if integrable else "sample"
+    task, _ = _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on)
+    with _Progress(progress, title(perturbation.describe()), len(task.queries)) as tick:
+        if not perturbation.random:
+            method, trials = "none drawn", 1
+            means, _ = _sample(task, perturbation, 1, seed, tick, on)
+            stderr = 0.0
+        elif method == "sample":
+            means, stderr = _sample(task, perturbation, trials, seed, tick, on)
+        else:
+            means, stderr = _ESTIMATORS[method](task, perturbation, trials, seed, tick)
+    clean = task.right(task.stays, 0)
+    return RobustnessResult(
+        robustness=float(means[0].mean()),
+        agreement=float(means[1].mean()),
+        accuracy=math.nan if clean is None else float(means[2].mean()),
+        clean_accuracy=math.nan if clean is None else float(clean.double().mean()),
+        gini=_gini(task.stays, task.classes),
+        stderr=stderr,
+        per_query=means[0],
+        method=method,
+        trials=0 if method == "exact" else trials,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Progress:
+    """A bar on a terminal where one is wanted; calling it advances it."""
+
+    def __init__(self, shown: bool, description: str, total: float):
+        self._bar: Any = None
+        if shown:
+            from rich.progress import Progress
+
+            self._bar = Progress(transient=True)
+            self._task = self._bar.add_task(description, total=total)
+
+    def __enter__(self):
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, amount: float) -> None:
+        if self._bar:
+            self._bar.advance(self._task, amount)

@@ -1,0 +1,144 @@
+"""Robustness over shift strengths and perturbations: the paper's Figures 8 to 10 as a table and a plot."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gapkern import _check, files
+from gapkern.gap import MeanShift
+from gapkern.perturb import Perturbation, check, title
+from gapkern.robustness import robustness
+
+COLUMNS = (
+    "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness", "agreement",
+    "accuracy", "clean_accuracy", "gini", "stderr", "method", "trials", "seconds",
+)  # fmt: skip
+
+
+@dataclass
+class SweepResult:
+    """One row for each alpha and perturbation.
+
+    Attributes:
+        rows: dictionaries with the keys of `COLUMNS`; None where one does not apply.
+        shift: the fitted `MeanShift` whose alpha was swept.
+    """
+
+    rows: list[dict[str, Any]]
+    shift: MeanShift = field(repr=False)
+
+    def series(self, value: str = "robustness") -> dict[str, tuple[list[float], list[float]]]:
+        """For each perturbation, by its title: the alphas and the values there."""
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for row in self.rows:
+            alphas, values = found.setdefault(title(row), ([], []))
+            alphas.append(row["alpha"])
+            values.append(row[value])
+        return found
+
+    def best(self, value: str = "robustness") -> dict[str, float]:
+        """For each perturbation, by its title: the alpha with the largest value."""
+        return {name: alphas[int(np.argmax(values))] for name, (alphas, values) in self.series(value).items()}
+
+    def to_dataframe(self):
+        """A pandas DataFrame with the columns of `COLUMNS`."""
+        pandas = _check.extra("pandas", "pandas", "tables")
+        return pandas.DataFrame(self.rows, columns=list(COLUMNS))
+
+    def to_json(self, path: str | os.PathLike | None = None) -> str:
+        """The rows as JSON; written to `path` too where one is given."""
+        if path is not None:
+            files.write_json(path, self.rows)
+        return json.dumps(files.plain(self.rows), indent=2)
+
+    def to_csv(self, path: str | os.PathLike) -> Path:
+        """Writes the rows as a table."""
+        return files.write(path, lambda temporary: self.to_dataframe().to_csv(temporary, index=False))
+
+    def plot(self, path: str | os.PathLike | None = None):
+        """A figure: robustness, agreement and, where labels were given, accuracy over alpha. Written to `path` too."""
+        from gapkern import figures
+
+        figure = figures.sweep(self)
+        if path is not None:
+            files.write(path, lambda temporary: figure.savefig(temporary, dpi=150))
+        return figure
+
+
+def sweep(
+    queries: Tensor | np.ndarray,
+    gallery: Tensor | np.ndarray,
+    alphas: Iterable[float],
+    perturbations: Perturbation | Iterable[Perturbation],
+    labels: Any = None,
+    *,
+    gallery_labels: Any = None,
+    shift: MeanShift | None = None,
+    on: str = "gallery",
+    method: str = "auto",
+    trials: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> SweepResult:
+    """`robustness` for every alpha and perturbation; all draws share their noise over alphas.
+
+    Args:
+        queries: (Q, D).
+        gallery: (G, D).
+        alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
+        perturbations: one or several.
+        labels, gallery_labels, on, method, trials, seed: as for `robustness`.
+        shift: a fitted `MeanShift`; by default one is fitted here, with components="auto".
+        progress: show a progress bar.
+
+    Raises:
+        TypeError, ValueError: as `robustness`.
+
+    Example:
+        >>> import torch
+        >>> from gapkern import Gaussian
+        >>> gallery = torch.eye(3, 8)
+        >>> queries = gallery + torch.tensor([0.0] * 7 + [2.0])
+        >>> result = sweep(queries, gallery, [0.0, 1.0], Gaussian(2.0), labels=[0, 1, 2])
+        >>> [round(row["robustness"], 3) for row in result.rows]
+        [0.537, 0.713]
+    """
+    alphas = [_check.number("alphas", alpha) for alpha in alphas]
+    if isinstance(perturbations, Perturbation):
+        perturbations = [perturbations]
+    perturbations = [check(p) for p in perturbations]
+    if not alphas or not perturbations:
+        raise ValueError(
+            f"alphas and perturbations: expected at least one each, got {len(alphas)} and {len(perturbations)}"
+        )
+    if shift is None:
+        shift = MeanShift().fit(gallery, queries)
+    elif not isinstance(shift, MeanShift):
+        raise TypeError(f"shift: expected a MeanShift, got {type(shift).__name__}")
+    cases = [(alpha, perturbation) for alpha in alphas for perturbation in perturbations]
+    if progress:
+        from rich.progress import track
+
+        steps: Iterable = track(cases, "sweep", transient=True)
+    else:
+        steps = cases
+    rows = []
+    for alpha, perturbation in steps:
+        result = robustness(
+            queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=shift.at(alpha), on=on,
+            method=method, trials=trials, seed=seed,
+        )  # fmt: skip
+        row = {"alpha": alpha, **perturbation.describe(), **result.summary()}
+        rows.append({key: _absent(row.get(key)) for key in COLUMNS})
+    return SweepResult(rows, shift)
+
+
+def _absent(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
