@@ -135,7 +135,9 @@ def _load_npy(file: Path, index: str | None, name: str) -> np.ndarray:
     if index is None:
         return array
     if not index.isdigit() or array.ndim != 3 or int(index) >= len(array):
-        raise ValueError(f"{name}: expected [K] to choose from an array (K, N, D), got [{index}] of shape {array.shape}")
+        raise ValueError(
+            f"{name}: expected [K] to choose from an array (K, N, D), got [{index}] of shape {array.shape}"
+        )
     return array[int(index)]
 
 
@@ -146,7 +148,9 @@ def _load_safetensors(file: Path, key: str | None, name: str) -> Tensor:
         with safe_open(file, "pt") as opened:
             keys = list(opened.keys())
             if key is None and len(keys) != 1:
-                raise ValueError(f"{name}: expected one tensor in {file}, got {', '.join(keys)}; choose one as file[key]")
+                raise ValueError(
+                    f"{name}: expected one tensor in {file}, got {', '.join(keys)}; choose one as file[key]"
+                )
             if key is not None and key not in keys:
                 raise ValueError(f"{name}: expected one of {', '.join(keys)} in {file}, got [{key}]")
             return opened.get_tensor(key if key is not None else keys[0])

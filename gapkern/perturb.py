@@ -204,7 +204,7 @@ def title(description: dict[str, Any]) -> str:
         >>> title(Gaussian(0.005).describe()), title((Gaussian(0.1) | Quantize(32, "global")).describe())
         ('gaussian 0.005 total', 'gaussian 0.1 total | quantize 32 global')
     """
-    if "stages" in description:
+    if description.get("stages"):
         return " | ".join(map(title, description["stages"]))
     keys = ("variance", "scale", "bins", "range", "label")
     return " ".join(

@@ -8,10 +8,10 @@
 
 // The table that `accessor()` returns in the namespace of the active instruction set, within the current namespace.
 #if defined(__x86_64__)
-#define GAPKERN_FOR_ACTIVE_ISA(accessor)                                           \
-  (::gapkern::active_isa() == ::gapkern::Isa::avx512bf16 ? avx512bf16::accessor()  \
-   : ::gapkern::active_isa() == ::gapkern::Isa::avx512   ? avx512::accessor()      \
-   : ::gapkern::active_isa() == ::gapkern::Isa::avx2     ? avx2::accessor()        \
+#define GAPKERN_FOR_ACTIVE_ISA(accessor)                                          \
+  (::gapkern::active_isa() == ::gapkern::Isa::avx512bf16 ? avx512bf16::accessor() \
+   : ::gapkern::active_isa() == ::gapkern::Isa::avx512   ? avx512::accessor()     \
+   : ::gapkern::active_isa() == ::gapkern::Isa::avx2     ? avx2::accessor()       \
                                                          : portable::accessor())
 #else
 #define GAPKERN_FOR_ACTIVE_ISA(accessor) portable::accessor()

@@ -60,8 +60,7 @@ GAPKERN_HD void normals(uint32_t bits0, uint32_t bits1, float* z0, float* z1) {
   // The angle is bits1 / 2^32 turns: the nearest quarter turn, and the remainder within an eighth.
   const uint32_t quarter = (bits1 + 0x20000000u) >> 30;
   const float x = float(int32_t(bits1 - (quarter << 30))) * (0x1p-30f * 1.57079632679489662f), x2 = x * x;
-  const float sine =
-      x * (1.0f + x2 * (-1.0f / 6 + x2 * (1.0f / 120 + x2 * (-1.0f / 5040 + x2 * (1.0f / 362880)))));
+  const float sine = x * (1.0f + x2 * (-1.0f / 6 + x2 * (1.0f / 120 + x2 * (-1.0f / 5040 + x2 * (1.0f / 362880)))));
   const float cosine =
       1.0f + x2 * (-0.5f + x2 * (1.0f / 24 + x2 * (-1.0f / 720 + x2 * (1.0f / 40320 + x2 * (-1.0f / 3628800)))));
   const bool swapped = quarter & 1;

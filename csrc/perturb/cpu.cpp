@@ -64,9 +64,8 @@ Tensor cells(const Tensor& x, const F& kernel, const Tensor& low, const Tensor& 
   Tensor out = torch::stable::empty_like(from);
   const T* in = from.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  over_rows(x, [&](int64_t r, int64_t rows) {
-    kernel(in + r * d, rows, d, lows.data(), highs.data(), bins, to + r * d);
-  });
+  over_rows(x,
+            [&](int64_t r, int64_t rows) { kernel(in + r * d, rows, d, lows.data(), highs.data(), bins, to + r * d); });
   return in_dtype_of(x, out);
 }
 

@@ -39,6 +39,4 @@ Tensor exact(const Tensor& distances, const Tensor& targets, double variance, in
 }  // namespace
 }  // namespace gapkern::robustness
 
-STABLE_TORCH_LIBRARY_IMPL(gapkern, CPU, m) {
-  m.impl("robustness_exact", TORCH_BOX(&gapkern::robustness::exact));
-}
+STABLE_TORCH_LIBRARY_IMPL(gapkern, CPU, m) { m.impl("robustness_exact", TORCH_BOX(&gapkern::robustness::exact)); }

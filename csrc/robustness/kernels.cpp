@@ -49,8 +49,8 @@ void quantiles(double dims, double lambda, double* excess) {
       const auto left = p.w < f64v{};
       const f64v size = left ? -p.w : p.w;
       const f64v ratio = mills(size) + (left ? -p.correction : p.correction);
-      const f64v log_tail = natural_log(at_least(ratio, splat<double>(1e-300))) - 0.5 * size * size -
-                            0.91893853320467274178;
+      const f64v log_tail =
+          natural_log(at_least(ratio, splat<double>(1e-300))) - 0.5 * size * size - 0.91893853320467274178;
       const f64v curvature = root(2. * dims * p.s * p.s + 4. * l * p.s * p.s * p.s);
       const f64v wanted = left ? load(n.log_lower + k) : load(n.log_upper + k);
       const f64v step = (log_tail - wanted) * ratio * curvature;
@@ -81,7 +81,8 @@ void small_quantiles(double dims, double lambda, double* q) {
 double survival(double q, double dims, double lambda) {
   if (small(dims, lambda)) return mixture_survival(q, dims, lambda);
   if (q <= 0) return 1;
-  const Saddle<f64v> p = saddle<double, false>(splat<double>(q), splat<double>(q - dims - lambda), splat<double>(lambda), dims);
+  const Saddle<f64v> p =
+      saddle<double, false>(splat<double>(q), splat<double>(q - dims - lambda), splat<double>(lambda), dims);
   const double tail = near_tail<double>(p)[0];
   return p.w[0] < 0 ? 1 - tail : tail;
 }

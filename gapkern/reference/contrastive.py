@@ -37,7 +37,7 @@ def contrastive_loss(images, texts, logit_scale, logit_bias=None, *, similarity=
         torch.nn.functional.cross_entropy(s, labels, reduction="none")
         + torch.nn.functional.cross_entropy(s.T, labels, reduction="none")
     ) / 2
-    return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
 
 
 def sigmoid_sum(images, texts, logit_scale, logit_bias, label_offset=0) -> Tensor:

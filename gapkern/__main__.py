@@ -1,0 +1,7 @@
+"""`python -m gapkern`."""
+
+import sys
+
+from gapkern.cli import main
+
+sys.exit(main())

@@ -1,0 +1,39 @@
+"""`gapkern VERB`: one module per verb, each with `add(subparsers)` and `run(arguments)`."""
+
+import argparse
+import sys
+
+VERBS = ("demo", "gap", "shift", "robust", "doctor")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from importlib import import_module
+
+    from gapkern._version import __version__
+
+    whole = argparse.ArgumentParser(
+        prog="gapkern", description="Measure and close the modality gap of multi-modal embeddings."
+    )
+    whole.add_argument("--version", action="version", version=f"gapkern {__version__}")
+    verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in VERBS:
+        module = import_module(f"gapkern.cli.{verb}")
+        module.add(verbs)
+    return whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; bad input is one line on stderr and exit status 2, an interrupt 130."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, TypeError, ImportError) as error:
+        print(f"gapkern {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"gapkern {arguments.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0

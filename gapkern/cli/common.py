@@ -1,0 +1,79 @@
+"""What the verbs share: argument types, tables, JSON, progress."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gapkern import files
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(files.plain(value), indent=2, allow_nan=False))
+
+
+def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
+    """A table on stdout: drawn on a terminal, plain columns elsewhere."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from gapkern.report import number
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None)
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*map(number, row))
+    console.print(drawn)
+
+
+@contextlib.contextmanager
+def progress(stages: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (stage, done, total) that draws bars on stderr where that is a terminal, and is quiet elsewhere.
+
+    Args:
+        stages: what each stage is called on screen.
+    """
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def step(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stages.get(stage, stage), total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield step
+
+
+def alphas(text: str) -> list[float]:
+    """`0:1.5:13`: 13 values from 0 to 1.5; or values between commas.
+
+    Example:
+        >>> alphas("0:1:3"), alphas("0,1")
+        ([0.0, 0.5, 1.0], [0.0, 1.0])
+    """
+    try:
+        if ":" in text:
+            low, high, count = text.split(":")
+            first, last, n = float(low), float(high), int(count)
+            if n < 2:
+                raise ValueError
+            return [first + (last - first) * i / (n - 1) for i in range(n)]
+        return [float(value) for value in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected FIRST:LAST:COUNT or values between commas, got {text!r}") from None

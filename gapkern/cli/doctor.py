@@ -1,0 +1,56 @@
+"""`gapkern doctor`: versions, devices, libraries, and every operator against its reference."""
+
+import sys
+
+from gapkern.cli import common
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser(
+        "doctor",
+        help="check this installation",
+        description="Versions, devices, which libraries and kernels loaded and why others did not, and every operator "
+        "against its plain PyTorch reference. Exit status 1 when something is wrong.",
+    )
+    common.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def examine() -> dict:
+    """What `doctor` knows, with `healthy` as its verdict."""
+    import torch
+
+    from gapkern import _core, _load, selfcheck
+    from gapkern.experiments import environment
+
+    checks = [vars(check) for check in selfcheck.checks()]
+    libraries = [vars(library) for library in _load.status()]
+    return {
+        "healthy": all(check["passed"] for check in checks),
+        "versions": environment.versions(),
+        "processor": environment.processor(),
+        "threads": torch.get_num_threads(),
+        "kernels": _core.active_isa(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "libraries": libraries,
+        "build": _core.build_facts(),
+        "checks": checks,
+    }
+
+
+def run(arguments) -> int:
+    found = examine()
+    if arguments.json:
+        common.print_json(found)
+        return 0 if found["healthy"] else 1
+    print("versions   " + ", ".join(f"{name} {version or '(absent)'}" for name, version in found["versions"].items()))
+    print(f"processor  {found['processor']}, {found['threads']} threads, {found['kernels']} kernels")
+    print("devices    " + (", ".join(found["devices"]) or "no CUDA device is visible"))
+    print(f"built      with torch {found['build']['torch']}, {found['build']['compiler']}")
+    for library in found["libraries"]:
+        print(f"library    {'loaded ' if library['loaded'] else 'absent '} {library['name']}: {library['detail']}")
+    for check in found["checks"]:
+        print(f"check      {'passed ' if check['passed'] else 'FAILED '} {check['name']}: {check['detail']}")
+    if not found["healthy"]:
+        print("gapkern doctor: something is wrong; see FAILED above", file=sys.stderr)
+    return 0 if found["healthy"] else 1

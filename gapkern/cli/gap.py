@@ -1,0 +1,34 @@
+"""`gapkern gap`: the metrics of a pair of embedding files."""
+
+from gapkern import files
+from gapkern.cli import common
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser(
+        "gap",
+        help="measure the modality gap of paired embeddings",
+        description="Measures the modality gap of paired embeddings: row i of IMAGES belongs to row i of TEXTS. Files "
+        "are .npy or .safetensors; 'file.npy[0]' takes the first matrix of a stack, 'file.safetensors[key]' a tensor.",
+    )
+    parser.add_argument("images", help="embeddings of the first modality, (N, D)")
+    parser.add_argument("texts", help="embeddings of the second, (N, D)")
+    parser.add_argument("--logit-scale", type=float, default=100.0, help="of the softmax (default: %(default)s)")
+    parser.add_argument("--out", help="write the metrics to this JSON file too")
+    common.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    from gapkern import gap_metrics
+
+    images = files.load_embeddings(arguments.images, name="images")
+    texts = files.load_embeddings(arguments.texts, name="texts")
+    metrics = gap_metrics(images, texts, logit_scale=arguments.logit_scale)
+    if arguments.out:
+        files.write_json(arguments.out, metrics)
+    if arguments.json:
+        common.print_json(metrics)
+    else:
+        common.table(["metric", "value"], [[name, value] for name, value in metrics.items()])
+    return 0

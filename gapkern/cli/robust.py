@@ -1,0 +1,91 @@
+"""`gapkern robust`: robustness over shift strengths and perturbations, from files."""
+
+from gapkern import files
+from gapkern.cli import common
+from gapkern.cli.shift import components
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser(
+        "robust",
+        help="sweep robustness over shift strengths and perturbations",
+        description="How many nearest neighbours of QUERIES in GALLERY survive a perturbation of the gallery, for each "
+        "strength of the shift. Exact for Gaussian noise; nothing is sampled.",
+    )
+    parser.add_argument("queries", help="embeddings that ask, (Q, D)")
+    parser.add_argument("gallery", help="embeddings that are searched, (G, D)")
+    parser.add_argument("--alphas", type=common.alphas, default=common.alphas("0:1.5:7"),
+                        help="FIRST:LAST:COUNT, or values between commas (default: 0:1.5:7)")  # fmt: skip
+    parser.add_argument("--gaussian", type=float, nargs="+", default=[], metavar="VARIANCE", help="Gaussian noise")
+    parser.add_argument("--uniform", type=float, nargs="+", default=[], metavar="VARIANCE", help="uniform noise")
+    parser.add_argument("--scale", choices=("total", "per_coordinate"), default="total",
+                        help="what the variances are of: the whole noise vector or one coordinate")  # fmt: skip
+    parser.add_argument("--quantize", type=int, nargs="+", default=[], metavar="BINS", help="quantisation")
+    parser.add_argument("--range", choices=("per_dimension", "global"), default="per_dimension",
+                        help="of the quantisation (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--replace", nargs="+", default=[], metavar="FILE", help="another gallery: paraphrases")
+    parser.add_argument("--labels", help="'paired' where row i belongs to row i, or a .npy of right gallery rows (Q,)")
+    parser.add_argument("--components", type=components, default="auto", help="as for gapkern shift fit")
+    parser.add_argument("--shift", help="a fitted shift instead of fitting one here")
+    parser.add_argument("--method", default="auto", help="auto, exact, projected or sample (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=100, help="draws for what is sampled (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="folder for robustness.json, robustness.csv and robustness.png")
+    common.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    import sys
+
+    from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, sweep
+    from gapkern.perturb import title
+
+    queries = files.load_embeddings(arguments.queries, name="queries")
+    gallery = files.load_embeddings(arguments.gallery, name="gallery")
+    perturbations = [
+        *(Gaussian(v, arguments.scale) for v in arguments.gaussian),
+        *(Uniform(v, arguments.scale) for v in arguments.uniform),
+        *(Quantize(b, arguments.range) for b in arguments.quantize),
+        *(Replace(files.load_embeddings(f, name="replace"), label=f) for f in arguments.replace),
+    ]
+    if not perturbations:
+        raise ValueError("expected at least one of --gaussian, --uniform, --quantize, --replace")
+    out = files.folder(arguments.out) if arguments.out else None
+    if arguments.shift:
+        shift = MeanShift.load(arguments.shift)
+    else:
+        shift = MeanShift(components=arguments.components).fit(gallery, queries)
+    result = sweep(
+        queries, gallery, arguments.alphas, perturbations, _labels(arguments.labels, len(queries)), shift=shift,
+        method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    if out is not None:
+        result.to_json(out / "robustness.json")
+        result.to_csv(out / "robustness.csv")
+        result.plot(out / "robustness.png")
+    if arguments.json:
+        common.print_json({"components": shift.components_, "orthogonality": shift.orthogonality_, "rows": result.rows})
+        return 0
+    common.table(
+        ["perturbation", "α", "robustness", "agreement", "accuracy", "clean accuracy", "method"],
+        [[title(r), r["alpha"], r["robustness"], r["agreement"], r["accuracy"], r["clean_accuracy"], r["method"]]
+         for r in sorted(result.rows, key=title)],
+    )  # fmt: skip
+    print(f"shift: k = {shift.components_} components kept, {shift.orthogonality_:.1%} of the gap can be closed")
+    if out is not None:
+        print(f"written: {out}/robustness.json, .csv, .png")
+    return 0
+
+
+def _labels(text: str | None, count: int):
+    import numpy as np
+
+    if text is None:
+        return None
+    if text == "paired":
+        return np.arange(count)
+    try:
+        return np.load(text, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"labels: expected 'paired' or a .npy file of integers, got {text} ({error})") from None

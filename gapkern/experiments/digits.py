@@ -1,0 +1,132 @@
+"""A small image-text model of handwritten digits: scikit-learn's 1797 real scans, open_clip's model and tokenizer."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapkern import _check
+from gapkern.losses import ClipLoss
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a photo of the digit {}", "a handwritten {}", "the number {}", "an image of a {}", "{}",
+    "a scan of the numeral {}", "digit {}",
+)  # fmt: skip
+# Never seen in training: what a user of the model might type.
+UNSEEN_TEMPLATES = (
+    "someone wrote the number {}", "a small picture of {}", "this is the digit {}", "a drawing of a {}",
+    "the figure shows {}", "a pencil sketch of number {}",
+)  # fmt: skip
+CONTEXT = 16
+TRAIN = 1200
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Data:
+    """Real scans (N, 3, 8, 8) in [0, 1] and their digits, split once by the seed."""
+
+    train_images: Tensor
+    train_digits: Tensor
+    test_images: Tensor
+    test_digits: Tensor
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, its tokenizer, and its training: step, loss, gap norm and accuracy within the batch."""
+
+    model: Any
+    tokenizer: Any
+    history: list[dict[str, float]]
+
+
+def load(seed: int) -> Data:
+    """The digits, shuffled by `seed`: 1200 for training, 597 for testing."""
+    datasets = _check.extra("sklearn.datasets", "scikit-learn", "demo")
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1).repeat(1, 3, 1, 1)
+    classes = torch.tensor(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:TRAIN], order[TRAIN:]
+    return Data(images[train], classes[train], images[test], classes[test])
+
+
+def captions(tokenizer: Any, templates: tuple[str, ...] = TEMPLATES) -> Tensor:
+    """(10, len(templates), CONTEXT) tokens: every digit's name in every template."""
+    return torch.stack([tokenizer([t.format(name) for t in templates]) for name in NAMES])
+
+
+def train(
+    data: Data, *, seed: int = 0, steps: int = 300, scale: float = 100.0, on_step: Callable[[dict], None] | None = None
+) -> Trained:
+    """Trains open_clip's CLIP (D = 128) with `gapkern.ClipLoss`, the logit scale fixed; the same weights for a seed.
+
+    Args:
+        data: from `load`.
+        seed: of the weights and of the batches.
+        steps: batches of 256 pairs of a scan and a caption in a template drawn anew.
+        scale: the logit scale 1 / T.
+        on_step: called with each entry of the history.
+    """
+    steps = _check.integer("steps", steps, low=1)
+    open_clip = _check.extra("open_clip", "open_clip_torch", "demo")
+    tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
+    tokens = captions(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.model.CLIP(
+            embed_dim=128,
+            vision_cfg={"image_size": 8, "patch_size": 2, "layers": 2, "width": 128, "head_width": 32},
+            text_cfg={"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": 128, "heads": 4,
+                      "layers": 2},
+            init_logit_scale=math.log(scale),
+        )  # fmt: skip
+    model.logit_scale.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2), pct_start=0.2)
+    loss_function = ClipLoss()
+    history = []
+    for step in range(steps):
+        rows = torch.randint(len(data.train_images), (BATCH,), generator=generator)
+        templates = torch.randint(len(TEMPLATES), (BATCH,), generator=generator)
+        digits = data.train_digits[rows]
+        images = model.encode_image(data.train_images[rows], normalize=True)
+        # There are 70 captions: each is encoded once, however often the batch holds it.
+        distinct = model.encode_text(tokens.flatten(0, 1), normalize=True)
+        texts = distinct.index_select(0, digits * len(TEMPLATES) + templates)
+        loss = loss_function(images, texts, model.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        entry = {"step": step, "loss": loss.item(), **_in_batch(images.detach(), texts.detach(), digits)}
+        history.append(entry)
+        if on_step:
+            on_step(entry)
+    model.eval()
+    return Trained(model, tokenizer, history)
+
+
+def _in_batch(images: Tensor, texts: Tensor, digits: Tensor) -> dict[str, float]:
+    gap = images.mean(0) - texts.mean(0)
+    right = digits[torch.cdist(images, texts).argmin(1)] == digits
+    return {"gap": gap.norm().item(), "accuracy": right.float().mean().item()}
+
+
+@torch.no_grad()
+def embed_images(trained: Trained, images: Tensor) -> Tensor:
+    """L2-normalised (N, 128) float32 embeddings."""
+    return torch.cat([trained.model.encode_image(chunk, normalize=True) for chunk in images.split(512)])
+
+
+@torch.no_grad()
+def embed_prompts(trained: Trained, templates: tuple[str, ...]) -> Tensor:
+    """L2-normalised (len(templates), 10, 128) embeddings of every digit's name in every template."""
+    tokens = captions(trained.tokenizer, templates).transpose(0, 1)
+    return torch.stack([trained.model.encode_text(t, normalize=True) for t in tokens])

@@ -1,0 +1,98 @@
+"""Self-contained HTML reports: one file, images inside, readable on a telephone and on paper."""
+
+import base64
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: #fff; color: #1a202c;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: .2rem 0 .6rem; }
+h2 { font-size: 1.25rem; margin: 2.4rem 0 .5rem; padding-top: .8rem; border-top: 1px solid #e2e8f0; }
+p, li, figcaption { max-width: 46rem; }
+.lead { font-size: 1.1rem; color: #2d3748; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
+.numbers div { border: 1px solid #e2e8f0; border-radius: .5rem; padding: .6rem .8rem; }
+.numbers strong { display: block; font-size: 1.35rem; line-height: 1.3; }
+.numbers span { color: #4a5568; font-size: .85rem; }
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; display: block; }
+figcaption { color: #4a5568; font-size: .9rem; margin-top: .3rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #edf2f7; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+thead th { border-bottom: 2px solid #cbd5e0; }
+code { background: #f1f5f9; border-radius: .2rem; padding: .1rem .3rem; font-size: .88em; overflow-wrap: anywhere; }
+details { margin: .8rem 0; } summary { cursor: pointer; }
+footer { margin-top: 3rem; color: #4a5568; font-size: .85rem; }
+@media print { body { max-width: none; font-size: 11pt; } figure, table { break-inside: avoid; } }
+"""
+
+
+def number(value: Any) -> str:
+    """A value as a table shows it: four decimals for numbers near one, a dash for none.
+
+    Example:
+        >>> number(0.92345), number(None), number(300), number(1e-7), number("exact")
+        ('0.9234', '–', '300', '1e-07', 'exact')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph; `text` is plain, `backquotes` mark code."""
+    parts = html.escape(text).split("`")
+    body = "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    return f'<p class="{kind}">{body}</p>' if kind else f"<p>{body}</p>"
+
+
+def numbers(entries: Iterable[tuple[str, str]]) -> str:
+    """The few figures that matter, each with what it is."""
+    cells = "".join(f"<div><strong>{html.escape(v)}</strong><span>{html.escape(n)}</span></div>" for v, n in entries)
+    return f'<div class="numbers">{cells}</div>'
+
+
+def figure(png: Path, caption: str) -> str:
+    """A PNG, embedded."""
+    data = base64.b64encode(Path(png).read_bytes()).decode()
+    text = html.escape(caption)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Rows of dictionaries; `columns` maps keys to headings."""
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in columns.values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(number(row.get(key)))}</td>" for key in columns) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def section(heading: str, *parts: str) -> str:
+    return f"<section><h2>{html.escape(heading)}</h2>{''.join(parts)}</section>"
+
+
+def details(summary: str, *parts: str) -> str:
+    """Folded away until asked for."""
+    return f"<details><summary>{html.escape(summary)}</summary>{''.join(parts)}</details>"
+
+
+def page(title: str, lead: str, parts: Iterable[str], footer: str = "") -> str:
+    """A whole document that refers to nothing outside itself."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n'
+        f"<body>\n<h1>{html.escape(title)}</h1>\n{paragraph(lead, 'lead')}\n"
+        + "\n".join(parts)
+        + f"\n<footer>{paragraph(footer) if footer else ''}</footer>\n</body>\n</html>\n"
+    )

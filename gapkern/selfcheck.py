@@ -1,0 +1,149 @@
+"""Every operator against its reference on small random inputs, in a second: `gapkern doctor`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gapkern.losses import contrastive_loss
+from gapkern.ops import contrastive
+from gapkern.reference import contrastive as contrastive_reference
+from gapkern.reference import meanshift as meanshift_reference
+from gapkern.reference import perturb as perturb_reference
+from gapkern.testing import compare
+
+
+@dataclass(frozen=True)
+class Check:
+    """One operator's verdict."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def _near(actual: Tensor, expected: Tensor, tolerance: float) -> tuple[bool, str]:
+    found = compare(actual, expected)
+    return found.relative_l2 <= tolerance and not found.mismatched, f"relative error {found.relative_l2:.1e}"
+
+
+def _pairs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(2, 37, 29, generator=generator, dtype=torch.float64) / 3).unbind()
+    return x.to(dtype), y.to(dtype)
+
+
+def _contrastive() -> tuple[bool, str]:
+    x, y = (t.requires_grad_() for t in _pairs())
+    loss = contrastive_loss(x, y, 10.0)
+    ours = torch.autograd.grad(loss, (x, y))
+    expected = contrastive_reference.contrastive_loss(x.double(), y.double(), 10.0)
+    theirs = torch.autograd.grad(expected, (x, y))
+    return _near(torch.cat([loss.reshape(1), *(g.flatten() for g in ours)]),
+                 torch.cat([expected.reshape(1), *(g.flatten() for g in theirs)]), 1e-5)  # fmt: skip
+
+
+def _contrastive_bfloat16() -> tuple[bool, str]:
+    x, y = _pairs(torch.bfloat16)
+    return _near(
+        contrastive_loss(x, y, 10.0), contrastive_reference.contrastive_loss(x.double(), y.double(), 10.0), 1e-2
+    )
+
+
+def _sigmoid() -> tuple[bool, str]:
+    x, y = _pairs()
+    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+    return _near(
+        contrastive.sigmoid_sum(x, y, scale, bias),
+        contrastive_reference.sigmoid_sum(x.double(), y.double(), scale, bias),
+        1e-5,
+    )
+
+
+def _meanshift() -> tuple[bool, str]:
+    x, _ = _pairs()
+    total = torch.ops.gapkern.meanshift_sum(x)
+    shift = torch.linspace(-1, 1, x.shape[1], dtype=torch.float64)
+    ours = [
+        total,
+        torch.ops.gapkern.meanshift_gram(x, total / len(x)),
+        torch.ops.gapkern.meanshift_apply(x, shift, True),
+    ]
+    theirs = [
+        meanshift_reference.column_sum(x),
+        meanshift_reference.gram(x, x.double().mean(0)),
+        meanshift_reference.apply(x, shift, True),
+    ]
+    flat = [torch.cat([t.double().flatten() for t in side]) for side in (ours, theirs)]
+    return _near(flat[0], flat[1], 1e-7)
+
+
+def _bits() -> tuple[bool, str]:
+    x = torch.empty(5, 11)
+    same = torch.equal(torch.ops.gapkern.perturb_bits(x, 42, 3, 7), perturb_reference.bits(5, 11, 42, 3, 7))
+    return same, "bit-equal" if same else "other bits than Philox4x32-10"
+
+
+def _noise() -> tuple[bool, str]:
+    x = torch.zeros(64, 33)
+    ours = [torch.ops.gapkern.perturb_noise(x, law, 1.0, 42, 3, 0) for law in ("gaussian", "uniform")]
+    theirs = [perturb_reference.noise(64, 33, law, 42, 3) for law in ("gaussian", "uniform")]
+    return _near(torch.cat(ours), torch.cat(theirs), 1e-6)
+
+
+def _quantize() -> tuple[bool, str]:
+    x, _ = _pairs()
+    low, high = x.amin(0), x.amax(0)
+    return _near(
+        torch.ops.gapkern.perturb_quantize(x, low, high, 32), perturb_reference.quantize(x, low, high, 32), 1e-6
+    )
+
+
+def _robustness() -> tuple[bool, str]:
+    # Equal distances: each of G rows wins with probability 1 / G, whatever the law.
+    squared, targets = torch.full((2, 50), 1.3, dtype=torch.float64), torch.tensor([[0], [49]])
+    p = torch.cat([torch.ops.gapkern.robustness_exact(squared, targets, v, 64) for v in (1e-4, 1e-2, 1.0)])
+    return _near(50 * p, torch.ones_like(p), 1e-4)
+
+
+_CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
+    ("contrastive loss and gradients", _contrastive),
+    ("contrastive loss, bfloat16", _contrastive_bfloat16),
+    ("sigmoid loss", _sigmoid),
+    ("mean, Gram matrix and shift", _meanshift),
+    ("Philox bits", _bits),
+    ("Gaussian and uniform noise", _noise),
+    ("quantisation", _quantize),
+    ("exact robustness", _robustness),
+)
+
+
+def checks() -> Iterator[Check]:
+    """Runs every check on the CPU, and the noise on a CUDA device where one is visible.
+
+    Example:
+        >>> all(check.passed for check in checks())
+        True
+    """
+    for name, function in _CHECKS:
+        yield _run(name, function)
+    if torch.cuda.is_available():
+        yield _run("noise on CUDA", _noise_on_cuda)
+
+
+def _noise_on_cuda() -> tuple[bool, str]:
+    x = torch.zeros(64, 33)
+    laws = ("gaussian", "uniform")
+    cpu = [torch.ops.gapkern.perturb_noise(x, law, 1.0, 42, 3, 0) for law in laws]
+    cuda = [torch.ops.gapkern.perturb_noise(x.cuda(), law, 1.0, 42, 3, 0).cpu() for law in laws]
+    same = torch.equal(torch.cat(cpu), torch.cat(cuda))
+    return same, "the CPU's bits" if same else "other bits than on the CPU"
+
+
+def _run(name: str, function: Callable[[], tuple[bool, str]]) -> Check:
+    try:
+        return Check(name, *function())
+    except Exception as error:  # whatever is broken here is what the doctor is asked for
+        lines = str(error).splitlines()
+        return Check(name, False, f"{type(error).__name__}: {lines[0] if lines else ''}")
