@@ -2,9 +2,9 @@
 
 import base64
 import html
+import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 _STYLE = """
@@ -61,11 +61,19 @@ def numbers(entries: Iterable[tuple[str, str]]) -> str:
     return f'<div class="numbers">{cells}</div>'
 
 
-def figure(png: Path, caption: str) -> str:
-    """A PNG, embedded."""
-    data = base64.b64encode(Path(png).read_bytes()).decode()
+def _png(drawing: Any) -> str:
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=130)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def figure(draw: Callable[..., Any], caption: str) -> str:
+    """What `draw(tall=False)` draws, embedded, and what `draw(tall=True)` draws for narrow screens."""
     text = html.escape(caption)
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    return (
+        f'<figure><picture><source media="(max-width: 640px)" srcset="{_png(draw(tall=True))}">'
+        f'<img src="{_png(draw(tall=False))}" alt="{text}"></picture><figcaption>{text}</figcaption></figure>'
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

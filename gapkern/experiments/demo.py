@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ def run(
     clean = robustness(images, gallery, Gaussian(0.0), labels=labels)
     template_rows = _templates(images, prompts, templates, labels, shift)
 
-    written = _figures(folder, images, gallery, labels, shift, trained.history, result, template_rows)
+    drawings = _figures(images, gallery, labels, shift, trained.history, result, template_rows)
+    for name, draw in drawings.items():
+        with files.replacing(folder / f"{name}.png") as temporary:
+            draw().savefig(temporary, dpi=150)
     report = {
         "dataset": "digits",
         "model": "open_clip CLIP (D = 128)",
@@ -89,7 +93,7 @@ def run(
         "seconds": {"training": trained_after, "all": time.perf_counter() - started},
     }
     files.write_json(folder / "report.json", report)
-    page = demo_report.render(report, written)
+    page = demo_report.render(report, drawings)
     files.write(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     return report
 
@@ -134,20 +138,15 @@ def _subset(result: SweepResult, **wanted: Any) -> SweepResult:
     return SweepResult(rows, result.shift)
 
 
-def _figures(folder, images, gallery, labels, shift, history, result, template_rows) -> dict[str, Path]:
-    drawn = {
-        "pca": figures.modalities(
-            images.numpy(), gallery.numpy(), shift.shift_vector_.numpy(), labels.numpy(), digits.NAMES
-        ),
-        "training": figures.training(history),
-        "robustness": figures.robustness_and_accuracy(_subset(result, perturbation="gaussian", scale="per_coordinate")),
-        "robustness_total": figures.robustness_and_accuracy(_subset(result, perturbation="gaussian", scale="total")),
-        "quantize": figures.robustness_and_accuracy(_subset(result, perturbation="quantize", range="global")),
-        "templates": figures.templates(template_rows),
+def _figures(images, gallery, labels, shift, history, result, template_rows) -> dict[str, Callable[..., Any]]:
+    """By name, functions that draw with tall=False or, for narrow screens, tall=True."""
+    points = images.numpy(), gallery.numpy(), shift.shift_vector_.numpy(), labels.numpy(), digits.NAMES
+    noise = {scale: _subset(result, perturbation="gaussian", scale=scale) for scale in ("per_coordinate", "total")}
+    return {
+        "pca": partial(figures.modalities, *points),
+        "training": partial(figures.training, history),
+        "robustness": partial(figures.robustness_and_accuracy, noise["per_coordinate"]),
+        "robustness_total": partial(figures.robustness_and_accuracy, noise["total"]),
+        "quantize": partial(figures.robustness_and_accuracy, _subset(result, perturbation="quantize", range="global")),
+        "templates": partial(figures.templates, template_rows),
     }
-    written = {}
-    for name, drawing in drawn.items():
-        written[name] = folder / f"{name}.png"
-        with files.replacing(written[name]) as temporary:
-            drawing.savefig(temporary, dpi=150)
-    return written

@@ -1,6 +1,6 @@
 """The demo's page: what was done, what came out, how to do it on one's own embeddings."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from gapkern import report as html
@@ -29,7 +29,7 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def render(report: dict[str, Any], figures: dict[str, Path]) -> str:
+def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> str:
     """The page as a string of HTML."""
     head = headline(report)
     before, after = head["before"], head["after"]
@@ -57,8 +57,8 @@ def render(report: dict[str, Any], figures: dict[str, Path]) -> str:
             html.section(
                 "The gap",
                 html.figure(figures["pca"], "Images (dots) and class prompts (stars), one colour per digit, in the "
-                            "plane of their two leading principal components. Training leaves the two modalities "
-                            "apart; the shift moves the prompts across without changing any distance among them."),
+                            "plane of their two leading principal components, each modality with the same weight. "
+                            "Training leaves the two modalities apart; the shift moves the prompts across without changing any distance among them."),
                 html.figure(figures["training"], "Loss and gap norm during training. The loss converges with the gap "
                             "still open: it stops feeling the gap once each modality is constant along it."),
                 html.details("All gap metrics", html.table(
@@ -69,8 +69,8 @@ def render(report: dict[str, Any], figures: dict[str, Path]) -> str:
                 "Closing it",
                 html.paragraph("`gapkern.MeanShift` moves the prompts by α g′, the part of the gap g orthogonal to "
                                "the prompts' affine hull. Robustness is the probability that an image keeps its "
-                               "nearest prompt once every prompt has its own Gaussian noise. It is computed as an integral, "
-                               "not sampled."),
+                               "nearest prompt once every prompt has its own Gaussian noise. It is computed as an "
+                               "integral, not sampled."),
                 html.figure(figures["robustness"], "Noise of fixed variance per coordinate. Robustness rises until the "
                             "means meet (α = 1) and falls again behind; accuracy under noise follows; clean accuracy "
                             "stays."),
@@ -100,7 +100,8 @@ def render(report: dict[str, Any], figures: dict[str, Path]) -> str:
         footer=(
             f"gapkern {report['env']['versions']['gapkern']}, PyTorch {report['env']['versions']['torch']}, "
             f"{report['env']['processor']}, {report['env']['threads']} threads; trained in "
-            f"{seconds['training']:.0f} s, all in {seconds['all']:.0f} s. `gapkern demo --seed {settings['seed']} --steps {settings['steps']}` "
+            f"{seconds['training']:.0f} s, all in {seconds['all']:.0f} s. "
+            f"`gapkern demo --seed {settings['seed']} --steps {settings['steps']}` "
             "repeats this page. Method: Chowers, Naparstek, Barzelay and Weiss, “Is the Modality Gap a Bug or a "
             "Feature? A Robustness Perspective”, CVPR 2026."
         ),
