@@ -34,6 +34,15 @@ def real_data():
     return real_embeddings
 
 
+@pytest.fixture
+def poisoned():
+    """New tensors hold NaN (integers their largest value): an element a kernel forgets to write is found."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def _missing_hardware() -> dict[str, str]:
     if not torch.cuda.is_available():
         reason = "no CUDA device is visible"

@@ -140,7 +140,7 @@ def _subset(result: SweepResult, **wanted: Any) -> SweepResult:
 
 def _figures(images, gallery, labels, shift, history, result, template_rows) -> dict[str, Callable[..., Any]]:
     """By name, functions that draw with tall=False or, for narrow screens, tall=True."""
-    points = images.numpy(), gallery.numpy(), shift.shift_vector_.numpy(), labels.numpy(), digits.NAMES
+    points = images.numpy(), gallery.numpy(), shift.shift_vector_.numpy(), labels.numpy(), "0123456789"
     noise = {scale: _subset(result, perturbation="gaussian", scale=scale) for scale in ("per_coordinate", "total")}
     return {
         "pca": partial(figures.modalities, *points),

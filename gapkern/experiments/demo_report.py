@@ -58,7 +58,8 @@ def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> st
                 "The gap",
                 html.figure(figures["pca"], "Images (dots) and class prompts (stars), one colour per digit, in the "
                             "plane of their two leading principal components, each modality with the same weight. "
-                            "Training leaves the two modalities apart; the shift moves the prompts across without changing any distance among them."),
+                            "Training leaves the two modalities apart; the shift moves the prompts across without "
+                            "changing any distance among them."),
                 html.figure(figures["training"], "Loss and gap norm during training. The loss converges with the gap "
                             "still open: it stops feeling the gap once each modality is constant along it."),
                 html.details("All gap metrics", html.table(

@@ -45,4 +45,5 @@ def sigmoid_sum(images, texts, logit_scale, logit_bias, label_offset=0) -> Tenso
     s = logits(images, texts, logit_scale) + logit_bias
     rows = torch.arange(s.shape[0], device=s.device)[:, None]
     z = torch.where(torch.arange(s.shape[1], device=s.device) == rows + label_offset, 1.0, -1.0).to(s.dtype)
-    return torch.nn.functional.softplus(-z * s).sum()
+    # Not softplus, which PyTorch cuts off at 20.
+    return -torch.nn.functional.logsigmoid(z * s).sum()
