@@ -3,14 +3,13 @@
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check
+from gapkern import _check, files
 from gapkern._nearest import nearest
 from gapkern.ops import meanshift as _ops  # noqa: F401 - registers the operators
 
@@ -347,8 +346,6 @@ class MeanShift:
 
         if not hasattr(self, "shift_vector_"):
             raise ValueError("MeanShift: call fit before save")
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         metadata = {
             "format": "gapkern.MeanShift",
             "version": str(FORMAT_VERSION),
@@ -362,11 +359,7 @@ class MeanShift:
             "agreement_": repr(self.agreement_),
         }
         tensors = {"gap_vector": self.gap_vector_.contiguous(), "shift_vector": self.shift_vector_.contiguous()}
-        try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @staticmethod
     def load(path: str | os.PathLike) -> "MeanShift":
@@ -383,7 +376,9 @@ class MeanShift:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except FileNotFoundError:
+            raise ValueError(f"path: expected a file, got {path}, which does not exist") from None
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from None
         if metadata.get("format") != "gapkern.MeanShift" or metadata.get("version") != str(FORMAT_VERSION):
             raise ValueError(

@@ -100,7 +100,7 @@ double small_stays_nearest(const double* squared, int64_t count, int64_t target,
   }
   double total = 0;
   for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
-  return total;
+  return std::min(total, 1.0);
 }
 
 // product[k] *= P(X_j > q_k) for each rival j; ahead[j] = lambda_j - lambda.
@@ -155,7 +155,7 @@ double stays_nearest(const double* squared, int64_t count, int64_t target, doubl
   (near ? multiply<true> : multiply<false>)(room, rivals, lambda, float(dims), q32, excess32, product);
   double total = 0;
   for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
-  return total;
+  return std::min(total, 1.0);
 }
 
 }  // namespace

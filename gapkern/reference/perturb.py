@@ -43,7 +43,7 @@ def words(rows: int, columns: int, seed: int, trial: int, first_row: int = 0) ->
 
 def bits(rows: int, columns: int, seed: int, trial: int, first_row: int = 0) -> Tensor:
     """(rows, columns) int32."""
-    stream = words(rows, columns, seed, trial, first_row).reshape(rows, -1)[:, :columns]
+    stream = words(rows, columns, seed, trial, first_row).flatten(1)[:, :columns]
     return torch.where(stream >= 2**31, stream - 2**32, stream).to(torch.int32)
 
 
@@ -52,11 +52,11 @@ def noise(rows: int, columns: int, law: str, seed: int, trial: int, first_row: i
     w = words(rows, columns, seed, trial, first_row).double()
     if law == "uniform":
         signed = torch.where(w >= 2.0**31, w - 2.0**32, w)
-        return (math.sqrt(3.0) * (signed + 0.5) / 2.0**31).reshape(rows, -1)[:, :columns]
+        return (math.sqrt(3.0) * (signed + 0.5) / 2.0**31).flatten(1)[:, :columns]
     u, angle = w[..., 0::2], 2 * math.pi * w[..., 1::2] / 2.0**32
     radius = (-2 * (((u / 2).floor() + 0.5) / 2.0**31).log()).sqrt()
     z = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-    return z.reshape(rows, -1)[:, :columns]
+    return z.flatten(1)[:, :columns]
 
 
 def quantize(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:

@@ -29,6 +29,13 @@ def winning_probability(squared: Tensor, target: int, variance: float, dims: int
 
     lam = (squared.double() / variance).numpy()
     law = [ncx2(dims, v) if v > 0 else chi2(dims) for v in lam]
+
+    def survival(j: int, x: float) -> float:
+        try:
+            return float(law[j].sf(x))
+        except OverflowError:  # SciPy's, far below the mean, where the answer is one
+            return 1.0
+
     z = np.linspace(-8.0, 8.0, nodes)
     q = np.where(z < 0, law[target].ppf(norm.cdf(z)), law[target].isf(norm.sf(z)))
     product = norm.pdf(z)
@@ -37,5 +44,5 @@ def winning_probability(squared: Tensor, target: int, variance: float, dims: int
         # SciPy overflows far from the target, where the answer is one.
         far = lam[j] - lam[target] > 10 * (4 * (dims + lam[j] + lam[target])) ** 0.5
         if j != target and not far:
-            product = product * law[j].sf(q)
+            product = product * np.array([survival(j, x) for x in q])
     return float(product.sum())

@@ -1,0 +1,265 @@
+"""Gap metrics with their golden values, and the mean shift as users meet it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gapkern import MeanShift, gap_metrics
+from gapkern._nearest import nearest
+from gapkern.gap import hull, moments
+from gapkern.reference import meanshift as reference
+from gapkern.testing import assert_near
+
+
+def clusters(gallery=12, queries=40, dims=64, spread=0.2, seed=0):
+    """A gallery within the first coordinates and queries apart from it along the last."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.zeros(gallery, dims)
+    base[:, :8] = spread * torch.randn(gallery, 8, generator=generator)
+    rows = torch.randint(gallery, (queries,), generator=generator)
+    asked = base[rows] + 0.1 * spread * torch.randn(queries, dims, generator=generator)
+    asked[:, -1] += 1.0
+    return base, asked
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("centroid_distance", 0.85135),
+        ("mean_pair_distance", 1.17448),
+        ("rmg", 0.59146),
+        ("cos_paired", 0.30992),
+        ("cos_unpaired", 0.16160),
+        ("cos_within_images", 0.53148),
+        ("cos_within_texts", 0.51520),
+    ],
+)
+def test_golden_values_on_real_clip_embeddings(real_data, key, value):
+    images, texts = real_data("clip")
+    assert gap_metrics(images, texts)[key] == pytest.approx(value, abs=1e-4 if key != "rmg" else 1e-5)
+
+
+@pytest.mark.parametrize(("model", "distance"), [("clip", 0.85135), ("convirt", 0.82308), ("videoclip", 1.06689)])
+def test_the_published_centroid_distances(real_data, model, distance):
+    assert gap_metrics(*real_data(model))["centroid_distance"] == pytest.approx(distance, abs=1e-5)
+
+
+def test_metrics_are_their_definitions():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(60, 9, generator=generator, dtype=torch.float64)
+    t = torch.randn(60, 9, generator=generator, dtype=torch.float64) + torch.linspace(0, 2, 9)
+    found = gap_metrics(x, t, logit_scale=7.0)
+    u, v = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(t, dim=1)
+    off = ~torch.eye(60, dtype=torch.bool)
+    softmax = torch.softmax(7 * u @ v.T, 1)
+    singular = torch.linalg.svdvals(x - x.mean(0))
+    p = singular / singular.sum()
+    covariances = torch.cov(x.T), torch.cov(t.T)
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).sqrt().sum()
+    gap = t.mean(0) - x.mean(0)
+    expected = {
+        "alignment": (u - v).square().sum(1).mean(),
+        "uniformity_images": torch.exp(-2 * torch.cdist(u, u)[off].square()).mean().log(),
+        "uniformity_texts": torch.exp(-2 * torch.cdist(v, v)[off].square()).mean().log(),
+        "cos_within_images": (u @ u.T)[off].mean(),
+        "cos_unpaired": (u @ v.T)[off].mean(),
+        "effective_rank_images": torch.exp(-(p * p.log()).sum()),
+        "frechet": gap.square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * cross,
+        "variance_along_gap_images": ((x @ (gap / gap.norm())).var() / covariances[0].trace()),
+        "doubly_stochastic_residual": (softmax.sum(0) - 1).abs().max(),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-9), name
+
+
+def test_metrics_of_identical_modalities():
+    x = torch.randn(20, 6)
+    found = gap_metrics(x, x)
+    assert found["centroid_distance"] == 0
+    assert found["rmg"] == pytest.approx(0, abs=1e-12)
+    assert math.isnan(found["orthogonality"])
+    assert found["frechet"] == pytest.approx(0, abs=1e-9)
+
+
+def test_metrics_of_a_single_pair_are_numbers_or_nan():
+    found = gap_metrics(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    assert found["centroid_distance"] == pytest.approx(2**0.5)
+    assert math.isnan(found["rmg"])
+
+
+def test_moments_do_not_cancel_far_from_the_origin():
+    x = torch.randn(3000, 20, dtype=torch.float64) + 1e6
+    mean, gram = moments(x)
+    centred = x - x.mean(0)
+    assert_near(mean, x.mean(0), 1e-15)
+    assert_near(gram, centred.T @ centred, 1e-9)
+
+
+@pytest.mark.parametrize("components", [0, 1, 3, 8])
+def test_the_shift_is_the_papers(components):
+    gallery, queries = clusters()
+    gallery = gallery + 0.3 * torch.randn(12, 64, generator=torch.Generator().manual_seed(5))
+    shift = MeanShift(components=components).fit(gallery, queries)
+    expected = reference.shift_vector(gallery, queries, components)
+    assert_near(shift.shift_vector_, expected, 1e-9)
+    assert shift.components_ == components
+    assert shift.orthogonality_ == pytest.approx(float(expected.norm() / shift.gap_vector_.norm()))
+
+
+def test_closing_the_gap_makes_the_means_meet_outside_the_hull():
+    gallery, queries = clusters()
+    shift = MeanShift(components="exact").fit(gallery, queries)
+    moved = shift.transform(gallery)
+    basis = hull(gallery, moments(gallery)[1])
+    left = queries.double().mean(0) - moved.double().mean(0)
+    assert float((left - basis @ (basis.T @ left)).norm()) < 1e-6
+    assert shift.agreement_ == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_theorem_3_5_a_full_rank_shift_changes_no_neighbour(real_data, dtype, alpha):
+    images, texts = (torch.from_numpy(x).to(dtype) for x in real_data("clip"))
+    shift = MeanShift(alpha, components="exact").fit(texts, images)
+    assert torch.equal(nearest(images, texts), nearest(images, shift.transform(texts)))
+    other = MeanShift(alpha, components="exact", moves="queries").fit(texts, images)
+    assert torch.equal(nearest(images, texts), nearest(other.transform_queries(images), texts))
+
+
+def test_the_published_k_table_on_real_embeddings(real_data):
+    images, texts = (torch.from_numpy(x) for x in real_data("clip"))
+    labels = torch.arange(500)
+
+    def recall(k):
+        shift = MeanShift(components=k).fit(texts, images)
+        return (nearest(images, shift.transform(texts)) == labels).double().mean().item(), shift.agreement_
+
+    for k, right, kept in ((0, 0.300, 0.31), (100, 0.530, 0.78), (200, 0.556, 0.88), (499, 0.554, 0.99)):
+        found = recall(k)
+        assert found[0] == pytest.approx(right, abs=1e-9), k
+        assert found[1] >= kept - 0.01, k
+
+
+def test_auto_keeps_the_agreement_it_promises(real_data):
+    images, texts = (torch.from_numpy(x) for x in real_data("clip"))
+    for agreement in (0.8, 0.95, 0.99):
+        shift = MeanShift(agreement=agreement).fit(texts, images)
+        assert shift.agreement_ >= agreement
+        fewer = MeanShift(components=max(0, shift.components_ - 40)).fit(texts, images)
+        assert fewer.orthogonality_ > shift.orthogonality_
+        assert fewer.agreement_ < shift.agreement_ + 0.02
+
+
+def test_a_share_of_the_variance():
+    gallery = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))
+    gallery = torch.cat([gallery, -gallery])
+    shift = MeanShift(components=0.9).fit(gallery, gallery + 1)
+    variances = torch.tensor([16.0, 4, 1, 0.25])
+    assert variances[: shift.components_].sum() / variances.sum() >= 0.9
+    assert variances[: shift.components_ - 1].sum() / variances.sum() < 0.9
+
+
+def test_alpha_and_sides():
+    gallery, queries = clusters()
+    shift = MeanShift(0.5, components="exact").fit(gallery, queries)
+    step = shift.transform(gallery).double() - gallery.double()
+    assert_near(step, (0.5 * shift.shift_vector_).expand(12, -1), 1e-6)
+    assert shift.transform_queries(queries) is queries
+    assert shift.at(0.0).transform(gallery) is gallery
+    other = MeanShift(0.5, components="exact", moves="queries").fit(gallery, queries)
+    assert other.transform(gallery) is gallery
+    assert_near(
+        queries.double() - other.transform_queries(queries).double(), (0.5 * shift.shift_vector_).expand(40, -1), 1e-6
+    )
+
+
+def test_normalised_output_has_unit_rows():
+    gallery, queries = clusters()
+    moved = MeanShift(components="exact", normalize=True).fit(gallery, queries).transform(gallery)
+    assert_near(moved.norm(dim=1), torch.ones(12), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_arrays_come_back_as_arrays_of_their_dtype(dtype):
+    gallery, queries = (x.numpy().astype(dtype) for x in clusters())
+    moved = MeanShift(components=3).fit(gallery, queries).transform(gallery)
+    assert isinstance(moved, np.ndarray)
+    assert moved.dtype == dtype
+    assert moved.shape == gallery.shape
+
+
+def test_saved_and_loaded_shifts_do_the_same(tmp_path):
+    gallery, queries = clusters()
+    shift = MeanShift(0.75, components="exact", normalize=True).fit(gallery, queries)
+    shift.save(tmp_path / "shift.safetensors")
+    loaded = MeanShift.load(tmp_path / "shift.safetensors")
+    assert repr(loaded) == repr(shift)
+    assert torch.equal(loaded.transform(gallery), shift.transform(gallery))
+    assert (loaded.components_, loaded.orthogonality_, loaded.agreement_) == (
+        shift.components_, shift.orthogonality_, shift.agreement_,
+    )  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["shift.safetensors"]
+
+
+def test_loading_something_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "text").write_text("not a tensor")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="path: expected a safetensors file, got"):
+        MeanShift.load(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"path: expected a gapkern\.MeanShift file of version 1"):
+        MeanShift.load(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"path: expected a file, got .*absent"):
+        MeanShift.load(tmp_path / "absent")
+
+
+def test_ties_go_to_the_lowest_row_and_duplicates_to_the_first():
+    gallery = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    queries = torch.tensor([[1.0, 5.0], [0.1, 0.0], [2.0, 0.1]])
+    assert nearest(queries, gallery).tolist() == [0, 0, 1]
+    assert nearest(queries[:0], gallery).tolist() == []
+
+
+def test_near_ties_far_from_the_origin_are_decided_exactly():
+    generator = torch.Generator().manual_seed(0)
+    gallery = (torch.randn(300, 16, generator=generator) + 1000).half().float()
+    queries = (torch.randn(200, 16, generator=generator) + 1000).half().float()
+    exact = torch.cdist(queries.double(), gallery.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    assert torch.equal(nearest(queries, gallery), exact)
+
+
+FITTED = MeanShift(components=0).fit(*clusters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: gap_metrics(torch.zeros(3), torch.zeros(3, 2)), ValueError, r"images: expected shape \(N, D\)"),
+        (lambda: gap_metrics(torch.ones(3, 2), torch.ones(4, 2)), ValueError, "texts: expected 3 rows as in images"),
+        (lambda: gap_metrics(torch.ones(3, 2), torch.ones(3, 5)), ValueError, "texts: expected D = 2 as in images"),
+        (lambda: gap_metrics([[1.0]], torch.ones(1, 1)), TypeError, "images: expected a torch.Tensor"),
+        (
+            lambda: gap_metrics(torch.tensor([[1.0], [math.nan]]), torch.ones(2, 1)), ValueError,
+            "images: expected finite values, got NaN or infinity, first in row 1",
+        ),
+        (lambda: MeanShift("1"), TypeError, "alpha: expected a number, got str"),
+        (lambda: MeanShift(components="all"), ValueError, "components: expected one of 'auto', 'exact', got 'all'"),
+        (lambda: MeanShift(components=1.5), ValueError, "components: expected a finite number > 0 and <= 1"),
+        (lambda: MeanShift(components=-1), ValueError, "components: expected an integer >= 0, got -1"),
+        (lambda: MeanShift(moves="both"), ValueError, "moves: expected one of 'gallery', 'queries', got 'both'"),
+        (lambda: MeanShift(agreement=2), ValueError, "agreement: expected a finite number >= 0 and <= 1, got 2"),
+        (lambda: MeanShift().transform(torch.ones(1, 2)), ValueError, "MeanShift: call fit before transform"),
+        (lambda: MeanShift().save("x"), ValueError, "MeanShift: call fit before save"),
+        (lambda: MeanShift().fit(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "queries: expected D = 3"),
+        (lambda: FITTED.transform(torch.ones(2, 3)), ValueError, "gallery: expected D = 64 as fitted"),
+        (lambda: FITTED.transform(torch.full((1, 64), math.inf)), ValueError, "gallery: expected finite values"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,283 @@
+"""Three estimators of one number, against each other, SciPy and brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, robustness, sweep
+from gapkern._nearest import nearest
+from gapkern.reference import robustness as reference
+
+
+def cloud(queries=40, gallery=15, dims=32, spread=0.1, noise=0.03, offset=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = spread * torch.randn(gallery, dims, generator=generator)
+    y = x[torch.randint(gallery, (queries,), generator=generator)] + noise * torch.randn(
+        queries, dims, generator=generator
+    )
+    y[:, -1] += offset
+    return y, x
+
+
+def winning(squared, target, variance, dims):
+    operator = torch.ops.gapkern.robustness_exact
+    return operator(squared[None].double(), torch.tensor([[target]]), float(variance), dims).item()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 8, 31, 63, 64, 200, 512, 4096])
+def test_exact_is_scipys_integral_over_six_decades_of_variance(dims):
+    generator = np.random.default_rng(dims)
+    errors = []
+    for variance in 10.0 ** np.arange(-6, 1):
+        for distance in (0.0, 0.3, 1.0):
+            gallery = generator.standard_normal((5, dims)) / math.sqrt(dims)
+            query = gallery[0] + distance * math.sqrt(variance) * generator.standard_normal(dims)
+            squared = torch.from_numpy(((query - gallery) ** 2).sum(1))
+            target = int(squared.argmin())
+            expected = reference.winning_probability(squared, target, variance, dims, nodes=201)
+            errors.append(abs(winning(squared, target, variance, dims) - expected))
+    assert max(errors) < 1e-3
+    assert np.mean(errors) < 1e-4
+
+
+@pytest.mark.parametrize("dims", [2, 16, 64, 512])
+@pytest.mark.parametrize("gallery", [1, 2, 10, 1000, 20000])
+def test_equal_rivals_share_the_chance(dims, gallery):
+    if dims < 64 and gallery > 1000:
+        gallery = 1000
+    for squared in (0.0, 1.3):
+        p = winning(torch.full((gallery,), squared), gallery // 2, 0.01, dims)
+        assert p == pytest.approx(1 / gallery, rel=2e-3)
+
+
+def test_the_chances_of_all_rows_add_up_to_one():
+    queries, gallery = cloud(dims=64)
+    squared = torch.cdist(queries.double(), gallery.double()).square()
+    targets = torch.arange(15).expand(40, -1).contiguous()
+    for variance in (1e-4, 1e-3, 1e-2):
+        total = torch.ops.gapkern.robustness_exact(squared, targets, variance, 64).sum(1)
+        assert float((total - 1).abs().max()) < 2e-4
+
+
+def test_a_target_of_minus_one_has_no_chance():
+    squared = torch.rand(3, 4, dtype=torch.float64)
+    p = torch.ops.gapkern.robustness_exact(squared, torch.tensor([[0, -1], [1, -1], [-1, 2]]), 0.1, 8)
+    assert (p == 0).tolist() == [[False, True], [False, True], [True, False]]
+
+
+def test_the_exact_operator_keeps_its_contract():
+    squared, targets = torch.rand(4, 9, dtype=torch.float64), torch.randint(9, (4, 2))
+    torch.library.opcheck(torch.ops.gapkern.robustness_exact, (squared, targets, 0.1, 16))
+    for arguments, message in (
+        ((squared[0], targets, 0.1, 16), "targets: expected"),
+        ((squared.float(), targets, 0.1, 16), "distances: expected float64"),
+        ((squared, targets.int(), 0.1, 16), "targets: expected int64"),
+        ((squared, targets, 0.0, 16), "variance: expected a number > 0"),
+        ((squared, targets, 0.1, 0), "dims: expected an integer > 0"),
+        ((squared, targets + 9, 0.1, 16), "targets: expected values in"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.gapkern.robustness_exact(*arguments)
+
+
+@pytest.mark.parametrize("variance", [1e-3, 5e-3])
+def test_brute_force_confirms_every_query(variance):
+    queries, gallery = cloud()
+    trials = 4000
+    expected = reference.stays_nearest(
+        queries, gallery, nearest(queries, gallery), variance, trials, torch.Generator().manual_seed(1)
+    )
+    noise = Gaussian(variance, "per_coordinate")
+    for method, own in (("exact", 0), ("projected", trials), ("sample", 1000)):
+        found = robustness(queries, gallery, noise, method=method, trials=max(own, 1), seed=3)
+        p = found.per_query.clamp(1e-4, 1 - 1e-4)
+        sigma = (p * (1 - p)).sqrt() * math.sqrt(1 / trials + (1 / own if own else 0))
+        assert float(((found.per_query - expected).abs() / sigma.clamp_min(1e-3)).max()) < 5, method
+        assert found.method == method
+
+
+@pytest.mark.parametrize("model", ["clip", "convirt", "videoclip"])
+@pytest.mark.parametrize("variance", [0.005, 0.04])
+def test_the_methods_agree_on_real_embeddings(real_data, model, variance):
+    images, texts = real_data(model)
+    labels = np.arange(len(images))
+    shift = MeanShift(components=0.9).fit(texts, images)
+    exact = robustness(images, texts, Gaussian(variance), labels=labels, shift=shift)
+    assert (exact.method, exact.trials, exact.stderr) == ("exact", 0, 0.0)
+    for method in ("projected", "sample"):
+        drawn = robustness(
+            images, texts, Gaussian(variance), labels=labels, shift=shift, method=method, trials=60, seed=11
+        )
+        for name in ("robustness", "agreement", "accuracy"):
+            difference = getattr(drawn, name) - getattr(exact, name)
+            assert abs(difference) < 4.5 * drawn.stderr + 1e-4, (method, name)
+        assert drawn.clean_accuracy == exact.clean_accuracy
+
+
+def test_the_standard_error_is_that_of_shared_noise():
+    queries, gallery = cloud(queries=200, gallery=4, dims=8)
+    runs = [robustness(queries, gallery, Gaussian(0.05), method="sample", trials=20, seed=s) for s in range(40)]
+    spread = torch.tensor([run.robustness for run in runs]).std().item()
+    stated = float(np.mean([run.stderr for run in runs]))
+    assert 0.7 < spread / stated < 1.4
+    assert math.isnan(robustness(queries, gallery, Gaussian(0.05), method="sample", trials=1).stderr)
+
+
+def test_draws_repeat_for_a_seed_and_differ_between_seeds():
+    queries, gallery = cloud()
+    for method in ("sample", "projected"):
+        first, again, other = (
+            robustness(queries, gallery, Gaussian(0.2), method=method, trials=5, seed=s).per_query for s in (1, 1, 2)
+        )
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+def test_classes_of_several_rows():
+    queries, gallery = cloud(gallery=12)
+    classes = torch.arange(12) // 3 + 100
+    labels = classes[nearest(queries, gallery)]
+    noise = Gaussian(0.01, "per_coordinate")
+    exact = robustness(queries, gallery, noise, labels=labels, gallery_labels=classes)
+    drawn = robustness(queries, gallery, noise, labels=labels, gallery_labels=classes, method="projected", trials=2000)
+    assert exact.clean_accuracy == 1
+    assert exact.accuracy > exact.robustness
+    assert drawn.accuracy == pytest.approx(exact.accuracy, abs=5 * drawn.stderr)
+
+
+def test_labels_that_no_row_has_are_never_right():
+    queries, gallery = cloud(gallery=4)
+    found = robustness(queries, gallery, Gaussian(0.01), labels=[77] * 40, gallery_labels=[1, 2, 3, 4])
+    assert (found.accuracy, found.clean_accuracy) == (0, 0)
+
+
+@pytest.mark.parametrize("perturbation", [Quantize(16), Gaussian(0.0), Uniform(0.0), Quantize(8) | Quantize(4)])
+def test_what_is_not_random_is_done_once(perturbation):
+    queries, gallery = cloud()
+    found = robustness(queries, gallery, perturbation, trials=50)
+    assert (found.method, found.trials, found.stderr) == ("none drawn", 1, 0.0)
+    assert set(found.per_query.tolist()) <= {0.0, 1.0}
+
+
+def test_a_perturbation_of_nothing_changes_nothing():
+    queries, gallery = cloud()
+    found = robustness(queries, gallery, Gaussian(0.0), labels=nearest(queries, gallery))
+    assert (found.robustness, found.agreement, found.accuracy, found.clean_accuracy) == (1, 1, 1, 1)
+
+
+def test_quantisation_is_literal():
+    queries, gallery = cloud(dims=6)
+    low, high = gallery.amin(0), gallery.amax(0)
+    cells = low + (((gallery - low) / (high - low) * 5).clamp(0, 4).floor() + 0.5) * (high - low) / 5
+    expected = (nearest(queries, cells) == nearest(queries, gallery)).double()
+    assert torch.equal(robustness(queries, gallery, Quantize(5)).per_query, expected)
+
+
+def test_replaced_galleries_take_the_same_shift():
+    queries, gallery = cloud()
+    other = gallery + 0.02 * torch.randn(15, 32, generator=torch.Generator().manual_seed(9))
+    shift = MeanShift(components="exact").fit(gallery, queries)
+    moved = shift.transform(other)
+    expected = (nearest(queries, moved) == nearest(queries, shift.transform(gallery))).double()
+    assert torch.equal(robustness(queries, gallery, Replace(other), shift=shift).per_query, expected)
+
+
+def test_agreement_looks_back_to_the_neighbours_before_the_shift():
+    queries, gallery = cloud(offset=0.0)
+    queries = queries + 2 * (gallery[0] - gallery.mean(0))
+    shift = MeanShift(components=0).fit(gallery, queries)
+    found = robustness(queries, gallery, Gaussian(1e-9), shift=shift)
+    kept = (nearest(queries, gallery) == nearest(queries, shift.transform(gallery))).double().mean().item()
+    assert kept < 1
+    assert found.robustness == pytest.approx(1, abs=1e-6)
+    assert found.agreement == pytest.approx(kept, abs=1e-6)
+
+
+def test_noise_on_the_queries_gains_nothing_from_closing_the_gap():
+    queries, gallery = cloud(queries=200, offset=1.0)
+    shift = MeanShift(components="exact").fit(gallery, queries)
+    found = [
+        robustness(queries, gallery, Gaussian(0.3), on="queries", shift=shift.at(a), trials=60).robustness
+        for a in (0, 1)
+    ]
+    assert found[1] == pytest.approx(found[0], abs=0.02)
+    with pytest.raises(ValueError, match="method: 'exact' is for Gaussian noise on the gallery"):
+        robustness(queries, gallery, Gaussian(0.3), on="queries", method="exact")
+
+
+def test_gini_tells_even_from_uneven():
+    gallery = torch.eye(4)
+    assert robustness(gallery.repeat(5, 1), gallery, Gaussian(0.0)).gini == pytest.approx(0)
+    assert robustness(gallery[:1].repeat(5, 1), gallery, Gaussian(0.0)).gini == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_and_arrays(dtype):
+    queries, gallery = (x.to(dtype) for x in cloud())
+    expected = robustness(queries.float(), gallery.float(), Gaussian(0.1)).robustness
+    assert robustness(queries, gallery, Gaussian(0.1)).robustness == pytest.approx(expected, abs=1e-3)
+    if dtype != torch.bfloat16:
+        assert robustness(queries.numpy(), gallery.numpy(), Gaussian(0.1)).robustness == pytest.approx(
+            expected, abs=1e-3
+        )
+
+
+def test_one_row_always_wins_and_duplicates_share():
+    queries, gallery = cloud(gallery=1)
+    assert robustness(queries, gallery, Gaussian(1.0)).robustness == pytest.approx(1, abs=1e-12)
+    twice = torch.cat([gallery, gallery])
+    assert robustness(queries, twice, Gaussian(0.01)).robustness == pytest.approx(0.5, abs=1e-5)
+
+
+def test_sweep_tables_and_plots(tmp_path):
+    queries, gallery = cloud()
+    labels = nearest(queries, gallery)
+    result = sweep(queries, gallery, [0.0, 0.5, 1.0], [Gaussian(0.2), Quantize(32), Gaussian(0.1) | Quantize(8)], labels,
+                   trials=3)  # fmt: skip
+    assert len(result.rows) == 9
+    first = result.rows[0]
+    assert first["robustness"] == robustness(queries, gallery, Gaussian(0.2), shift=result.shift.at(0.0)).robustness
+    assert (first["alpha"], first["perturbation"], first["variance"], first["bins"]) == (0.0, "gaussian", 0.2, None)
+    assert result.best()["gaussian 0.2 total"] == 1.0
+    frame = result.to_dataframe()
+    assert list(frame["alpha"]) == [0.0] * 3 + [0.5] * 3 + [1.0] * 3
+    result.to_json(tmp_path / "sweep.json")
+    result.to_csv(tmp_path / "sweep.csv")
+    figure = result.plot(tmp_path / "sweep.png")
+    assert len(figure.axes) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.csv", "sweep.json", "sweep.png"]
+
+
+Q, G = cloud()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: robustness(Q, G[:, :5], Gaussian(1.0)), ValueError, "queries: expected D = 5 as in gallery"),
+        (lambda: robustness(Q, G[:0], Gaussian(1.0)), ValueError, "gallery: expected at least one row"),
+        (lambda: robustness(Q * math.nan, G, Gaussian(1.0)), ValueError, "queries: expected finite values"),
+        (lambda: robustness(Q, G, 0.1), TypeError, "perturbation: expected Gaussian"),
+        (lambda: robustness(Q, G, Gaussian(1.0), method="fast"), ValueError, "method: expected one of 'auto', 'exact'"),
+        (lambda: robustness(Q, G, Quantize(4), method="exact"), ValueError, "method: 'exact' is for Gaussian noise"),
+        (lambda: robustness(Q, G, Uniform(1.0), method="projected"), ValueError, "method: 'projected' is for Gaussian"),
+        (lambda: robustness(Q, G, Gaussian(1.0), trials=0), ValueError, "trials: expected an integer >= 1"),
+        (lambda: robustness(Q, G, Gaussian(1.0), seed=1.5), TypeError, "seed: expected an integer, got float"),
+        (lambda: robustness(Q, G, Gaussian(1.0), on="both"), ValueError, "on: expected one of 'gallery', 'queries'"),
+        (lambda: robustness(Q, G, Gaussian(1.0), shift="mean"), TypeError, "shift: expected a MeanShift, got str"),
+        (lambda: robustness(Q, G, Gaussian(1.0), labels=[1, 2]), ValueError, r"labels: expected shape \(40,\)"),
+        (lambda: robustness(Q, G, Gaussian(1.0), labels=[0.5] * 40), TypeError, "labels: expected integers"),
+        (lambda: robustness(Q, G, Gaussian(1.0), labels=[15] * 40), ValueError, "labels: expected gallery rows"),
+        (lambda: robustness(Q, G, Gaussian(1.0), gallery_labels=[0] * 15), ValueError, "expected labels beside"),
+        (lambda: robustness(Q, G, Replace(G[:3])), ValueError, r"gallery: expected shape \(15, 32\)"),
+        (lambda: robustness(Q, G, Replace(Q), on="queries"), ValueError, "on: expected 'gallery' for Replace"),
+        (lambda: sweep(Q, G, [], Gaussian(1.0)), ValueError, "alphas and perturbations: expected at least one each"),
+        (lambda: sweep(Q, G, ["a"], Gaussian(1.0)), TypeError, "alphas: expected a number, got str"),
+        (lambda: sweep(Q, G, [0], [None]), TypeError, "perturbation: expected Gaussian"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
