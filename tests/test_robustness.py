@@ -219,9 +219,8 @@ def test_other_dtypes_and_arrays(dtype):
     expected = robustness(queries.float(), gallery.float(), Gaussian(0.1)).robustness
     assert robustness(queries, gallery, Gaussian(0.1)).robustness == pytest.approx(expected, abs=1e-3)
     if dtype != torch.bfloat16:
-        assert robustness(queries.numpy(), gallery.numpy(), Gaussian(0.1)).robustness == pytest.approx(
-            expected, abs=1e-3
-        )
+        arrays = robustness(queries.numpy(), gallery.numpy(), Gaussian(0.1))
+        assert arrays.robustness == pytest.approx(expected, abs=1e-3)
 
 
 def test_one_row_always_wins_and_duplicates_share():

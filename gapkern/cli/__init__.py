@@ -6,15 +6,19 @@ import sys
 VERBS = ("demo", "gap", "shift", "robust", "doctor")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line instead of the whole usage."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from importlib import import_module
 
     from gapkern._version import __version__
 
-    whole = argparse.ArgumentParser(
-        prog="gapkern", description="Measure and close the modality gap of multi-modal embeddings."
-    )
+    whole = _Parser(prog="gapkern", description="Measure and close the modality gap of multi-modal embeddings.")
     whole.add_argument("--version", action="version", version=f"gapkern {__version__}")
     verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb in VERBS:

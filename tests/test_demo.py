@@ -1,0 +1,126 @@
+"""The demo keeps what the paper and the README promise."""
+
+import html.parser
+import json
+
+import pytest
+
+from gapkern.cli import main
+
+pytestmark = pytest.mark.open_clip
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "report"
+    assert main(["demo", "--out", str(out)]) == 0
+    return out, json.loads((out / "report.json").read_text())
+
+
+def at(report, alpha, **wanted):
+    (row,) = [r for r in report["sweep"] if r["alpha"] == alpha and all(r[k] == v for k, v in wanted.items())]
+    return row
+
+
+@pytest.mark.slow
+def test_the_papers_effect(report):
+    _, found = report
+    noise = {"perturbation": "gaussian", "scale": "per_coordinate", "variance": 0.001}
+    assert found["clean_accuracy"] >= 0.93
+    assert found["gap_norm"] >= 0.8
+    assert found["orthogonality"] >= 0.98
+    before, after = at(found, 0.0, **noise), at(found, 1.0, **noise)
+    assert after["robustness"] - before["robustness"] >= 0.15
+    assert abs(after["clean_accuracy"] - before["clean_accuracy"]) <= 0.002
+    curve = [row["robustness"] for row in found["sweep"] if all(row[k] == v for k, v in noise.items())]
+    alphas = sorted({row["alpha"] for row in found["sweep"]})
+    assert alphas[curve.index(max(curve))] == 1.0
+
+
+@pytest.mark.slow
+def test_the_json_has_what_is_promised(report):
+    _, found = report
+    for row in found["sweep"]:
+        assert {"alpha", "perturbation", "variance", "scale", "robustness", "agreement", "accuracy",
+                "clean_accuracy"} <= set(row)  # fmt: skip
+    assert {row["bins"] for row in found["sweep"]} == {None, 32, 64, 128, 256}
+    assert len(found["training"]) == found["settings"]["steps"] == 300
+    assert found["training"][-1]["loss"] < found["training"][0]["loss"] / 2
+    assert found["metrics"]["centroid_distance"] == pytest.approx(found["gap_norm"], rel=0.05)
+    assert found["env"]["versions"]["gapkern"]
+
+
+class _Page(html.parser.HTMLParser):
+    void = ("meta", "link", "img", "source", "br")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.images, self.outside = [], 0, []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.void:
+            self.open.append(tag)
+        self.images += tag == "img"
+        for name, value in attributes:
+            if name in ("src", "href", "srcset") and not value.startswith("data:"):
+                self.outside.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.slow
+def test_the_page_is_whole_and_refers_to_nothing_outside(report):
+    folder, found = report
+    page = _Page()
+    text = (folder / "report.html").read_text()
+    page.feed(text)
+    assert page.open == []
+    assert page.outside == []
+    assert page.images == 6
+    for value in (f"{found['clean_accuracy']:.3f}", f"{found['gap_norm']:.3f}", f"{found['orthogonality']:.2%}"):
+        assert value in text
+    assert {p.name for p in folder.iterdir()} == {
+        "report.html", "report.json", "embeddings.safetensors", "shift.safetensors", "pca.png", "training.png",
+        "robustness.png", "robustness_total.png", "quantize.png", "templates.png",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_three_methods_agree_on_the_digits(report):
+    from safetensors.torch import load_file
+
+    from gapkern import Gaussian, MeanShift, robustness
+
+    folder, found = report
+    saved = load_file(folder / "embeddings.safetensors")
+    shift = MeanShift.load(folder / "shift.safetensors")
+    noise = Gaussian(0.001, "per_coordinate")
+    for alpha in (0.0, 1.0):
+        results = {
+            method: robustness(saved["images"], saved["prompts"][0], noise, labels=saved["labels"],
+                               shift=shift.at(alpha), method=method, trials=200, seed=5)
+            for method in ("exact", "projected", "sample")
+        }  # fmt: skip
+        exact = results["exact"]
+        assert exact.robustness == pytest.approx(
+            at(found, alpha, perturbation="gaussian", variance=0.001)["robustness"], abs=1e-12
+        )
+        for method in ("projected", "sample"):
+            for name in ("robustness", "agreement", "accuracy"):
+                difference = getattr(results[method], name) - getattr(exact, name)
+                assert abs(difference) < 4 * results[method].stderr + 1e-4, (alpha, method, name)
+
+
+def test_a_seed_repeats_every_number(tmp_path, capsys):
+    def numbers(name, seed):
+        assert main(["demo", "--out", str(tmp_path / name), "--steps", "3", "--seed", seed, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        found.pop("seconds")
+        for row in found["sweep"]:
+            row.pop("seconds")
+        return found
+
+    first = numbers("a", "5")
+    assert first == numbers("b", "5")
+    assert first["training"] != numbers("c", "6")["training"]
