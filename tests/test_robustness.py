@@ -233,8 +233,8 @@ def test_one_row_always_wins_and_duplicates_share():
 def test_sweep_tables_and_plots(tmp_path):
     queries, gallery = cloud()
     labels = nearest(queries, gallery)
-    result = sweep(queries, gallery, [0.0, 0.5, 1.0], [Gaussian(0.2), Quantize(32), Gaussian(0.1) | Quantize(8)], labels,
-                   trials=3)  # fmt: skip
+    perturbations = [Gaussian(0.2), Quantize(32), Gaussian(0.1) | Quantize(8)]
+    result = sweep(queries, gallery, [0.0, 0.5, 1.0], perturbations, labels, trials=3)
     assert len(result.rows) == 9
     first = result.rows[0]
     assert first["robustness"] == robustness(queries, gallery, Gaussian(0.2), shift=result.shift.at(0.0)).robustness

@@ -1,0 +1,149 @@
+"""Building, installing and loading: that it works, how long it takes, and what is said when it does not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if not (ROOT / "csrc").is_dir():
+    pytest.skip("the sources are not beside the tests", allow_module_level=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources without anything built."""
+    copy = tmp_path / "gapkern"
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "lib", ".*cache", "*.egg-info"),
+    )
+    return copy
+
+
+def run(command, folder, **env):
+    environment = {**os.environ, "GAPKERN_CUDA": "off", **env}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def build(folder, *arguments, **env):
+    return run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", *arguments], folder, **env)
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_they_must_and_the_build_is_quick(checkout):
+    started = time.perf_counter()
+    made = run([sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "dist", "."], checkout)
+    seconds = time.perf_counter() - started
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert seconds < 120, "a CPU build is to stay within a minute on two idle cores"
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert any(n.startswith("gapkern/_core.") for n in names)
+    assert {"gapkern/lib/libgapkern_cpu.so", "gapkern/py.typed", "gapkern/reference/perturb.py"} <= names
+    assert not any(n.startswith(("tests/", "csrc/")) for n in names)
+    target = checkout / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    used = run([sys.executable, "-P", "-c", "import gapkern; print(gapkern.__file__)"], target, PYTHONPATH=str(target))
+    assert used.stdout.startswith(str(target)), used.stderr
+
+    made = run([sys.executable, "-c", "from setuptools import build_meta as b; b.build_sdist('dist')"], checkout)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (sdist,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    needed = {"csrc/library.cpp", "csrc/common/vec.h", "csrc/perturb/cuda.cu", "cmake/Simd.cmake", "CMakeLists.txt",
+              "setup.py", "LICENSE", "tests/test_build.py"}  # fmt: skip
+    assert needed <= names
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"CXX": "/absent/c++"}, "no C++ compiler found (looked for /absent/c++); install one"),
+        ({"GAPKERN_CUDA": "maybe"}, "GAPKERN_CUDA must be auto, on or off, got 'maybe'"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS must be a positive integer, got 'many'"),
+        ({"GAPKERN_CUDA": "on", "CUDACXX": "/absent/nvcc"}, "GAPKERN_CUDA=on, but CUDACXX names /absent/nvcc"),
+    ],
+)
+def test_a_build_that_cannot_be_says_why_in_one_line(checkout, env, message):
+    made = build(checkout, **env)
+    assert made.returncode != 0
+    last = made.stderr.strip().splitlines()[-1]
+    assert last.startswith("gapkern: ")
+    assert message in last
+    assert "Traceback" not in made.stderr
+
+
+def test_an_old_pytorch_is_named(checkout, tmp_path):
+    old = tmp_path / "old" / "torch"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text("")
+    (old / "version.py").write_text("__version__ = '2.5.1'\n")
+    made = build(checkout, PYTHONPATH=str(old.parent))
+    assert made.returncode != 0
+    assert "gapkern: needs PyTorch >= 2.11, found 2.5.1" in made.stderr.strip().splitlines()[-1]
+
+
+def test_an_absent_pytorch_is_named(checkout):
+    hidden = (
+        "import importlib.util as u, runpy, sys; real = u.find_spec; "
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else real(name, *rest); "
+        "sys.argv = ['setup.py', '--quiet', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    made = run([sys.executable, "-c", hidden], checkout)
+    assert made.returncode != 0
+    assert "PyTorch is not installed in the build environment; run `pip install torch`" in made.stderr
+
+
+def test_importing_an_unbuilt_checkout_says_what_to_do(checkout):
+    for command in ([sys.executable, "-c", "import gapkern"], [sys.executable, "-m", "gapkern", "doctor"]):
+        used = run(command, checkout)
+        assert used.returncode != 0
+        last = used.stderr.strip().splitlines()[-1]
+        # An editable install of another checkout may still lend its _core.
+        assert "the native libraries are not built" in last or "libgapkern_cpu is missing" in last
+        assert "rebuild with `make build`" in last
+    assert "Traceback" not in used.stderr
+
+
+def test_a_stale_build_is_noticed(checkout):
+    for name in ("_core*.so", "lib/*"):
+        for path in (ROOT / "gapkern").glob(name):
+            target = checkout / "gapkern" / path.relative_to(ROOT / "gapkern")
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+    fresh = run([sys.executable, "-c", "import gapkern"], checkout)
+    assert fresh.returncode == 0, fresh.stderr
+    with open(checkout / "csrc" / "core.cpp", "a") as file:
+        file.write("// changed\n")
+    used = run([sys.executable, "-m", "gapkern", "doctor"], checkout)
+    assert used.returncode != 0
+    (line,) = used.stderr.strip().splitlines()
+    assert "csrc/ has changed since the native libraries were built; rebuild with `make build`" in line
+
+
+def test_what_is_loaded_and_why_not():
+    from gapkern import _load
+
+    found = {library.name: library for library in _load.status()}
+    assert found["_core"].loaded
+    assert found["libgapkern_cpu"].loaded
+    assert found["libgapkern_cuda"].detail
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
+def test_the_cpu_library_does_not_need_cuda():
+    needed = subprocess.run(["readelf", "-d", ROOT / "gapkern/lib/libgapkern_cpu.so"], capture_output=True, text=True)
+    if needed.returncode:
+        pytest.skip("readelf is not installed")
+    assert "cuda" not in needed.stdout
