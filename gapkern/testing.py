@@ -4,6 +4,8 @@ A bare `allclose` says yes or no. These say relative L2 error, cosine, bias and 
 our error with the error that plain PyTorch makes in the same dtype against a float64 truth.
 """
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,3 +139,31 @@ def assert_three_way(
             f"{name}: error above PyTorch's own + {margin:.3e}\n  ours:    {our_error}\n  PyTorch: {torch_error}"
         )
     return our_error, torch_error
+
+
+_PEAK = """
+{setup}
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts again from what is resident now
+def _memory(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+_before = _memory("VmRSS")
+{code}
+print((_memory("VmHWM") - _before) / 1024)
+"""
+
+
+def peak_memory(code: str, *, setup: str) -> float:
+    """MiB by which `code` raises a fresh Python process's peak memory above what it held after `setup`. Linux only.
+
+    `setup` should already have done a small piece of the same work, so that libraries and threads are there.
+
+    Example:
+        >>> peak_memory("x = bytearray(50 * 2**20)", setup="") > 45
+        True
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK.format(setup=setup, code=code)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.splitlines()[-1])

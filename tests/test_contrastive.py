@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gapkern.ops import chunked
 from gapkern.ops.contrastive import lse_pair, sigmoid_sum
 from gapkern.reference import contrastive as reference
-from gapkern.testing import assert_near, assert_three_way
+from gapkern.testing import assert_near, assert_three_way, peak_memory
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (2, 3, 5), (33, 33, 7), (64, 129, 64), (123, 252, 33), (257, 260, 128), (300, 517, 72)]
@@ -322,20 +322,27 @@ def test_every_instruction_set_agrees_with_the_references(isa):
     assert run.stdout == "ok\n", run.stderr
 
 
-_MEMORY_PROBE = """
-import resource, torch
+_MEMORY_SETUP = """
+import torch
 from gapkern import contrastive_loss
+from gapkern.losses import sigmoid_loss
 n, d = 8192, 64
 x, y = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
-contrastive_loss(x[:64], y[:64], 50.0, memory="recompute").backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-contrastive_loss(x, y, 50.0, memory="recompute").backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+{loss}(x[:64], y[:64], 50.0{options}).backward()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
-def test_no_n_by_m_matrix_is_ever_formed():
-    run = subprocess.run([sys.executable, "-c", _MEMORY_PROBE], capture_output=True, text=True, check=True)
-    mebibytes, whole = int(run.stdout), 8192 * 8192 * 4 // 2**20
-    assert mebibytes < whole / 3, f"{mebibytes} MiB more, where one N x M matrix has {whole}"
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("loss", "options"), [("contrastive_loss", ', memory="recompute"'), ("sigmoid_loss", ", -10.0")]
+)
+def test_no_n_by_m_matrix_is_ever_formed(loss, options):
+    setup = _MEMORY_SETUP.format(loss=loss, options=options)
+    mebibytes, whole = peak_memory(f"{loss}(x, y, 50.0{options}).backward()", setup=setup), 8192 * 8192 * 4 / 2**20
+    assert mebibytes < whole / 3, f"{mebibytes:.0f} MiB more, where one N x M matrix has {whole:.0f}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_probe_sees_an_n_by_m_matrix():
+    setup = _MEMORY_SETUP.format(loss="contrastive_loss", options="")
+    assert peak_memory("(x @ y.T).sum().backward()", setup=setup) > 250

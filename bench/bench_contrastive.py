@@ -1,0 +1,144 @@
+"""The contrastive loss against open_clip's class, eager and compiled PyTorch, and the bare matrix products.
+
+The limit of a recomputing implementation is four products of 2 N M D operations (8NMD), with kept logits three (6NMD).
+"""
+
+import torch
+
+from bench import harness
+from bench.harness import Case, Contender
+from gapkern.testing import peak_memory
+
+SCALE = 50.0
+BATCHES = {"quick": (256, 1024), "full": (64, 128, 256, 512, 1024, 4096, 8192, 16384)}
+WIDTHS = {"quick": (512,), "full": (512, 768, 1024)}
+WIDE_UP_TO = 8192  # beyond it only the first width
+MEMORY = (4096, 8192, 16384)
+
+
+def _eager(x, y, scale):
+    """One logit matrix, both directions from it."""
+    logits = scale * x @ y.T
+    labels = torch.arange(len(x))
+    return (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
+
+
+def _ours(memory, precision="highest"):
+    from gapkern import contrastive_loss
+
+    def loss(x, y, scale):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return contrastive_loss(x, y, scale, memory=memory)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return loss
+
+
+def case(n: int, d: int, backward: bool) -> Case:
+    import open_clip
+
+    x, y = (harness.unit(n, d, seed=s) for s in (0, 1))
+    y = torch.nn.functional.normalize(y + 0.15 * x, dim=1)
+    scale = torch.tensor(SCALE)
+    inputs = [t.requires_grad_(backward) for t in (x, y, scale)]
+
+    def call(loss):
+        def once():
+            value = loss(*inputs)
+            return (value.detach(), *(torch.autograd.grad(value, inputs) if backward else ()))
+
+        return once
+
+    def products(count):
+        a, b = x.detach(), y.detach()
+        logits = torch.empty(n, n)
+        out = torch.empty(n, d)
+
+        def once():
+            torch.mm(a, b.T, out=logits)
+            for i in range(1, count):
+                if i == 1 and count == 4:
+                    torch.mm(a, b.T, out=logits)
+                elif i == count - 2:
+                    torch.mm(logits, b, out=out)
+                else:
+                    torch.mm(logits.T, a, out=out)
+
+        return once
+
+    torch.compiler.reset()
+    contenders = [
+        Contender("open_clip", call(open_clip.ClipLoss()), "baseline"),
+        Contender("eager, one logit matrix", call(_eager), "baseline"),
+        Contender("torch.compile", call(torch.compile(_eager)), "baseline"),
+        Contender("gapkern, recompute", call(_ours("recompute"))),
+        Contender("gapkern, keep", call(_ours("keep"))),
+        Contender("gapkern, bfloat16 products", call(_ours("recompute", "medium"))),
+        Contender("gapkern, bfloat16, keep", call(_ours("keep", "medium"))),
+    ]
+    limits = (
+        [("limit: 4 bare products", 4), ("limit: 3 bare products", 3)] if backward else [("limit: 1 bare product", 1)]
+    )
+    contenders += [Contender(name, products(count), "limit") for name, count in limits]
+
+    def check(results):
+        expected = results["open_clip"]
+        for name, found in results.items():
+            if name.startswith("limit"):
+                continue
+            tolerance = 2e-2 if "bfloat16" in name else 2e-5
+            for ours, theirs in zip(found, expected, strict=True):
+                # The gradient of logit_scale is a small difference of large sums: it is judged by the loss.
+                size = theirs.norm() if theirs.dim() else expected[0].abs()
+                error = float((ours - theirs).norm() / size)
+                assert error < tolerance, f"{name} at N={n}, D={d}: relative error {error:.1e}"
+
+    return Case({"N": n, "D": d, "pass": "forward+backward" if backward else "forward"}, contenders, check, "open_clip")
+
+
+def cases(mode: str):
+    for n in BATCHES[mode]:
+        for d in WIDTHS[mode][: None if n <= WIDE_UP_TO else 1]:
+            for backward in (False, True):
+                yield case(n, d, backward)
+
+
+_SETUP = """
+import torch, open_clip
+from gapkern import contrastive_loss
+n, d = {n}, 512
+torch.manual_seed(0)
+x, y = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
+scale = torch.tensor(50.0, requires_grad=True)
+theirs = open_clip.ClipLoss()
+def eager(x, y, scale):
+    logits = scale * x @ y.T
+    labels = torch.arange(len(x))
+    return (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
+ours = lambda memory: lambda x, y, scale: contrastive_loss(x, y, scale, memory=memory)
+loss = {loss}
+loss(x[:256], y[:256], scale).backward()
+x.grad, y.grad = torch.zeros_like(x), torch.zeros_like(y)
+"""
+
+
+def memory(mode: str) -> list[dict]:
+    """MiB above inputs and gradients, forward and backward, each in a process of its own."""
+    rows = []
+    for n in MEMORY if mode == "full" else MEMORY[:1]:
+        row = {"N": n, "D": 512}
+        for name, loss in (("open_clip", "theirs"), ("eager, one logit matrix", "eager"),
+                           ("gapkern, recompute", "ours('recompute')"), ("gapkern, keep", "ours('keep')")):  # fmt: skip
+            row[name] = peak_memory("loss(x, y, scale).backward()", setup=_SETUP.format(n=n, loss=loss))
+        rows.append(row)
+        print("peak memory, MiB: " + ", ".join(f"{k} {v:.0f}" if k not in "ND" else f"{k}={v}" for k, v in row.items()))
+    return rows
+
+
+def run(mode: str) -> dict:
+    result = harness.run("contrastive", cases(mode), seconds=3.0 if mode == "quick" else 8.0)
+    result["peak_memory_mib"] = memory(mode)
+    return result

@@ -1,0 +1,134 @@
+"""Timing that can be believed: contenders take turns, results are checked first, and the machine is written down.
+
+Each case runs every contender once to warm up and to compare its result, then in rounds, one call each in turn, so that
+other load on the machine falls on all alike. Reported: median and the 20th and 80th percentile of the calls.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gapkern import files
+from gapkern.experiments import environment
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass
+class Contender:
+    """One way to do a case's work.
+
+    Attributes:
+        name: as tables show it.
+        call: does the work once.
+        role: "ours", "baseline", or "limit" for the least that any implementation must do.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    role: str = "ours"
+
+
+@dataclass
+class Case:
+    """What is timed: its parameters, the contenders, and a check of their results against each other."""
+
+    parameters: dict[str, Any]
+    contenders: list[Contender]
+    check: Callable[[dict[str, Any]], None] = field(default=lambda results: None)
+    baseline: str = ""
+    traffic: int | None = None  # bytes that must move, for bandwidths
+
+
+def time_case(case: Case, *, seconds: float, least: int = 3, most: int = 50) -> dict[str, Any]:
+    """Times one case within about `seconds`, in `least` to `most` rounds."""
+    case.check({c.name: c.call() for c in case.contenders})
+    spent: dict[str, list[float]] = {c.name: [] for c in case.contenders}
+    begin = time.perf_counter()
+    for turn in range(most):
+        # Every round starts elsewhere, so that nobody always follows the same neighbour.
+        for i in range(len(case.contenders)):
+            contender = case.contenders[(i + turn) % len(case.contenders)]
+            started = time.perf_counter()
+            contender.call()
+            spent[contender.name].append(time.perf_counter() - started)
+        if turn + 1 >= least and time.perf_counter() - begin > seconds:
+            break
+    results = {}
+    for contender in case.contenders:
+        times = sorted(spent[contender.name])
+        results[contender.name] = {
+            "role": contender.role,
+            "median": statistics.median(times),
+            "p20": times[int(0.2 * (len(times) - 1))],
+            "p80": times[int(0.8 * (len(times) - 1) + 0.5)],
+            "calls": len(times),
+        }
+    return {**case.parameters, "baseline": case.baseline, "traffic": case.traffic, "results": results}
+
+
+def commit() -> str | None:
+    """The commit that is measured, marked where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        return None
+    dirty = subprocess.run([*git, "status", "--porcelain", "--", ":/csrc", ":/gapkern"], capture_output=True, text=True)
+    return found.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def run(name: str, cases: Iterable[Case], *, seconds: float) -> dict[str, Any]:
+    """Times all cases and prints a line for each as it is done."""
+    measured = []
+    for case in cases:
+        result = time_case(case, seconds=seconds)
+        measured.append(result)
+        print_case(result)
+    return {
+        "benchmark": name,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "env": environment.describe(),
+        "cases": measured,
+    }
+
+
+def print_case(result: dict[str, Any]) -> None:
+    parameters = ", ".join(
+        f"{k}={v}" for k, v in result.items() if k not in ("baseline", "traffic", "results") and v is not None
+    )
+    print(parameters)
+    base = result["results"].get(result["baseline"], {}).get("median")
+    for name, r in result["results"].items():
+        line = f"  {name:<34} {1e3 * r['median']:10.2f} ms  [{1e3 * r['p20']:.2f}, {1e3 * r['p80']:.2f}]"
+        if base:
+            line += f"  {base / r['median']:6.2f}x"
+        if result["traffic"]:
+            line += f"  {result['traffic'] / r['median'] / 1e9:6.1f} GB/s"
+        print(line, flush=True)
+
+
+def write(result: dict[str, Any], name: str | None = None) -> Path:
+    """Writes bench/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    return files.write_json(RESULTS / f"{name or result['benchmark']}.json", result)
+
+
+def load(name: str) -> dict[str, Any]:
+    """What `write` wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random rows of unit length."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)

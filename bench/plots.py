@@ -1,0 +1,62 @@
+"""One plot for each benchmark: times relative to the baseline, the limit among them."""
+
+from pathlib import Path
+from typing import Any
+
+from gapkern import files
+from gapkern.figures import COLOURS, MARKERS
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    if result["benchmark"] == "contrastive":
+        figure = _over_batch(result, Figure)
+    else:
+        figure = _bars(result, Figure)
+    machine = f"{result['env']['processor']}, {result['cores']} cores"
+    figure.suptitle(f"{machine}, torch {result['env']['versions']['torch']}", fontsize=9)
+    files.write(path, lambda temporary: figure.savefig(temporary, dpi=130))
+
+
+def _over_batch(result, figure_class):
+    """Speed relative to open_clip over the batch size, D = 512."""
+    figure = figure_class(figsize=(11, 4.2), layout="constrained")
+    for ax, which in zip(figure.subplots(1, 2, sharey=True), ("forward", "forward+backward"), strict=True):
+        cases = [case for case in result["cases"] if case["pass"] == which and case["D"] == 512]
+        batches = [case["N"] for case in cases]
+        for i, name in enumerate(cases[0]["results"]):
+            ratios = [case["results"]["open_clip"]["median"] / case["results"][name]["median"] for case in cases]
+            limit = cases[0]["results"][name]["role"] == "limit"
+            ax.plot(batches, ratios, label=name, color="0.4" if limit else COLOURS[i % len(COLOURS)],
+                    linestyle=":" if limit else "-", marker=MARKERS[i % len(MARKERS)], markersize=4)  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("batch size")
+        ax.set_title(which, fontsize=10)
+        ax.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("times as fast as open_clip's ClipLoss")
+    figure.axes[1].legend(fontsize=7)
+    return figure
+
+
+def _bars(result, figure_class):
+    figure = figure_class(figsize=(9, 0.9 * len(result["cases"]) + 1.2), layout="constrained")
+    ax = figure.subplots()
+    ticks, labels, place = [], [], 0.0
+    for case in result["cases"]:
+        base = case["results"][case["baseline"]]["median"]
+        start = place
+        for name, r in case["results"].items():
+            colour = {"ours": COLOURS[0], "baseline": "0.7", "limit": "0.4"}[r["role"]]
+            ax.barh(-place, base / r["median"], color=colour, height=0.8)
+            ax.annotate(f" {name}  {base / r['median']:.2f}x", (base / r["median"], -place), va="center", fontsize=7)
+            place += 1
+        parameters = [v for k, v in case.items() if k not in ("baseline", "traffic", "results")]
+        ticks.append(-(start + place - 1) / 2)
+        labels.append(", ".join(map(str, parameters)))
+        place += 0.6
+    ax.set_yticks(ticks, labels, fontsize=8)
+    ax.set_xlabel("times as fast as the baseline")
+    ax.set_xlim(right=ax.get_xlim()[1] * 1.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
