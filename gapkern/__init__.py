@@ -6,24 +6,37 @@ from gapkern._version import __version__
 _load.load()
 
 from gapkern.gap import MeanShift, gap_metrics  # noqa: E402
-from gapkern.losses import ClipLoss, contrastive_loss  # noqa: E402
+from gapkern.losses import (  # noqa: E402
+    ClipLoss,
+    CoCaLoss,
+    DistillClipLoss,
+    SigLipLoss,
+    contrastive_loss,
+    patch_open_clip,
+    sigmoid_loss,
+)
 from gapkern.perturb import Gaussian, Quantize, Replace, Uniform, perturb  # noqa: E402
 from gapkern.robustness import RobustnessResult, robustness  # noqa: E402
 from gapkern.sweep import SweepResult, sweep  # noqa: E402
 
 __all__ = [
     "ClipLoss",
+    "CoCaLoss",
+    "DistillClipLoss",
     "Gaussian",
     "MeanShift",
     "Quantize",
     "Replace",
     "RobustnessResult",
+    "SigLipLoss",
     "SweepResult",
     "Uniform",
     "__version__",
     "contrastive_loss",
     "gap_metrics",
+    "patch_open_clip",
     "perturb",
     "robustness",
+    "sigmoid_loss",
     "sweep",
 ]

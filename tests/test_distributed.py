@@ -1,0 +1,204 @@
+"""Losses over ranks: equal to the whole batch on one process, refused where ranks differ, the same training."""
+
+import itertools
+import os
+import socket
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gapkern import ClipLoss, DistillClipLoss, SigLipLoss, contrastive_loss, sigmoid_loss
+from gapkern.testing import assert_near
+
+pytestmark = pytest.mark.distributed
+
+ROWS, DIMS = 6, 10
+
+
+def whole_batch(world, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(world * ROWS, DIMS, generator=generator, dtype=torch.float64) for _ in range(2))
+    return tuple(torch.nn.functional.normalize(t, dim=1) for t in (x, x + y))
+
+
+def expected(loss, world, *scalars):
+    """Value and gradients on one process."""
+    x, y = (t.requires_grad_() for t in whole_batch(world))
+    scalars = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in scalars]
+    value = loss(x, y, *scalars)
+    return [value.detach(), *torch.autograd.grad(value, (x, y, *scalars), allow_unused=True)]
+
+
+def mine(loss, rank, world, *scalars):
+    """Value and gradients of this rank, features first."""
+    x, y = (t[rank * ROWS : (rank + 1) * ROWS].clone().requires_grad_() for t in whole_batch(world))
+    scalars = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in scalars]
+    value = loss(x, y, *scalars)
+    return [value.detach(), *torch.autograd.grad(value, (x, y, *scalars), allow_unused=True)]
+
+
+def compare(found, whole, rank, factor, name, value=True):
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    if value:
+        assert_near(found[0], whole[0], 1e-12, name=f"{name}: value")
+    for i in (1, 2):
+        assert_near(found[i], factor * whole[i][own], 1e-11, name=f"{name}: gradient {i}")
+    for i in range(3, len(found)):
+        assert_near(found[i], whole[i], 1e-11, name=f"{name}: scalar {i}")
+
+
+def functions(rank, world):
+    for similarity, memory in itertools.product(("dot", "sqeuclidean"), ("recompute", "keep")):
+        options = {"similarity": similarity, "memory": memory}
+        for reduction in ("mean", "sum"):
+            whole = expected(lambda *t, o=options, r=reduction: contrastive_loss(*t, reduction=r, **o), world, 7.0)
+            found = mine(
+                lambda *t, o=options, r=reduction: contrastive_loss(*t, reduction=r, group=True, **o), rank, world, 7.0
+            )
+            compare(found, whole, rank, 1, f"contrastive {similarity} {memory} {reduction}")
+    weights = torch.linspace(0.5, 2, world * ROWS, dtype=torch.float64)
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    whole = expected(lambda *t: (weights * contrastive_loss(*t, reduction="none")).sum(), world, 7.0)
+    found = mine(lambda *t: (weights[own] * contrastive_loss(*t, reduction="none", group=True)).sum(), rank, world, 7.0)
+    compare(found, whole, rank, 1, "contrastive none", value=False)
+    whole = expected(sigmoid_loss, world, 7.0, -4.0)
+    compare(mine(lambda *t: sigmoid_loss(*t, group=True), rank, world, 7.0, -4.0), whole, rank, 1, "sigmoid")
+
+
+def classes(rank, world):
+    whole = expected(contrastive_loss, world, 7.0)
+    parts = [expected(contrastive_loss_rows(r), world, 7.0)[0] for r in range(world)]
+    for local, with_grad in itertools.product((False, True), repeat=2):
+        loss = ClipLoss(local, with_grad, rank=rank, world_size=world)
+        found = mine(loss, rank, world, 7.0)
+        compare(found, whole, rank, world if local or with_grad else 1, f"ClipLoss {local} {with_grad}", value=False)
+        assert_near(found[0], parts[rank] if local else whole[0], 1e-12)
+        compare_with_open_clip(found, local, with_grad, rank, world)
+    whole = expected(sigmoid_loss, world, 7.0, -4.0)
+    found = mine(SigLipLoss(rank=rank, world_size=world), rank, world, 7.0, -4.0)
+    compare(found, whole, rank, world, "SigLipLoss", value=False)
+    teacher = whole_batch(world, seed=5)
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    for i in range(2):
+        whole = expected(lambda *t, i=i: DistillClipLoss()(*t, *teacher, torch.tensor(9.0))[i], world, 7.0)
+        loss = DistillClipLoss(gather_with_grad=True, rank=rank, world_size=world)
+        found = mine(
+            lambda *t, i=i, loss=loss: loss(*t, *(t[own] for t in teacher), torch.tensor(9.0))[i], rank, world, 7.0
+        )
+        compare(found, whole, rank, world, f"DistillClipLoss {i}")
+
+
+def contrastive_loss_rows(rank):
+    return lambda *t: contrastive_loss(*t, reduction="none")[rank * ROWS : (rank + 1) * ROWS].mean()
+
+
+def compare_with_open_clip(found, local, with_grad, rank, world):
+    """Ours against theirs wherever theirs is the whole gradient."""
+    try:
+        import open_clip
+    except ImportError:
+        return
+    theirs = mine(open_clip.ClipLoss(local, with_grad, rank=rank, world_size=world), rank, world, 7.0)
+    assert_near(found[0], theirs[0], 1e-12)
+    if with_grad or not local:
+        for i in (1, 2):
+            assert_near(found[i], theirs[i], 1e-11, name=f"open_clip's gradient {i}, {local} {with_grad}")
+
+
+def uneven(rank, world):
+    x = torch.randn(ROWS - (rank == world - 1), DIMS)
+    for loss in (ClipLoss(True, True, rank=rank, world_size=world), lambda *t: sigmoid_loss(*t, 0.0, group=True)):
+        with pytest.raises(ValueError, match=r"images: expected the same shape and dtype on every rank.*drop_last"):
+            loss(x, x, torch.tensor(1.0))
+
+
+def model():
+    torch.manual_seed(3)
+    return torch.nn.ModuleList([torch.nn.Linear(DIMS, 8), torch.nn.Linear(DIMS, 8)]).double()
+
+
+def embed(towers, images, texts):
+    return [torch.nn.functional.normalize(t(v), dim=1) for t, v in zip(towers, (images, texts), strict=True)]
+
+
+class Towers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.towers = model()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, images, texts):
+        return *embed(self.towers, images, texts), self.scale.exp()
+
+
+def training(rank, world):
+    """DDP over ranks and one process with the whole batch: the same parameters after every step."""
+    alone = Towers()
+    spread = torch.nn.parallel.DistributedDataParallel(Towers())
+    loss = ClipLoss(True, True, rank=rank, world_size=world)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (alone, spread)]
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    for step in range(10):
+        images, texts = whole_batch(world, seed=100 + step)
+        losses = contrastive_loss(*alone(images, texts)), loss(*spread(images[own], texts[own]))
+        for value, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        for a, b in zip(alone.parameters(), spread.parameters(), strict=True):
+            assert_near(b, a, 1e-9, name=f"step {step}")
+
+
+def misplaced(rank, world):
+    with pytest.raises(ValueError, match="rank and world_size: expected"):
+        ClipLoss(rank=0, world_size=world + 1)(torch.eye(2), torch.eye(2), torch.tensor(1.0))
+
+
+JOBS = {f.__name__: f for f in (functions, classes, uneven, training, misplaced)}
+
+
+def worker(rank, world, port, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        for name, job in JOBS.items():
+            if name == "uneven" and world == 1:
+                continue
+            job(rank, world)
+            queue.put((name, rank, None))
+    except BaseException:
+        queue.put((name, rank, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over the loopback interface")
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_together_do_what_one_process_does(world):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=worker, args=(rank, world, port, queue)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=240)
+        if process.is_alive():
+            process.kill()
+            pytest.fail("a rank hangs")
+    reports = []
+    while not queue.empty():
+        reports.append(queue.get(timeout=5))
+    failures = [f"rank {rank}, {name}:\n{trace}" for name, rank, trace in reports if trace]
+    assert not failures, "\n".join(failures)
+    jobs = [job for job in JOBS if world > 1 or job not in ("uneven",)]
+    assert sorted((name, rank) for name, rank, _ in reports if name in jobs) == sorted(
+        (name, rank) for name in jobs for rank in range(world)
+    )
