@@ -74,6 +74,17 @@ def test_half_precision_features_give_a_float32_loss(dtype):
     assert x.grad.dtype == dtype
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_on_cuda_are_those_of_the_cpu(dtype):
+    x, y = features(200, 48, dtype=dtype)
+    device = [t.detach().cuda().requires_grad_() for t in (x, y)]
+    for loss in (lambda a, b: contrastive_loss(a, b, 20.0), lambda a, b: sigmoid_loss(a, b, 20.0, -10.0)):
+        found, expected = gradients(loss(*device), *device), gradients(loss(x.double(), y.double()), x, y)
+        for a, b in zip(found, expected, strict=True):
+            assert_near(a, b, 1e-4 if dtype == torch.float32 else 2e-2)
+
+
 def test_compiles_whole_with_dynamic_batches():
     compiled = torch.compile(ClipLoss(), fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (8, 12, 30):

@@ -174,6 +174,31 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.gapkern.perturb_quantize, (x, low, high, 8))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 257), (300, 1030)])
+def test_cuda_gives_the_cpus_bits(dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = x.cuda()
+        low, high = x.float().amin(0), x.float().amax(0)
+        found = [
+            torch.ops.gapkern.perturb_bits(y, 7, 1, 2**32 - 3).cpu(),
+            torch.ops.gapkern.perturb_noise(y, "gaussian", 0.3, 7, 1, 5).cpu(),
+            torch.ops.gapkern.perturb_noise(y, "uniform", 0.3, 7, 1, 5).cpu(),
+            torch.ops.gapkern.perturb_quantize(y, low.cuda(), high.cuda(), 32).cpu(),
+        ]
+    expected = [
+        torch.ops.gapkern.perturb_bits(x, 7, 1, 2**32 - 3),
+        torch.ops.gapkern.perturb_noise(x, "gaussian", 0.3, 7, 1, 5),
+        torch.ops.gapkern.perturb_noise(x, "uniform", 0.3, 7, 1, 5),
+        torch.ops.gapkern.perturb_quantize(x, low, high, 32),
+    ]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -1,0 +1,116 @@
+"""Puts measured numbers into the README, between its markers: `python bench/tables.py [--check]`."""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import harness  # noqa: E402
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    env = result["env"]
+    return (
+        f"{env['processor']}, {result['cores']} cores, {env['kernels']['libgapkern_cpu']}, "
+        f"torch {env['versions']['torch']}, medians, {result['date']}."
+    )
+
+
+def demo() -> str:
+    from gapkern.experiments.demo_report import at
+
+    report = json.loads((ROOT / "docs/demo/report.json").read_text())
+    rows = []
+    for alpha in (0.0, 0.5, 1.0, 1.5):
+        row = at(report, alpha, perturbation="gaussian", scale="per_coordinate", variance=0.001)
+        rows.append([f"{alpha:g}", *(f"{row[k]:.3f}" for k in ("robustness", "accuracy", "clean_accuracy"))])
+    table = _table(["share of the gap closed, α", "robustness", "accuracy under noise", "clean accuracy"], rows)
+    return (
+        f"Gap norm {report['gap_norm']:.3f}, of which {report['orthogonality']:.1%} can be closed without touching a "
+        f"neighbour. Gaussian noise of variance 0.001 per coordinate on the class prompts:\n\n{table}"
+    )
+
+
+def contrastive() -> str:
+    result = harness.load("contrastive")
+    names = {
+        "open_clip": "open_clip, ms",
+        "eager, one logit matrix": "eager, one matrix",
+        "torch.compile": "torch.compile",
+        "gapkern, recompute": "**recompute**",
+        "gapkern, keep": "**keep**",
+        "gapkern, bfloat16 products": "**bfloat16**",
+        "gapkern, bfloat16, keep": "**bfloat16, keep**",
+        "limit: 4 bare products": "4 products",
+        "limit: 3 bare products": "3 products",
+    }
+    rows = []
+    for case in result["cases"]:
+        if case["D"] != 512 or case["pass"] != "forward+backward":
+            continue
+        base = case["results"]["open_clip"]["median"]
+        cells = [f"{base / case['results'][name]['median']:.2f}x" for name in list(names)[1:]]
+        rows.append([str(case["N"]), f"{1e3 * base:.1f}" if base < 1 else f"{1e3 * base:.0f}", *cells])
+    return _table(["batch", *names.values()], rows) + "\n\n" + _machine(result)
+
+
+def memory() -> str:
+    rows = harness.load("contrastive")["peak_memory_mib"]
+    names = [name for name in rows[0] if name not in ("N", "D")]
+    return _table(["batch", *names], [[str(row["N"]), *(f"{row[name]:.0f}" for name in names)] for row in rows])
+
+
+def others() -> str:
+    rows = []
+    for name in ("robustness", "meanshift", "perturb"):
+        for case in harness.load(name)["cases"]:
+            base = case["results"][case["baseline"]]["median"]
+            what = case.get("operation") or f"exact robustness, gallery {case['gallery']}"
+            size = " x ".join(f"{case[k]:,}" for k in ("Q", "G", "N", "D") if k in case)
+            ours = next(r["median"] for r in case["results"].values() if r["role"] == "ours")
+            limit = next((f"{ours / r['median']:.2f}" for r in case["results"].values() if r["role"] == "limit"), "")
+            row = [what, f"{size} {case.get('dtype', 'float32')}", case["baseline"], f"{base / ours:.1f}x", limit]
+            rows.append(row)
+    return _table(["operation", "size", "against", "faster", "time over the limit"], rows) + (
+        "\n\nThe limit is a plain clone of the data, into fresh memory as the operators write it, and for robustness one "
+        "search without noise."
+    )
+
+
+SECTIONS = {"demo": demo, "contrastive": contrastive, "memory": memory, "others": others}
+
+
+def filled(text: str) -> str:
+    """The README with every section's numbers as measured."""
+    for name, section in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s()}\n{m[2]}", text, flags=re.S)
+        if count != 1:
+            raise ValueError(f"README.md: expected one section {name}, got {count}")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only tell whether the README is up to date")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    current = path.read_text()
+    wanted = filled(current)
+    if arguments.check:
+        sys.exit(0 if wanted == current else "README.md differs from bench/results and docs/demo; run bench/tables.py")
+    path.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

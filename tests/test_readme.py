@@ -1,0 +1,42 @@
+"""The README: its examples run, its numbers are those measured, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 2
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_run(number):
+    torch.manual_seed(0)
+    exec(compile(EXAMPLES[number], f"README.md, example {number}", "exec"), {})
+
+
+def test_numbers_are_those_of_the_result_files():
+    from bench import tables
+
+    assert tables.filled(README) == README, "run python bench/tables.py"
+
+
+def test_links_and_pictures_are_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_shown_command_lines_parse():
+    from gapkern.cli import parser
+
+    lines = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("gapkern ")]
+    assert len(lines) >= 5
+    for line in lines:
+        parser().parse_args(line[1:])
