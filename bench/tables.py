@@ -82,8 +82,8 @@ def others() -> str:
             row = [what, f"{size} {case.get('dtype', 'float32')}", case["baseline"], f"{base / ours:.1f}x", limit]
             rows.append(row)
     return _table(["operation", "size", "against", "faster", "time over the limit"], rows) + (
-        "\n\nThe limit is a plain clone of the data, into fresh memory as the operators write it, and for robustness one "
-        "search without noise."
+        "\n\nThe limit is a plain clone of the data, into fresh memory as the operators write it, and for robustness "
+        "one search without noise."
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gapkern import ClipLoss, DistillClipLoss, SigLipLoss, contrastive_loss, sigmoid_loss
+from gapkern import ClipLoss, DistillClipLoss, MeanShift, SigLipLoss, contrastive_loss, sigmoid_loss
 from gapkern.testing import assert_near
 
 pytestmark = pytest.mark.distributed
@@ -153,12 +153,24 @@ def training(rank, world):
             assert_near(b, a, 1e-9, name=f"step {step}")
 
 
+def shifts(rank, world):
+    generator = torch.Generator().manual_seed(4)
+    gallery, queries = (torch.randn(world * ROWS, DIMS, generator=generator) + i for i in range(2))
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    for components in (2, "exact", "auto"):
+        whole = MeanShift(components=components).fit(gallery, queries)
+        found = MeanShift(components=components).fit(gallery[own], queries[own]).all_reduce()
+        assert found.components_ == whole.components_
+        assert_near(found.gap_vector_, whole.gap_vector_, 1e-12)
+        assert float((found.shift_vector_ - whole.shift_vector_).abs().max()) < 1e-12
+
+
 def misplaced(rank, world):
     with pytest.raises(ValueError, match="rank and world_size: expected"):
         ClipLoss(rank=0, world_size=world + 1)(torch.eye(2), torch.eye(2), torch.tensor(1.0))
 
 
-JOBS = {f.__name__: f for f in (functions, classes, uneven, training, misplaced)}
+JOBS = {f.__name__: f for f in (functions, classes, uneven, training, shifts, misplaced)}
 
 
 def worker(rank, world, port, queue):

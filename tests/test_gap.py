@@ -8,7 +8,8 @@ import torch
 
 from gapkern import MeanShift, gap_metrics
 from gapkern._nearest import nearest
-from gapkern.gap import hull, moments
+from gapkern.gap import BASELINES
+from gapkern.gap.moments import Moments, Sample, hull
 from gapkern.reference import meanshift as reference
 from gapkern.testing import assert_near
 
@@ -93,10 +94,10 @@ def test_metrics_of_a_single_pair_are_numbers_or_nan():
 
 def test_moments_do_not_cancel_far_from_the_origin():
     x = torch.randn(3000, 20, dtype=torch.float64) + 1e6
-    mean, gram = moments(x)
+    seen = Moments.of(x)
     centred = x - x.mean(0)
-    assert_near(mean, x.mean(0), 1e-15)
-    assert_near(gram, centred.T @ centred, 1e-9)
+    assert_near(seen.mean, x.mean(0), 1e-15)
+    assert_near(seen.gram, centred.T @ centred, 1e-9)
 
 
 @pytest.mark.parametrize("components", [0, 1, 3, 8])
@@ -114,7 +115,7 @@ def test_closing_the_gap_makes_the_means_meet_outside_the_hull():
     gallery, queries = clusters()
     shift = MeanShift(components="exact").fit(gallery, queries)
     moved = shift.transform(gallery)
-    basis = hull(gallery, moments(gallery)[1])
+    basis = hull(Moments.of(gallery), gallery)
     left = queries.double().mean(0) - moved.double().mean(0)
     assert float((left - basis @ (basis.T @ left)).norm()) < 1e-6
     assert shift.agreement_ == 1.0
@@ -233,6 +234,90 @@ def test_near_ties_far_from_the_origin_are_decided_exactly():
     assert torch.equal(nearest(queries, gallery), exact)
 
 
+def same_fit(a, b, tolerance=1e-12):
+    assert_near(a.gap_vector_, b.gap_vector_, tolerance)
+    assert_near(a.shift_vector_, b.shift_vector_, 1e3 * tolerance)
+    assert a.components_ == b.components_
+    assert a.agreement_ == b.agreement_
+
+
+@pytest.mark.parametrize("components", [3, 0.8, "exact", "auto"])
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_batches_learn_what_the_whole_teaches(components, size):
+    gallery, queries = clusters(gallery=90, queries=130, dims=24)
+    gallery = gallery + 0.01 * torch.randn(90, 24, generator=torch.Generator().manual_seed(4))
+    whole = MeanShift(components=components).fit(gallery, queries)
+    parts = MeanShift(components=components)
+    for rows in gallery.split(size):
+        parts.partial_fit(rows)
+    for rows in queries.split(size):
+        parts.partial_fit(queries=rows)
+    same_fit(parts, whole, 1e-11)
+    halves = [MeanShift(components=components).partial_fit(gallery[a:b], queries[a:c])
+              for a, b, c in ((0, 40, 40), (40, 90, 130))]  # fmt: skip
+    same_fit(halves[0].merge(halves[1]), whole, 1e-11)
+
+
+def test_more_batches_change_the_fit():
+    gallery, queries = clusters()
+    shift = MeanShift(components=2).fit(gallery, queries)
+    before = shift.gap_vector_
+    shift.partial_fit(queries=queries + 1)
+    assert_near(shift.gap_vector_, before + 0.5, 1e-6)
+    assert shift.fit(gallery, queries).gap_vector_.equal(before), "fit starts anew"
+
+
+def test_samples_are_even_and_merge():
+    rows = torch.arange(20000.0)[:, None]
+    counts = torch.zeros(20000)
+    for start in range(40):  # another start draws other rows
+        a, b = Sample(1, 500), Sample(1, 500)
+        a.seen = b.seen = 10**6 * (start + 1)
+        for part in rows[:12000].split(1700):
+            a.update(part)
+        b.seen += 17
+        b.update(rows[12000:])
+        a.merge(b)
+        assert a.rows.shape == (500, 1)
+        counts[a.rows[:, 0].long()] += 1
+    assert counts.sum() == 40 * 500
+    assert abs(float(counts[:12000].mean() / counts.mean()) - 1) < 0.05
+    few = Sample(1, 500)
+    few.update(rows[:300])
+    assert torch.equal(few.rows, rows[:300])
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_baselines_have_one_face_and_do_what_they_say(name):
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(80, 12, generator=generator, dtype=torch.float64) * torch.linspace(0.5, 2, 12)
+    queries = torch.randn(80, 12, generator=generator, dtype=torch.float64) + torch.linspace(-1, 1, 12)
+    baseline = BASELINES[name]().fit(gallery, queries)
+    g, q = baseline.transform(gallery), baseline.transform_queries(queries)
+    assert g.shape == gallery.shape
+    assert isinstance(BASELINES[name]().fit(gallery.numpy(), queries.numpy()).transform(gallery.numpy()), np.ndarray)
+    apart = (g.mean(0) - q.mean(0)).norm() / (gallery.mean(0) - queries.mean(0)).norm()
+    if name == "none":
+        assert torch.equal(g, gallery)
+    elif name in ("mean_shift", "zscore", "whiten", "coral", "procrustes"):
+        assert apart < 1e-12
+    elif name == "projected_shift":
+        assert apart <= 1
+    else:
+        assert apart < 0.5
+        assert_near(g.norm(dim=1), torch.ones(80), 1e-12)
+    covariance = torch.cov(g.T)
+    if name == "whiten":
+        assert_near(covariance, torch.eye(12), 1e-9)
+    if name == "coral":
+        assert_near(covariance, torch.cov(queries.T), 1e-9)
+    if name == "zscore":
+        assert_near(g.std(0, correction=0), torch.ones(12), 1e-12)
+    if name == "procrustes":
+        assert_near(torch.cdist(g, g), torch.cdist(gallery, gallery), 1e-9)
+        assert (g - q).norm() < (gallery - gallery.mean(0) - queries + queries.mean(0)).norm()
+
+
 FITTED = MeanShift(components=0).fit(*clusters())
 
 
@@ -256,6 +341,12 @@ FITTED = MeanShift(components=0).fit(*clusters())
         (lambda: MeanShift().transform(torch.ones(1, 2)), ValueError, "MeanShift: call fit before transform"),
         (lambda: MeanShift().save("x"), ValueError, "MeanShift: call fit before save"),
         (lambda: MeanShift().fit(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "queries: expected D = 3"),
+        (lambda: MeanShift().partial_fit(torch.ones(2, 3)).components_, ValueError, "expected rows of both sides"),
+        (lambda: MeanShift().merge(FITTED), ValueError, "MeanShift: nothing was seen here"),
+        (lambda: MeanShift().partial_fit(torch.ones(1, 3)).merge(FITTED), ValueError, "other: expected D = 3"),
+        (lambda: MeanShift().fit(*clusters()).partial_fit(torch.ones(1, 3)), ValueError, "gallery: expected D = 64 as"),
+        (lambda: BASELINES["center"]().transform(torch.ones(2, 3)), ValueError, "Center: call fit before transform"),
+        (lambda: BASELINES["procrustes"]().fit(*clusters()), ValueError, "queries: expected 12 rows as in gallery"),
         (lambda: FITTED.transform(torch.ones(2, 3)), ValueError, "gallery: expected D = 64 as fitted"),
         (lambda: FITTED.transform(torch.full((1, 64), math.inf)), ValueError, "gallery: expected finite values"),
     ],
