@@ -17,7 +17,7 @@ from gapkern.losses import (  # noqa: E402
 )
 from gapkern.perturb import Gaussian, Quantize, Replace, Uniform, perturb  # noqa: E402
 from gapkern.robustness import RobustnessResult, robustness  # noqa: E402
-from gapkern.sweep import SweepResult, sweep  # noqa: E402
+from gapkern.sweep import SweepResult, best_alpha, sweep  # noqa: E402
 
 __all__ = [
     "ClipLoss",
@@ -32,6 +32,7 @@ __all__ = [
     "SweepResult",
     "Uniform",
     "__version__",
+    "best_alpha",
     "contrastive_loss",
     "gap_metrics",
     "patch_open_clip",

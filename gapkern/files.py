@@ -126,6 +126,22 @@ def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
         raise ValueError(f"{error} in {path}") from None
 
 
+def chunks(path: str | os.PathLike, rows: int = 65536, *, name: str = "path") -> Iterator[Tensor]:
+    """The embeddings of a file, some rows at a time, each in memory of its own.
+
+    The file is mapped anew for every chunk: one mapping would keep every page it has touched.
+
+    Example:
+        >>> import tempfile
+        >>> file = save_embeddings(Path(tempfile.mkdtemp()) / "x.npy", torch.zeros(10, 2))
+        >>> [len(part) for part in chunks(file, 4)]
+        [4, 4, 2]
+    """
+    count = len(load_embeddings(path, name=name))
+    for first in range(0, count, rows):
+        yield load_embeddings(path, name=name)[first : first + rows].clone()
+
+
 def _load_npy(file: Path, index: str | None, name: str) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="c", allow_pickle=False)

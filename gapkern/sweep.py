@@ -140,5 +140,60 @@ def sweep(
     return SweepResult(rows, shift)
 
 
+def best_alpha(
+    queries: Tensor | np.ndarray,
+    gallery: Tensor | np.ndarray,
+    perturbation: Perturbation,
+    *,
+    shift: MeanShift,
+    low: float = 0.0,
+    high: float = 1.5,
+    tolerance: float = 0.01,
+    value: str = "robustness",
+    **options: Any,
+) -> float:
+    """The alpha in [low, high] at which `robustness` gives the largest `value`, to within `tolerance`.
+
+    By golden-section search: the value must rise to one peak and fall, as Theorem 3.4 has it for an orthogonal gap.
+
+    Args:
+        queries, gallery, perturbation: as for `robustness`.
+        shift: a fitted `MeanShift`; its own alpha does not matter.
+        value: "robustness", "agreement" or "accuracy".
+        options: labels, method, trials, seed, ... for `robustness`.
+
+    Example:
+        >>> import torch
+        >>> from gapkern import Gaussian
+        >>> gallery = torch.eye(3, 8)
+        >>> queries = gallery + torch.tensor([0.0] * 7 + [2.0])
+        >>> shift = MeanShift(components="exact").fit(gallery, queries)
+        >>> round(best_alpha(queries, gallery, Gaussian(2.0), shift=shift), 1)
+        1.0
+    """
+    _check.choice("value", value, ("robustness", "agreement", "accuracy"))
+    low, high = _check.number("low", low), _check.number("high", high)
+    tolerance = _check.number("tolerance", tolerance, low=0, exclusive=True)
+    if not low < high:
+        raise ValueError(f"high: expected a number above low = {low:g}, got {high:g}")
+
+    def at(alpha: float) -> float:
+        return getattr(robustness(queries, gallery, perturbation, shift=shift.at(alpha), **options), value)
+
+    golden = (math.sqrt(5) - 1) / 2
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = at(left), at(right)
+    while high - low > tolerance:
+        if at_left < at_right:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = at(right)
+        else:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = at(left)
+    return (low + high) / 2
+
+
 def _absent(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from gapkern import files
+from gapkern.testing import peak_memory
 
 
 def test_npy_and_safetensors_round_trip(tmp_path):
@@ -44,6 +45,26 @@ def test_large_files_are_mapped_not_read(tmp_path):
     x = files.load_embeddings(tmp_path / "big.npy")
     assert x.shape == (2**22, 256)
     assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_shift_is_fitted_to_a_file_without_reading_it_whole(tmp_path):
+    generator = np.random.default_rng(0)
+    big = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.float16, shape=(2**20, 256))
+    for first in range(0, 2**20, 2**16):
+        big[first : first + 2**16] = generator.standard_normal((2**16, 256), dtype=np.float32)
+    big.flush()
+    setup = f"""
+from gapkern import MeanShift, files
+shift = MeanShift(components=8)
+shift.partial_fit(queries=next(files.chunks({str(tmp_path / "big.npy")!r}, 4096)) + 1)
+"""
+    code = f"""
+for rows in files.chunks({str(tmp_path / "big.npy")!r}):
+    shift.partial_fit(rows)
+assert 14 < float(shift.gap_vector_.norm()) < 18
+"""
+    assert peak_memory(code, setup=setup) < 400, "the file has 512 MiB, the same in float64 2 GiB"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +127,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 _KILLED = """
 import sys, time
 from gapkern import files
+from gapkern.testing import peak_memory
 def slow(temporary):
     temporary.write_text("half")
     print("writing", flush=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, robustness, sweep
+from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, robustness, sweep
 from gapkern._nearest import nearest
 from gapkern.reference import robustness as reference
 
@@ -247,6 +247,19 @@ def test_sweep_tables_and_plots(tmp_path):
     figure = result.plot(tmp_path / "sweep.png")
     assert len(figure.axes) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sweep.csv", "sweep.json", "sweep.png"]
+
+
+def test_the_best_alpha_closes_the_gap():
+    queries, gallery = cloud(queries=100, offset=1.0, noise=0.01)
+    shift = MeanShift(components="exact").fit(gallery, queries)
+    found = best_alpha(queries, gallery, Gaussian(0.3), shift=shift)
+    assert found == pytest.approx(1.0, abs=0.03)
+    peak = robustness(queries, gallery, Gaussian(0.3), shift=shift.at(found)).robustness
+    assert all(
+        robustness(queries, gallery, Gaussian(0.3), shift=shift.at(a)).robustness <= peak + 1e-6 for a in (0, 0.5, 1.4)
+    )
+    with pytest.raises(ValueError, match="high: expected a number above low = 1, got 0"):
+        best_alpha(queries, gallery, Gaussian(0.3), shift=shift, low=1, high=0)
 
 
 Q, G = cloud()

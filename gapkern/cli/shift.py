@@ -55,8 +55,14 @@ def run_fit(arguments) -> int:
     from gapkern import MeanShift
 
     shift = MeanShift(arguments.alpha, arguments.components, arguments.moves, arguments.normalize, arguments.agreement)
-    gallery = files.load_embeddings(arguments.gallery, name="gallery")
-    shift.fit(gallery, files.load_embeddings(arguments.queries, name="queries"))
+    with common.progress({"gallery": "reading the gallery", "queries": "reading the queries"}) as step:
+        for side in ("gallery", "queries"):
+            path = getattr(arguments, side)
+            total, done = len(files.load_embeddings(path, name=side)), 0
+            for rows in files.chunks(path, name=side):
+                shift.partial_fit(**{side: rows})
+                done += len(rows)
+                step(side, done, total)
     shift.save(arguments.out)
     facts = {
         "gap_norm": float(shift.gap_vector_.norm()),
