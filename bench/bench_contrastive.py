@@ -52,20 +52,17 @@ def case(n: int, d: int, backward: bool) -> Case:
 
         return once
 
-    def products(count):
-        a, b = x.detach(), y.detach()
-        logits = torch.empty(n, n)
-        out = torch.empty(n, d)
+    def products(count, dtype=torch.float32):
+        a, b = x.detach().to(dtype), y.detach().to(dtype)
+        logits = torch.empty(n, n, dtype=dtype)
+        out = torch.empty(n, d, dtype=dtype)
 
         def once():
-            torch.mm(a, b.T, out=logits)
-            for i in range(1, count):
-                if i == 1 and count == 4:
-                    torch.mm(a, b.T, out=logits)
-                elif i == count - 2:
-                    torch.mm(logits, b, out=out)
-                else:
-                    torch.mm(logits.T, a, out=out)
+            for _ in range(1 if count < 4 else 2):
+                torch.mm(a, b.T, out=logits)
+            if count > 1:
+                torch.mm(logits, b, out=out)
+                torch.mm(logits.T, a, out=out)
 
         return once
 
@@ -79,10 +76,11 @@ def case(n: int, d: int, backward: bool) -> Case:
         Contender("gapkern, bfloat16 products", call(_ours("recompute", "medium"))),
         Contender("gapkern, bfloat16, keep", call(_ours("keep", "medium"))),
     ]
-    limits = (
-        [("limit: 4 bare products", 4), ("limit: 3 bare products", 3)] if backward else [("limit: 1 bare product", 1)]
-    )
-    contenders += [Contender(name, products(count), "limit") for name, count in limits]
+    for count in (4, 3) if backward else (1,):
+        contenders.append(Contender(f"limit: {count} bare products", products(count), "limit"))
+    count = 3 if backward else 1
+    low = products(count, torch.bfloat16)
+    contenders.append(Contender(f"limit: {count} bare bfloat16 products", low, "limit"))
 
     def check(results):
         expected = results["open_clip"]

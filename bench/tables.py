@@ -53,6 +53,7 @@ def contrastive() -> str:
         "gapkern, bfloat16, keep": "**bfloat16, keep**",
         "limit: 4 bare products": "4 products",
         "limit: 3 bare products": "3 products",
+        "limit: 3 bare bfloat16 products": "3 bfloat16 products",
     }
     rows = []
     for case in result["cases"]:
