@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/each_isa.h"
+
 namespace gapkern::perturb {
 
 struct Kernels {
@@ -18,17 +20,6 @@ struct Kernels {
                        int64_t bins, double* out);
 };
 
-namespace portable {
-const Kernels& kernels();
-}
-namespace avx2 {
-const Kernels& kernels();
-}
-namespace avx512 {
-const Kernels& kernels();
-}
-namespace avx512bf16 {
-const Kernels& kernels();
-}
+GAPKERN_DECLARE_FOR_EACH_ISA(const Kernels& kernels())
 
 }  // namespace gapkern::perturb
