@@ -46,7 +46,7 @@ def _over_alpha(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], a
 
 
 def sweep(result: Any) -> Any:
-    """Of a `SweepResult`: robustness, agreement and, where labels were given, accuracy of every perturbation over alpha."""
+    """A `SweepResult` over alpha: robustness, agreement and, where labels were given, accuracy."""
     labelled = any(row["accuracy"] is not None for row in result.rows)
     names = ["robustness", "agreement", *(["accuracy"] if labelled else [])]
     figure, axes = _figure(len(names))
@@ -110,7 +110,7 @@ def training(history: Sequence[Mapping[str, float]], *, tall: bool = False) -> A
 
 
 def robustness_and_accuracy(result: Any, *, tall: bool = False) -> Any:
-    """Of a `SweepResult`, two panels over alpha: robustness, and accuracy under the same perturbations beside clean accuracy."""
+    """A `SweepResult` over alpha in two panels: robustness, and accuracy beside clean accuracy."""
     figure, axes = _figure(2, tall=tall, height=3.9)
     _over_alpha(result.series("robustness"), axes[0], "robustness")
     _over_alpha(result.series("accuracy"), axes[1], "accuracy")
