@@ -4,8 +4,9 @@ import torch
 
 from bench import harness
 from bench.harness import Case, Contender
-from gapkern import Gaussian, robustness
+from gapkern import Gaussian
 from gapkern._nearest import nearest
+from gapkern.robustness import robustness
 
 SIZES = {"quick": (1000, 200), "full": (10_000, 1000)}
 DIMS, TRIALS, VARIANCE = 512, 100, 1e-4

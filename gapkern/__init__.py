@@ -15,10 +15,10 @@ from gapkern.losses import (  # noqa: E402
     patch_open_clip,
     sigmoid_loss,
 )
-from gapkern.perturb import Gaussian, Quantize, Replace, Uniform, perturb  # noqa: E402
-from gapkern.robustness import RobustnessResult, robustness  # noqa: E402
-from gapkern.sweep import SweepResult, best_alpha, sweep  # noqa: E402
+from gapkern.perturb import Gaussian, Quantize, Replace, Uniform  # noqa: E402
+from gapkern.robustness import RobustnessResult, SweepResult, best_alpha, sweep  # noqa: E402
 
+# The functions `perturb` and `robustness` stay in the modules of their names.
 __all__ = [
     "ClipLoss",
     "CoCaLoss",
@@ -36,8 +36,6 @@ __all__ = [
     "contrastive_loss",
     "gap_metrics",
     "patch_open_clip",
-    "perturb",
-    "robustness",
     "sigmoid_loss",
     "sweep",
 ]

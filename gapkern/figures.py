@@ -1,14 +1,11 @@
 """Figures that need no further words; matplotlib without its global state, so that no display is ever asked for."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gapkern import _check
-
-if TYPE_CHECKING:
-    from gapkern.sweep import SweepResult
 
 COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9b5a1a", "#e03e3e", "#64748b")
 MARKERS = "osD^vP*X"
@@ -48,8 +45,8 @@ def _over_alpha(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], a
     ax.set_ylabel(label)
 
 
-def sweep(result: "SweepResult") -> Any:
-    """Robustness, agreement and, where labels were given, accuracy of every perturbation over alpha."""
+def sweep(result: Any) -> Any:
+    """A `SweepResult` over alpha: robustness, agreement and, where labels were given, accuracy."""
     labelled = any(row["accuracy"] is not None for row in result.rows)
     names = ["robustness", "agreement", *(["accuracy"] if labelled else [])]
     figure, axes = _figure(len(names))
@@ -112,8 +109,8 @@ def training(history: Sequence[Mapping[str, float]], *, tall: bool = False) -> A
     return figure
 
 
-def robustness_and_accuracy(result: "SweepResult", *, tall: bool = False) -> Any:
-    """Two panels over alpha: robustness, and accuracy under the same perturbations beside clean accuracy."""
+def robustness_and_accuracy(result: Any, *, tall: bool = False) -> Any:
+    """A `SweepResult` over alpha in two panels: robustness, and accuracy beside clean accuracy."""
     figure, axes = _figure(2, tall=tall, height=3.9)
     _over_alpha(result.series("robustness"), axes[0], "robustness")
     _over_alpha(result.series("accuracy"), axes[1], "accuracy")

@@ -90,7 +90,8 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(report):
 def test_the_three_methods_agree_on_the_digits(report):
     from safetensors.torch import load_file
 
-    from gapkern import Gaussian, MeanShift, robustness
+    from gapkern import Gaussian, MeanShift
+    from gapkern.robustness import robustness
 
     folder, found = report
     saved = load_file(folder / "embeddings.safetensors")

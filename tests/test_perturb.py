@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from gapkern import Gaussian, Quantize, Replace, Uniform, perturb
-from gapkern.perturb import Chain
+from gapkern import Gaussian, Quantize, Replace, Uniform
+from gapkern.perturb import Chain, perturb
 from gapkern.reference import perturb as reference
 from gapkern.testing import assert_near, assert_three_way
 

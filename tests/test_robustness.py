@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, robustness, sweep
+from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, sweep
 from gapkern._nearest import nearest
 from gapkern.reference import robustness as reference
+from gapkern.robustness import robustness
 
 
 def cloud(queries=40, gallery=15, dims=32, spread=0.1, noise=0.03, offset=0.5, seed=0):

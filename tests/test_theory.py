@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from gapkern import Gaussian, MeanShift, contrastive_loss, robustness
+from gapkern import Gaussian, MeanShift, contrastive_loss
 from gapkern._nearest import nearest
+from gapkern.robustness import robustness
 
 
 def tight_clusters(n, dims, radius, gap, seed=0):

@@ -57,6 +57,12 @@ inline const Engine<float>& engine_for<float>(const Arguments& a) {
   return a.pairs ? *engine_set().bf16 : *engine_set().f32;
 }
 
+// Zeros [rows, columns] of `like`'s device, or an empty tensor where they are not wanted.
+inline Tensor zeros_if(bool wanted, const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
+  const std::vector<int64_t> size = wanted ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0};
+  return torch::stable::new_zeros(like, size, type);
+}
+
 inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType type) {
   return torch::stable::new_empty(like, size, type);
 }

@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/each_isa.h"
+
 namespace gapkern::contrastive {
 
 // The columns of a stripe at most: a multiple of every engine's nr.
@@ -130,17 +132,6 @@ struct EngineSet {
   const Engine<float>* bf16;
 };
 
-namespace portable {
-const EngineSet& engines();
-}
-namespace avx2 {
-const EngineSet& engines();
-}
-namespace avx512 {
-const EngineSet& engines();
-}
-namespace avx512bf16 {
-const EngineSet& engines();
-}
+GAPKERN_DECLARE_FOR_EACH_ISA(const EngineSet& engines())
 
 }  // namespace gapkern::contrastive

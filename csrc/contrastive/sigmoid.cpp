@@ -54,11 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call(const Arguments& a, cons
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),
                      y.size(0), x.size(1), a.scale, a.similarity, label_offset);
-  const auto zeros = [&](bool wanted, int64_t rows) {
-    const std::vector<int64_t> size = wanted ? std::vector<int64_t>{rows, p.d} : std::vector<int64_t>{0};
-    return torch::stable::new_zeros(x, size, a.type);
-  };
-  Tensor dx = zeros(needs[0], p.n), dy = zeros(needs[1], p.m);
+  Tensor dx = zeros_if(needs[0], x, p.n, p.d, a.type), dy = zeros_if(needs[1], x, p.m, p.d, a.type);
   const Sums sums = run<T>(p, bias, needs[0] ? dx.template mutable_data_ptr<T>() : nullptr,
                            needs[1] ? dy.template mutable_data_ptr<T>() : nullptr);
   const auto scalar = [&](double value) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/each_isa.h"
 #include "common/half.h"
 
 namespace gapkern::meanshift {
@@ -19,17 +20,6 @@ struct Kernels {
   Rows<Half> f16;
 };
 
-namespace portable {
-const Kernels& kernels();
-}
-namespace avx2 {
-const Kernels& kernels();
-}
-namespace avx512 {
-const Kernels& kernels();
-}
-namespace avx512bf16 {
-const Kernels& kernels();
-}
+GAPKERN_DECLARE_FOR_EACH_ISA(const Kernels& kernels())
 
 }  // namespace gapkern::meanshift

@@ -56,16 +56,18 @@ Tensor cells(const Tensor& x, const F& kernel, const Tensor& low, const Tensor& 
   const ScalarType type = arithmetic_type(x);
   const Tensor from = as_type(x, type), l = as_type(low, type), h = as_type(high, type);
   const int64_t d = x.size(1);
-  const auto per_column = [&](const Tensor& t) {
-    const T* p = t.const_data_ptr<T>();
-    return t.numel() == d ? std::vector<T>(p, p + d) : std::vector<T>(d, *p);
-  };
-  const std::vector<T> lows = per_column(l), highs = per_column(h);
+  const T *lowest = l.const_data_ptr<T>(), *highest = h.const_data_ptr<T>();
+  const bool shared = l.numel() == 1;
+  std::vector<T> lows(d), widths(d);
+  for (int64_t c = 0; c < d; ++c) {
+    lows[c] = lowest[shared ? 0 : c];
+    widths[c] = (highest[shared ? 0 : c] - lows[c]) / T(bins);
+  }
   Tensor out = torch::stable::empty_like(from);
   const T* in = from.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  over_rows(x,
-            [&](int64_t r, int64_t rows) { kernel(in + r * d, rows, d, lows.data(), highs.data(), bins, to + r * d); });
+  over_rows(
+      x, [&](int64_t r, int64_t rows) { kernel(in + r * d, rows, d, lows.data(), widths.data(), bins, to + r * d); });
   return in_dtype_of(x, out);
 }
 

@@ -66,7 +66,7 @@ __global__ void quantize_all(const T* x, int64_t elements, int64_t columns, cons
                              A bins, T* out) {
   for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < elements; i += int64_t(gridDim.x) * kThreads) {
     const int64_t c = shared ? 0 : i % columns;
-    out[i] = T(quantized(A(x[i]), low[c], high[c], bins));
+    out[i] = T(quantized(A(x[i]), low[c], (high[c] - low[c]) / bins, bins));
   }
 }
 

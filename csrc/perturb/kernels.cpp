@@ -64,10 +64,10 @@ void noise(const T* x, int64_t rows, int64_t columns, int law, double scale, uin
 }
 
 template <class T>
-void quantize(const T* x, int64_t rows, int64_t columns, const T* low, const T* high, int64_t bins, T* out) {
+void quantize(const T* x, int64_t rows, int64_t columns, const T* low, const T* width, int64_t bins, T* out) {
   const T count = T(bins);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) out[r * columns + c] = quantized(x[r * columns + c], low[c], high[c], count);
+    for (int64_t c = 0; c < columns; ++c) out[r * columns + c] = quantized(x[r * columns + c], low[c], width[c], count);
 }
 
 }  // namespace

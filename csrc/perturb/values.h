@@ -23,10 +23,9 @@ GAPKERN_HD void unit_noise(const philox::Block& block, float* z0, float* z1, flo
   }
 }
 
-// The centre of x's cell among `bins` (at most 2^24) equal cells of [low, high].
+// The centre of x's cell among `bins` (at most 2^24) cells of `width` above low.
 template <class T>
-GAPKERN_HD T quantized(T x, T low, T high, T bins) {
-  const T width = (high - low) / bins;
+GAPKERN_HD T quantized(T x, T low, T width, T bins) {
   T cell = (x - low) / width;
   cell = cell < T(0) ? T(0) : cell;
   cell = cell > bins - T(1) ? bins - T(1) : cell;

@@ -109,21 +109,34 @@ void multiply(const float* ahead, int64_t rivals, double lambda, float dims, con
               double* product) {
   constexpr int width = Vec<float>::size;
   int live = kNodes;
-  for (int64_t j = 0; j < rivals; ++j) {
-    const f32v other = splat<float>(float(lambda + ahead[j]));
+  const auto tails = [&](float behind, int at, float* part, float* whole) __attribute__((always_inline)) {
+    const f32v other = splat<float>(float(lambda + behind));
+    const Saddle<f32v> p = saddle<float, near_only>(load(q + at), load(excess + at) - behind, other, dims);
+    const f32v tail = near_tail<float>(p);
+    store(part, p.w < f32v{} ? -tail : tail);
+    store(whole, p.w < f32v{} ? splat<float>(1.f) : f32v{});
+  };
+  int64_t j = 0;
+  // Two rivals at a time, for the sake of the long chains of divisions and roots in each.
+  for (; j + 2 <= rivals; j += 2) {
     for (int at = 0; at < live; at += width) {
-      const Saddle<f32v> p = saddle<float, near_only>(load(q + at), load(excess + at) - ahead[j], other, dims);
-      const f32v tail = near_tail<float>(p);
+      alignas(64) float part[2][width], whole[2][width];
+      tails(ahead[j], at, part[0], whole[0]);
+      tails(ahead[j + 1], at, part[1], whole[1]);
       // The survival function in double: 1 - tail would lose a small tail's digits.
-      alignas(64) float part[width], whole[width];
-      store(part, p.w < f32v{} ? -tail : tail);
-      store(whole, p.w < f32v{} ? splat<float>(1.f) : f32v{});
-      for (int k = 0; k < width; ++k) product[at + k] *= double(whole[k]) + double(part[k]);
+      for (int k = 0; k < width; ++k)
+        product[at + k] *= (double(whole[0][k]) + double(part[0][k])) * (double(whole[1][k]) + double(part[1][k]));
     }
     // Nodes far right of the rivals soon have no chance left.
-    if (j % 16 == 15 && live > width && *std::max_element(product + live - width, product + live) < 1e-12)
+    if (j % 16 == 14 && live > width && *std::max_element(product + live - width, product + live) < 1e-12)
       live -= width;
   }
+  for (; j < rivals; ++j)
+    for (int at = 0; at < live; at += width) {
+      alignas(64) float part[width], whole[width];
+      tails(ahead[j], at, part, whole);
+      for (int k = 0; k < width; ++k) product[at + k] *= double(whole[k]) + double(part[k]);
+    }
 }
 
 double stays_nearest(const double* squared, int64_t count, int64_t target, double variance, double dims, float* room) {

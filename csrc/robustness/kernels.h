@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/each_isa.h"
+
 namespace gapkern::robustness {
 
 struct Kernels {
@@ -12,17 +14,6 @@ struct Kernels {
   double (*survival)(double x, double dims, double noncentrality);
 };
 
-namespace portable {
-const Kernels& kernels();
-}
-namespace avx2 {
-const Kernels& kernels();
-}
-namespace avx512 {
-const Kernels& kernels();
-}
-namespace avx512bf16 {
-const Kernels& kernels();
-}
+GAPKERN_DECLARE_FOR_EACH_ISA(const Kernels& kernels())
 
 }  // namespace gapkern::robustness

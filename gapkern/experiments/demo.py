@@ -13,8 +13,7 @@ from gapkern import _check, figures, files
 from gapkern.experiments import demo_report, digits, environment
 from gapkern.gap import MeanShift, gap_metrics
 from gapkern.perturb import Gaussian, Quantize, Replace
-from gapkern.robustness import robustness
-from gapkern.sweep import SweepResult, sweep
+from gapkern.robustness import SweepResult, robustness, sweep
 
 ALPHAS = tuple(i / 8 for i in range(13))
 PER_COORDINATE = (0.0005, 0.001, 0.002)

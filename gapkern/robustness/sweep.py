@@ -14,7 +14,7 @@ from torch import Tensor
 from gapkern import _check, files
 from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, check, title
-from gapkern.robustness import robustness
+from gapkern.robustness.estimators import robustness
 
 COLUMNS = (
     "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness", "agreement",

@@ -1,0 +1,58 @@
+"""The public surface: where each name lives, and that importing it stays light."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gapkern
+
+NAMES = {
+    "gapkern": ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "contrastive_loss", "sigmoid_loss",
+                "patch_open_clip", "MeanShift", "gap_metrics", "Gaussian", "Uniform", "Quantize", "Replace", "sweep",
+                "best_alpha"],
+    "gapkern.losses": ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "contrastive_loss", "sigmoid_loss",
+                       "patch_open_clip"],
+    "gapkern.gap": ["BASELINES", "MeanShift", "gap_metrics"],
+    "gapkern.perturb": ["Chain", "Gaussian", "Quantize", "Replace", "Uniform", "perturb"],
+    "gapkern.robustness": ["RobustnessResult", "SweepResult", "best_alpha", "robustness", "sweep"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_are_where_they_are_said_to_be(module):
+    place = gapkern
+    for part in module.split(".")[1:]:
+        place = getattr(place, part)
+    for name in NAMES[module]:
+        assert callable(getattr(place, name)) or isinstance(getattr(place, name), dict), name
+        documented = getattr(place, name)
+        assert isinstance(documented, dict) or documented.__doc__, name
+
+
+def test_importing_gapkern_imports_none_of_its_extras():
+    extras = ("open_clip", "matplotlib", "pandas", "faiss", "sklearn", "scipy", "rich")
+    code = f"import sys, gapkern; print([m for m in {extras} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "[]\n"
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    result = gapkern.robustness.SweepResult([], gapkern.MeanShift())
+    with pytest.raises(ImportError, match=r"pandas is needed here; run `pip install 'gapkern\[tables\]'`"):
+        result.to_dataframe()
+
+
+def test_every_operator_has_a_schema_and_a_check():
+    import torch
+
+    from gapkern import selfcheck
+
+    operators = {
+        "contrastive_lse", "contrastive_lse_backward", "sigmoid_loss", "meanshift_sum", "meanshift_gram",
+        "meanshift_apply", "perturb_bits", "perturb_noise", "perturb_quantize", "robustness_exact",
+    }  # fmt: skip
+    for name in operators:
+        assert getattr(torch.ops.gapkern, name).default._schema.name == f"gapkern::{name}"
+    assert all(check.passed for check in selfcheck.checks())
