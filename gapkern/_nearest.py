@@ -39,13 +39,29 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         if not exact or x.shape[0] == 1:
             found[rows] = scores.argmin(1)
             continue
-        best = scores.topk(2, dim=1, largest=False)
-        found[rows] = best.indices[:, 0]
         # Rounding of the products and of the norms, with room: 8 eps (||y|| + ||x||) ||x||.
         slack = 8 * torch.finfo(work).eps * (y.norm(dim=1) + largest) * largest
-        close = (best.values[:, 1] - best.values[:, 0] <= slack).nonzero()[:, 0]
-        for r in close.tolist():
-            candidates = (scores[r] <= best.values[r, 0] + slack[r]).nonzero()[:, 0]
-            squared = (gallery[candidates].double() - queries[i + r].double()).square().sum(1)
-            found[i + r] = candidates[int(squared.argmin())]
+        found[rows] = lowest(scores, slack, queries[rows], gallery)
+    return found
+
+
+def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> Tensor:
+    """Index of each row's lowest score; candidates within `slack` of it are decided by their distance in float64.
+
+    Args:
+        scores: (n, G), each query's squared distances up to a constant.
+        slack: (n,), how far apart two scores must be to be told apart.
+        queries: (n, D).
+        gallery: (G, D).
+
+    Returns:
+        (n,) int64; the lowest index among equals.
+    """
+    best, found = scores.min(1)
+    limit = (best + slack)[:, None]
+    close = ((scores <= limit).sum(1) > 1).nonzero()[:, 0]
+    for r in close.tolist():
+        candidates = (scores[r] <= limit[r]).nonzero()[:, 0]
+        squared = (gallery[candidates].double() - queries[r].double()).square().sum(1)
+        found[r] = candidates[int(squared.argmin())]
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._nearest import nearest
+from gapkern._nearest import lowest, nearest
 from gapkern.gap import MeanShift
 from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
 from gapkern.perturb import Gaussian, Perturbation, check, title
@@ -101,16 +101,18 @@ class _Tally:
         return self.wins / trials, float(means.std() / math.sqrt(trials)) if trials > 1 else math.nan
 
 
-def _squared_distances(queries: Tensor, gallery: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First query and (n, G) float64 squared distances of some queries at a time, about the gallery's mean."""
+def _squared_distances(queries: Tensor, gallery: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First query, (n, G) float64 squared distances about the gallery's mean, and (n,) their rounding; in chunks."""
     centre = gallery.double().mean(0)
     x = gallery.double() - centre
     norms = x.square().sum(1)
+    largest = norms.max()
     step = max(1, _ELEMENTS // len(x))
     for first in range(0, len(queries), step):
         y = queries[first : first + step].double() - centre
-        squared = torch.addmm(norms[None], y, x.T, alpha=-2).add_(y.square().sum(1, keepdim=True))
-        yield first, squared.clamp_min_(0)
+        own = y.square().sum(1)
+        squared = torch.addmm(norms[None], y, x.T, alpha=-2).add_(own[:, None])
+        yield first, squared.clamp_min_(0), 8 * torch.finfo(torch.float64).eps * (own + largest)
 
 
 def _variance(task: _Task, perturbation: Perturbation) -> float:
@@ -123,8 +125,10 @@ def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick
     variance, dims = _variance(task, perturbation), task.gallery.shape[1]
     result = torch.zeros(3, len(task.queries), dtype=torch.float64)
     members = None if task.labels is None else _members(task)
-    for first, squared in _squared_distances(task.queries, task.gallery):
+    for first, squared, slack in _squared_distances(task.queries, task.gallery):
         rows = slice(first, first + len(squared))
+        # The distances are there already: no search of their own for the clean neighbours.
+        task.stays[rows] = lowest(squared, slack, task.queries[rows], task.gallery)
         stays, agrees = task.stays[rows], task.agrees[rows]
         targets = torch.stack([stays, torch.where(agrees == stays, -1, agrees)], 1)
         if members is not None:
@@ -159,7 +163,7 @@ def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, 
     variance, dims = _variance(task, perturbation), task.gallery.shape[1]
     tally = _Tally(task, trials)
     generator = torch.Generator().manual_seed(seed)
-    for first, squared in _squared_distances(task.queries, task.gallery):
+    for first, squared, _ in _squared_distances(task.queries, task.gallery):
         noncentrality = squared / variance
         best = noncentrality.amin(1, keepdim=True)
         ahead = noncentrality - best
@@ -217,7 +221,8 @@ def _labels(name: str, labels: Any, count: int, what: str) -> Tensor:
     return labels.long()
 
 
-def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on) -> tuple[_Task, Tensor]:
+def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, search: bool) -> _Task:
+    """Checks everything and applies the shift. Without `search`, the neighbours after it are left to be filled in."""
     queries, gallery = _check.matrix("queries", queries, rows="Q"), _check.matrix("gallery", gallery, rows="G")
     _check.same_width(gallery=gallery, queries=queries)
     queries, gallery = (
@@ -241,15 +246,15 @@ def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on) 
         classes = _labels("gallery_labels", gallery_labels, len(gallery), "gallery row")
         _, inverse = torch.unique(torch.cat([classes, labels]), return_inverse=True)
         classes, labels = inverse[: len(gallery)], inverse[len(gallery) :]
-    agrees = nearest(queries, gallery)
     moved, moved_queries, moved_base = gallery, queries, base
     if shift is not None:
         moved, moved_queries = shift.transform(gallery), shift.transform_queries(queries)
         moved_base = moved if base is gallery else shift.transform(base)
     if on == "queries":
         moved_base = moved
-    stays = nearest(moved_queries, moved) if shift is not None else agrees
-    return _Task(moved_queries, moved, moved_base, stays, agrees, labels, classes), agrees
+    stays = nearest(moved_queries, moved) if search else torch.zeros(len(queries), dtype=torch.int64)
+    agrees = stays if shift is None else nearest(queries, gallery)
+    return _Task(moved_queries, moved, moved_base, stays, agrees, labels, classes)
 
 
 def robustness(
@@ -309,7 +314,8 @@ def robustness(
         )
     if method == "auto":
         method = "exact" if integrable else "sample"
-    task, _ = _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on)
+    search = method != "exact" or not perturbation.random
+    task = _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, search)
     with _Progress(progress, title(perturbation.describe()), len(task.queries)) as tick:
         if not perturbation.random:
             method, trials = "none drawn", 1
