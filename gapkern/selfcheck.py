@@ -103,8 +103,13 @@ def _quantize() -> tuple[bool, str]:
 def _robustness() -> tuple[bool, str]:
     # Equal distances: each of G rows wins with probability 1 / G, whatever the law.
     squared, targets = torch.full((2, 50), 1.3, dtype=torch.float64), torch.tensor([[0], [49]])
-    p = torch.cat([torch.ops.gapkern.robustness_exact(squared, targets, v, 64) for v in (1e-4, 1e-2, 1.0)])
-    return _near(50 * p, torch.ones_like(p), 1e-4)
+    p = [50 * torch.ops.gapkern.robustness_exact(squared, targets, v, 64).flatten() for v in (1e-4, 1e-2, 1.0)]
+    # Unequal ones: gapkern.reference.robustness.winning_probability, by SciPy's noncentral chi-square law.
+    squared, targets = torch.tensor([[1.0, 1.05, 1.2]], dtype=torch.float64), torch.tensor([[0]])
+    for dims, variance, known in ((4, 0.05, 0.40548518424003194), (512, 1e-3, 0.6830799143263553)):
+        p.append(torch.ops.gapkern.robustness_exact(squared, targets, variance, dims).flatten() / known)
+    found = torch.cat(p)
+    return _near(found, torch.ones_like(found), 1e-4)
 
 
 _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
