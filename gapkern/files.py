@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gapkern import _check
 
+CHUNK = 2**22  # numbers at hand at once when a file is streamed
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -126,8 +128,8 @@ def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
         raise ValueError(f"{error} in {path}") from None
 
 
-def chunks(path: str | os.PathLike, rows: int = 65536, *, name: str = "path") -> Iterator[Tensor]:
-    """The embeddings of a file, some rows at a time, each in memory of its own.
+def chunks(path: str | os.PathLike, rows: int | None = None, *, name: str = "path") -> Iterator[Tensor]:
+    """The embeddings of a file, some rows at a time (by default about 4 million numbers), each in its own memory.
 
     The file is mapped anew for every chunk: one mapping would keep every page it has touched.
 
@@ -137,7 +139,8 @@ def chunks(path: str | os.PathLike, rows: int = 65536, *, name: str = "path") ->
         >>> [len(part) for part in chunks(file, 4)]
         [4, 4, 2]
     """
-    count = len(load_embeddings(path, name=name))
+    count, dims = load_embeddings(path, name=name).shape
+    rows = rows or max(1, CHUNK // max(1, dims))
     for first in range(0, count, rows):
         yield load_embeddings(path, name=name)[first : first + rows].clone()
 

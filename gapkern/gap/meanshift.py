@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gapkern import _check, files
 from gapkern._nearest import nearest
-from gapkern.gap.moments import Moments, Sample, hull, numerical_rank, principal
+from gapkern.gap.moments import Moments, Sample, batches, hull, numerical_rank, principal
 
 FORMAT_VERSION = 1
 SAMPLE = 2**14  # rows of each side by which neighbours are judged
@@ -292,7 +292,7 @@ class _Side:
         self.moments, self.sample = Moments.none(dims), Sample(dims, SAMPLE)
 
     def update(self, name: str, x: Tensor) -> None:
-        for rows in x.split(65536):
+        for rows in batches(x):
             self.moments.update(_check.finite(name, rows))
             self.sample.update(rows)
 

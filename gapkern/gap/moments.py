@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gapkern import files
 from gapkern.ops import meanshift as _ops  # noqa: F401 - registers the operators
-
-ROWS = 65536  # at hand at once
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Moments:
     def of(x: Tensor) -> "Moments":
         """Of the rows of x (N, D), which may be mapped from a file."""
         seen = Moments.none(x.shape[1])
-        for rows in x.split(ROWS):
+        for rows in batches(x):
             seen.update(rows)
         return seen
 
@@ -54,6 +53,11 @@ class Moments:
         self.gram += other.gram + torch.outer(apart, apart) * (self.count * other.count / count)
         self.mean = self.mean + apart * (other.count / count)
         self.count = count
+
+
+def batches(x: Tensor) -> tuple[Tensor, ...]:
+    """The rows of x, as many at a time as a streamed file gives."""
+    return x.split(max(1, files.CHUNK // max(1, x.shape[1])))
 
 
 class Sample:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_ROWS = 8192
+_CHUNK = 2**20  # elements in float64 at once
 _TINY = 1e-12  # norms below it are taken for it, as torch.nn.functional.normalize does
 
 
@@ -22,6 +22,10 @@ def _(x, shift, normalize):
     return x.new_empty(x.shape)
 
 
+def _rows(x: Tensor) -> int:
+    return max(1, _CHUNK // max(1, x.shape[1]))
+
+
 def _sum(x: Tensor) -> Tensor:
     """For devices without kernels of ours."""
     return x.sum(0, dtype=torch.float64)
@@ -30,8 +34,8 @@ def _sum(x: Tensor) -> Tensor:
 def _gram(x: Tensor, mean: Tensor) -> Tensor:
     """The library's product in float64, over chunks of rows."""
     gram = mean.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
-    for first in range(0, x.shape[0], _ROWS):
-        centred = x[first : first + _ROWS].double() - mean.double()
+    for rows in x.split(_rows(x)):
+        centred = rows.to(torch.float64, copy=True).sub_(mean)
         gram.addmm_(centred.T, centred)
     return gram
 
@@ -39,11 +43,11 @@ def _gram(x: Tensor, mean: Tensor) -> Tensor:
 def _apply(x: Tensor, shift: Tensor, normalize: bool) -> Tensor:
     """For devices without kernels of ours."""
     moved = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for first in range(0, x.shape[0], _ROWS):
-        rows = x[first : first + _ROWS].double() + shift.double()
+    for first in range(0, x.shape[0], _rows(x)):
+        rows = x[first : first + _rows(x)].double() + shift.double()
         if normalize:
             rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(_TINY)
-        moved[first : first + _ROWS] = rows.to(x.dtype)
+        moved[first : first + _rows(x)] = rows.to(x.dtype)
     return moved
 
 
