@@ -1,16 +1,18 @@
-"""Euclidean nearest neighbours, exact up to float64 and never Q x G at once."""
+"""Euclidean distances and nearest neighbours, never Q x G at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**24
+CHUNK = 2**22  # elements of a Q x G block at hand
 
 
 def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
     """Index of each query's nearest gallery row; ties go to the lowest index.
 
-    Distances are formed about the gallery's mean in float32, which keeps ||x||^2 - 2 <y, x> from cancelling; rows whose
-    two best candidates are closer than rounding are decided in float64.
+    Rows whose best candidates are closer than rounding are decided in float64.
 
     Args:
         queries: (Q, D).
@@ -24,25 +26,39 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         >>> nearest(torch.tensor([[0.9, 0.0], [0.0, 0.2]]), torch.eye(2)).tolist()
         [0, 1]
     """
-    work = torch.float64 if gallery.dtype == torch.float64 else torch.float32
+    found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for rows, squared, slack in distances(queries, gallery):
+        if exact and len(gallery) > 1:
+            found[rows] = lowest(squared, slack, queries[rows], gallery)
+        else:
+            found[rows] = squared.argmin(1)
+    return found
+
+
+def distances(
+    queries: Tensor, gallery: Tensor, work: torch.dtype | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Squared distances (n, G) of some queries at a time, and (n,) what rounding may have moved them by.
+
+    They are formed about the gallery's mean, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from cancelling, in `work`: by
+    default float64 for a float64 gallery and float32 otherwise.
+    """
+    work = work or (torch.float64 if gallery.dtype == torch.float64 else torch.float32)
     # Any centre serves as long as both sides take the same one.
     centre = gallery.mean(0, dtype=torch.float64).to(work)
     x = gallery.to(work) - centre
-    norms = x.square().sum(1, dtype=torch.float64)
-    largest = norms.max().sqrt().to(work) if len(x) else norms.sum().to(work)
-    found = torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, x.shape[0]))
-    for i in range(0, queries.shape[0], step):
-        rows = slice(i, min(queries.shape[0], i + step))
+    norms = x.square().sum(1, keepdim=True)
+    reach = norms.max().sqrt() if len(x) else norms.sum()
+    # Two more columns have the product add both squared norms: ||y||^2 1 + 1 ||x||^2 - 2 <y, x>.
+    x = torch.cat([-2 * x, norms, torch.ones_like(norms)], 1)
+    step = max(1, CHUNK // max(1, len(x)))
+    for first in range(0, len(queries), step):
+        rows = slice(first, min(len(queries), first + step))
         y = queries[rows].to(work) - centre
-        scores = torch.addmm(norms.to(work)[None], y, x.T, alpha=-2)
-        if not exact or x.shape[0] == 1:
-            found[rows] = scores.argmin(1)
-            continue
-        # Rounding of the products and of the norms, with room: 8 eps (||y|| + ||x||) ||x||.
-        slack = 8 * torch.finfo(work).eps * (y.norm(dim=1) + largest) * largest
-        found[rows] = lowest(scores, slack, queries[rows], gallery)
-    return found
+        own = y.square().sum(1, keepdim=True)
+        with _full_precision():
+            squared = torch.cat([y, torch.ones_like(own), own], 1) @ x.T
+        yield rows, squared, 8 * torch.finfo(work).eps * (own[:, 0].sqrt() + reach).square()
 
 
 def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> Tensor:
@@ -59,9 +75,26 @@ def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> T
     """
     best, found = scores.min(1)
     limit = (best + slack)[:, None]
-    close = ((scores <= limit).sum(1) > 1).nonzero()[:, 0]
-    for r in close.tolist():
-        candidates = (scores[r] <= limit[r]).nonzero()[:, 0]
-        squared = (gallery[candidates].double() - queries[r].double()).square().sum(1)
-        found[r] = candidates[int(squared.argmin())]
+    # Summed as bytes, which no wider copy is made for.
+    close = ((scores <= limit).view(torch.int8).sum(1, dtype=torch.int32) > 1).nonzero()[:, 0]
+    for some in close.split(max(1, CHUNK // max(1, scores.shape[1]) // 4)):
+        row, column = (scores[some] <= limit[some]).nonzero(as_tuple=True)
+        squared = torch.cat([
+            (gallery[c].double() - queries[some[r]].double()).square().sum(1)
+            for r, c in zip(*(t.split(max(1, CHUNK // gallery.shape[1])) for t in (row, column)), strict=True)
+        ])  # fmt: skip
+        least = squared.new_full((len(some),), torch.inf).scatter_reduce(0, row, squared, "amin")
+        equal = squared == least[row]
+        found[some] = found.new_full((len(some),), len(gallery)).scatter_reduce(0, row[equal], column[equal], "amin")
     return found
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 products in float32, whatever the program allows its own."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)

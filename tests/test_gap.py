@@ -234,6 +234,17 @@ def test_near_ties_far_from_the_origin_are_decided_exactly():
     assert torch.equal(nearest(queries, gallery), exact)
 
 
+def test_a_program_that_allows_rounded_products_gets_exact_neighbours():
+    queries, gallery = torch.randn(500, 256).sign(), torch.randn(400, 256).sign()  # many true ties
+    exact = torch.cdist(queries.double(), gallery.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(nearest(queries, gallery), exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def same_fit(a, b, tolerance=1e-12):
     assert_near(a.gap_vector_, b.gap_vector_, tolerance)
     assert float((a.shift_vector_ - b.shift_vector_).norm()) < 1e3 * tolerance * float(b.gap_vector_.norm())

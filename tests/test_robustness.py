@@ -24,7 +24,7 @@ def cloud(queries=40, gallery=15, dims=32, spread=0.1, noise=0.03, offset=0.5, s
 
 def winning(squared, target, variance, dims):
     operator = torch.ops.gapkern.robustness_exact
-    return operator(squared[None].double(), torch.tensor([[target]]), float(variance), dims).item()
+    return operator(squared[None], torch.tensor([[target]]), float(variance), dims).item()
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3, 8, 31, 63, 64, 200, 512, 4096])
@@ -43,13 +43,42 @@ def test_exact_is_scipys_integral_over_six_decades_of_variance(dims):
     assert np.mean(errors) < 1e-4
 
 
+@pytest.mark.parametrize("dims", [64, 300, 2048])
+@pytest.mark.parametrize("spread", [0.2, 1, 2.5])
+def test_many_rivals_are_summed_over_a_grid(dims, spread):
+    """More rivals than the grid has points, spread over some standard deviations of the noise."""
+    generator = np.random.default_rng(dims)
+    for variance in (1e-4, 1e-2):
+        deviation = 2 * math.sqrt(dims + 2 / variance)
+        ahead = spread * np.abs(generator.standard_normal(100))
+        squared = torch.from_numpy(1.0 + variance * deviation * ahead)
+        target = int(squared.argsort()[2])
+        expected = reference.winning_probability(squared, target, variance, dims, nodes=61)
+        assert winning(squared, target, variance, dims) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert winning(squared.float(), target, variance, dims) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+def test_float32_distances_serve_where_noise_drowns_their_rounding():
+    queries, gallery = cloud(queries=500, gallery=60, dims=256)
+    for variance in (1e-6, 1e-5, 1e-4, 1e-3):
+        noise = Gaussian(variance, "per_coordinate")
+        found = robustness(queries, gallery, noise).per_query
+        exact = robustness(queries.double(), gallery.double(), noise).per_query
+        assert float((found - exact).abs().max()) < 2e-5
+    # A gallery far from the origin: rounding is of the size of the offset there, the noise is not.
+    far, away = queries + 100, gallery + 100
+    exact = robustness(far.double(), away.double(), Gaussian(1e-4, "per_coordinate")).per_query
+    found = robustness(far, away, Gaussian(1e-4, "per_coordinate")).per_query
+    assert float((found - exact).abs().max()) < 2e-5
+
+
 @pytest.mark.parametrize("dims", [2, 16, 64, 512])
 @pytest.mark.parametrize("gallery", [1, 2, 10, 1000, 20000])
 def test_equal_rivals_share_the_chance(dims, gallery):
     if dims < 64 and gallery > 1000:
         gallery = 1000
     for squared in (0.0, 1.3):
-        p = winning(torch.full((gallery,), squared), gallery // 2, 0.01, dims)
+        p = winning(torch.full((gallery,), squared, dtype=torch.float64), gallery // 2, 0.01, dims)
         assert p == pytest.approx(1 / gallery, rel=2e-3)
 
 
@@ -73,7 +102,7 @@ def test_the_exact_operator_keeps_its_contract():
     torch.library.opcheck(torch.ops.gapkern.robustness_exact, (squared, targets, 0.1, 16))
     for arguments, message in (
         ((squared[0], targets, 0.1, 16), "targets: expected"),
-        ((squared.float(), targets, 0.1, 16), "distances: expected float64"),
+        ((squared.half(), targets, 0.1, 16), "distances: expected float32 or float64"),
         ((squared, targets.int(), 0.1, 16), "targets: expected int64"),
         ((squared, targets, 0.0, 16), "variance: expected a number > 0"),
         ((squared, targets, 0.1, 0), "dims: expected an integer > 0"),

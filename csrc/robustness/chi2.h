@@ -107,6 +107,15 @@ GAPKERN_INLINE f64v natural_log(f64v x) {
   return e * 0.69314718055994530942 + 2. * r * (1. + r * r * atanh_rest(r));
 }
 
+// log x given x and x - 1, of which the latter may have more digits, for positive normal x.
+GAPKERN_INLINE f32v log1p_of(f32v x, f32v less_one) {
+  f32v e, m;
+  split(x, &e, &m);
+  const f32v d = e == f32v{} ? less_one : m - 1.f;
+  const f32v r = d / (2.f + d);
+  return e * 0.693147181f + 2.f * r * (1.f + r * r * atanh_rest(r));
+}
+
 // A point of a distribution seen from its saddle.
 template <class V>
 struct Saddle {

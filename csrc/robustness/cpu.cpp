@@ -11,28 +11,41 @@ namespace {
 
 const Kernels& table() { return GAPKERN_FOR_ACTIVE_ISA(kernels); }
 
+// p[i][c] for the T targets of each of Q queries.
+template <class T, class StaysNearest>
+void fill(StaysNearest* stays_nearest, const Tensor& squared, const Tensor& rows, double variance, double dims,
+          Tensor& out) {
+  const int64_t g = squared.size(1), t = rows.size(1);
+  const T* d = squared.const_data_ptr<T>();
+  const int64_t* target = rows.const_data_ptr<int64_t>();
+  double* p = out.mutable_data_ptr<double>();
+  torch::stable::parallel_for(0, squared.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(g + 1);
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t c = 0; c < t; ++c)
+        if (target[i * t + c] >= 0)
+          p[i * t + c] = stays_nearest(d + i * g, g, target[i * t + c], variance, dims, room.data());
+  });
+}
+
 Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
   STD_TORCH_CHECK(distances.dim() == 2 && targets.dim() == 2 && distances.size(0) == targets.size(0),
                   "targets: expected (Q, T) beside distances (Q, G)");
-  STD_TORCH_CHECK(distances.scalar_type() == ScalarType::Double, "distances: expected float64");
+  const bool single = distances.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(single || distances.scalar_type() == ScalarType::Double, "distances: expected float32 or float64");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
   STD_TORCH_CHECK(variance > 0, "variance: expected a number > 0, got ", variance);
   STD_TORCH_CHECK(dims > 0, "dims: expected an integer > 0, got ", dims);
   const Tensor squared = torch::stable::contiguous(distances), rows = torch::stable::contiguous(targets);
   const int64_t q = squared.size(0), g = squared.size(1), t = rows.size(1);
   Tensor out = torch::stable::new_zeros(squared, {q, t}, ScalarType::Double);
-  const double* d = squared.const_data_ptr<double>();
   const int64_t* target = rows.const_data_ptr<int64_t>();
-  double* p = out.mutable_data_ptr<double>();
   for (int64_t i = 0; i < q * t; ++i)
     STD_TORCH_CHECK(target[i] >= -1 && target[i] < g, "targets: expected values in [-1, G = ", g, "), got ", target[i]);
-  torch::stable::parallel_for(0, q, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> room(g + 1);
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t c = 0; c < t; ++c)
-        if (target[i * t + c] >= 0)
-          p[i * t + c] = table().stays_nearest(d + i * g, g, target[i * t + c], variance, double(dims), room.data());
-  });
+  if (single)
+    fill<float>(table().stays_nearest_f32, squared, rows, variance, double(dims), out);
+  else
+    fill<double>(table().stays_nearest_f64, squared, rows, variance, double(dims), out);
   return out;
 }
 

@@ -87,13 +87,14 @@ double survival(double q, double dims, double lambda) {
   return p.w[0] < 0 ? 1 - tail : tail;
 }
 
-double small_stays_nearest(const double* squared, int64_t count, int64_t target, double variance, double dims) {
-  const double lambda = squared[target] / variance;
+template <class T>
+double small_stays_nearest(const T* squared, int64_t count, int64_t target, double variance, double dims) {
+  const double lambda = std::max(double(squared[target]), 0.) / variance;
   double q[kNodes], product[kNodes];
   small_quantiles(dims, lambda, q);
   std::fill(product, product + kNodes, 1.0);
   for (int64_t j = 0; j < count; ++j) {
-    const double other = squared[j] / variance, ahead = other - lambda;
+    const double other = std::max(double(squared[j]), 0.) / variance, ahead = other - lambda;
     if (j == target || (ahead > 0 && ahead * ahead > 6.5 * 6.5 * 4 * (dims + other + lambda))) continue;
     for (int k = 0; k < kNodes; ++k)
       if (product[k] > 1e-12) product[k] *= survival(q[k], dims, other);
@@ -139,16 +140,88 @@ void multiply(const float* ahead, int64_t rivals, double lambda, float dims, con
     }
 }
 
-double stays_nearest(const double* squared, int64_t count, int64_t target, double variance, double dims, float* room) {
-  const double inverse = 1 / variance, lambda = squared[target] * inverse;
+// log P(X > q), without the underflow of far tails or the rounding of those near 1.
+template <bool near_only>
+GAPKERN_INLINE f32v log_survival(f32v q, f32v excess, f32v lambda, float dims) {
+  const Saddle<f32v> p = saddle<float, near_only>(q, excess, lambda, dims);
+  const auto left = p.w < f32v{};
+  const f32v size = left ? -p.w : p.w;
+  const f32v ratio = at_least(mills(size) + (left ? -p.correction : p.correction), splat<float>(1e-30f));
+  const f32v exponent = -0.5f * size * size - 0.918938533f;
+  const f32v below = exp2(float(kLog2e) * exponent) * ratio;
+  const f32v whole = log1p_of(left ? 1.f - below : ratio, left ? -below : ratio - 1.f);
+  return left ? whole : whole + exponent;
+}
+
+// A sum of log tails over rivals at ahead[j] is a sum over a grid, once every rival is spread over the six points
+// around it by Lagrange's weights: tails are taken at the grid's points only.
+struct Grid {
+  double first, step;
+  int64_t points;
+  alignas(64) double weight[kGridPoints]{};
+
+  Grid(double least, double most, double lambda, double dims)
+      : step(kGridStep * std::sqrt(2 * (dims + 2 * (lambda + least)))) {
+    first = least - 2 * step;
+    points = int64_t((most - least) / step) + 7;
+  }
+  // Less work than tails for each rival.
+  bool pays(int64_t rivals, double lambda) const {
+    return 3 * points <= 2 * rivals && points <= kGridPoints && lambda + first >= 0;
+  }
+  double last() const { return first + double(points - 1) * step; }
+
+  void spread(const float* ahead, int64_t rivals) {
+    const double inverse = 1 / step;
+    for (int64_t j = 0; j < rivals; ++j) {
+      const double place = (ahead[j] - first) * inverse;
+      const int64_t i = std::min(std::max<int64_t>(int64_t(place), 2), points - 4);
+      const double t = place - double(i);
+      const double low = (t + 2) * (t + 1), middle = t * (t - 1), high = (t - 2) * (t - 3);
+      double* at = weight + i - 2;
+      at[0] -= (t + 1) * middle * high * (1. / 120);
+      at[1] += (t + 2) * middle * high * (1. / 24);
+      at[2] -= low * (t - 1) * high * (1. / 12);
+      at[3] += low * t * high * (1. / 12);
+      at[4] -= low * middle * (t - 3) * (1. / 24);
+      at[5] += low * middle * (t - 2) * (1. / 120);
+    }
+  }
+};
+
+// What multiply() does, for rivals spread over a grid.
+template <bool near_only>
+void multiply_grid(const Grid& grid, double lambda, float dims, const float* q, const float* excess, double* product) {
+  constexpr int width = Vec<float>::size;
+  alignas(64) float logs[kNodes];
+  alignas(64) double total[kNodes]{};
+  for (int64_t i = 0; i < grid.points; ++i) {
+    const double behind = grid.first + double(i) * grid.step;
+    const f32v other = splat<float>(float(lambda + behind));
+    for (int at = 0; at < kNodes; at += width)
+      store(logs + at, log_survival<near_only>(load(q + at), load(excess + at) - float(behind), other, dims));
+    for (int k = 0; k < kNodes; ++k) total[k] += grid.weight[i] * double(logs[k]);
+  }
+  for (int k = 0; k < kNodes; ++k) product[k] = std::exp(total[k]);
+}
+
+template <class T>
+double stays_nearest(const T* squared, int64_t count, int64_t target, double variance, double dims, float* room) {
+  // Rounding may have left a distance of zero below it.
+  const double inverse = 1 / variance, lambda = std::max(double(squared[target]), 0.) * inverse;
   if (small(dims, lambda)) return small_stays_nearest(squared, count, target, variance, dims);
 
-  // What matters: rows whose noisy distance differs from the target's by less than 6.5 standard deviations, or is less.
+  // What matters: rows whose noisy distance differs from the target's by less than 6.5 standard deviations. One further
+  // ahead than that leaves no chance.
   int64_t rivals = 0;
   double least = 0, most = 0;
   for (int64_t j = 0; j < count; ++j) {
-    const double ahead = squared[j] * inverse - lambda;
-    if (j == target || (ahead > 0 && ahead * ahead > 6.5 * 6.5 * 4 * (dims + 2 * lambda + ahead))) continue;
+    const double ahead = std::max(double(squared[j]), 0.) * inverse - lambda;
+    if (j == target) continue;
+    if (ahead * ahead > 6.5 * 6.5 * 4 * (dims + 2 * lambda + ahead)) {
+      if (ahead > 0) continue;
+      return 0;
+    }
     room[rivals++] = float(ahead);
     least = std::min(least, ahead);
     most = std::max(most, ahead);
@@ -163,9 +236,17 @@ double stays_nearest(const double* squared, int64_t count, int64_t target, doubl
     excess32[k] = float(excess[k]);
     product[k] = 1;
   }
-  const bool near = near_mean(dims + lambda + excess[0], dims, lambda + most) &&
-                    near_mean(dims + lambda + excess[kNodes - 1], dims, lambda + least);
-  (near ? multiply<true> : multiply<false>)(room, rivals, lambda, float(dims), q32, excess32, product);
+  Grid grid(least, most, lambda, dims);
+  const bool gridded = grid.pays(rivals, lambda);
+  const double lowest = gridded ? grid.first : least, highest = gridded ? grid.last() : most;
+  const bool near = near_mean(dims + lambda + excess[0], dims, lambda + highest) &&
+                    near_mean(dims + lambda + excess[kNodes - 1], dims, lambda + lowest);
+  if (gridded) {
+    grid.spread(room, rivals);
+    (near ? multiply_grid<true> : multiply_grid<false>)(grid, lambda, float(dims), q32, excess32, product);
+  } else {
+    (near ? multiply<true> : multiply<false>)(room, rivals, lambda, float(dims), q32, excess32, product);
+  }
   double total = 0;
   for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
   return std::min(total, 1.0);
@@ -174,7 +255,7 @@ double stays_nearest(const double* squared, int64_t count, int64_t target, doubl
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels table{stays_nearest, survival};
+  static const Kernels table{stays_nearest<float>, stays_nearest<double>, survival};
   return table;
 }
 

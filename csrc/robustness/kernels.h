@@ -8,8 +8,10 @@ namespace gapkern::robustness {
 
 struct Kernels {
   // The probability that row `target` of `count` stays nearest; room [count] is work space.
-  double (*stays_nearest)(const double* squared, int64_t count, int64_t target, double variance, double dims,
-                          float* room);
+  double (*stays_nearest_f32)(const float* squared, int64_t count, int64_t target, double variance, double dims,
+                              float* room);
+  double (*stays_nearest_f64)(const double* squared, int64_t count, int64_t target, double variance, double dims,
+                              float* room);
   // Survival function of the noncentral chi-square distribution, as stays_nearest evaluates it; for tests.
   double (*survival)(double x, double dims, double noncentrality);
 };

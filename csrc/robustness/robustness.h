@@ -13,12 +13,16 @@
 // SF is the Lugannani-Rice saddle-point tail, whose saddle is closed-form here, in a form without cancellation at the
 // mean; where D + lambda is small (D < 64) it is the Poisson mixture of central tails instead. Rows that beat the
 // target with probability below 1e-9 are left out.
-// Absolute error below 1e-4 for G up to 1e5. Work: Q G comparisons, and kNodes tails for each row that matters.
+// Where many rows matter, their log tails are summed over a grid of distances (see Grid in kernels.cpp).
+// Absolute error below 1e-4 for G up to 1e5. Work: Q G comparisons, and kNodes tails for each row that matters or for
+// each point of the grid, of which there are fewer than 100.
 #pragma once
 
 namespace gapkern::robustness {
 
 inline constexpr int kNodes = 48;
-inline constexpr double kReach = 6.4;  // nodes on [-kReach, kReach] standard deviations
+inline constexpr int kGridPoints = 128;    // at most
+inline constexpr double kGridStep = 0.25;  // standard deviations
+inline constexpr double kReach = 6.4;      // nodes on [-kReach, kReach] standard deviations
 
 }  // namespace gapkern::robustness

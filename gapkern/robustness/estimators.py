@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._nearest import lowest, nearest
+from gapkern._nearest import CHUNK, distances, lowest, nearest
 from gapkern.gap import MeanShift
 from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
 from gapkern.perturb import Gaussian, Perturbation, check, title
 
 METHODS = ("auto", "exact", "projected", "sample")
-_ELEMENTS = 2**22  # of a Q x G block at hand
 _MARGIN = 6.5  # standard deviations by which a row must trail before it is left out: 4e-11
 
 
@@ -101,23 +100,18 @@ class _Tally:
         return self.wins / trials, float(means.std() / math.sqrt(trials)) if trials > 1 else math.nan
 
 
-def _squared_distances(queries: Tensor, gallery: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First query, (n, G) float64 squared distances about the gallery's mean, and (n,) their rounding; in chunks."""
-    centre = gallery.double().mean(0)
-    x = gallery.double() - centre
-    norms = x.square().sum(1)
-    largest = norms.max()
-    step = max(1, _ELEMENTS // len(x))
-    for first in range(0, len(queries), step):
-        y = queries[first : first + step].double() - centre
-        own = y.square().sum(1)
-        squared = torch.addmm(norms[None], y, x.T, alpha=-2).add_(own[:, None])
-        yield first, squared.clamp_min_(0), 8 * torch.finfo(torch.float64).eps * (own + largest)
-
-
 def _variance(task: _Task, perturbation: Perturbation) -> float:
     assert isinstance(perturbation, Gaussian)
     return perturbation.per_coordinate(task.gallery.shape[1])
+
+
+def _distances(task: _Task, variance: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Squared distances as `distances` yields them, in float32 where the noise drowns its rounding."""
+    dims = task.gallery.shape[1]
+    spread = 2 * variance * math.sqrt(dims)  # the least standard deviation between two noisy squared distances
+    size = max((float(x.float().square().sum(1).max()) for x in (task.queries, task.gallery) if len(x)), default=0.0)
+    drowned = torch.finfo(torch.float32).eps * 2 * size <= 1e-4 * spread
+    return distances(task.queries, task.gallery, torch.float32 if drowned else torch.float64)
 
 
 def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
@@ -125,8 +119,7 @@ def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick
     variance, dims = _variance(task, perturbation), task.gallery.shape[1]
     result = torch.zeros(3, len(task.queries), dtype=torch.float64)
     members = None if task.labels is None else _members(task)
-    for first, squared, slack in _squared_distances(task.queries, task.gallery):
-        rows = slice(first, first + len(squared))
+    for rows, squared, slack in _distances(task, variance):
         # The distances are there already: no search of their own for the clean neighbours.
         task.stays[rows] = lowest(squared, slack, task.queries[rows], task.gallery)
         stays, agrees = task.stays[rows], task.agrees[rows]
@@ -163,15 +156,15 @@ def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, 
     variance, dims = _variance(task, perturbation), task.gallery.shape[1]
     tally = _Tally(task, trials)
     generator = torch.Generator().manual_seed(seed)
-    for first, squared, _ in _squared_distances(task.queries, task.gallery):
-        noncentrality = squared / variance
+    for part, squared, _ in _distances(task, variance):
+        noncentrality = squared.double().clamp_min(0) / variance
         best = noncentrality.amin(1, keepdim=True)
         ahead = noncentrality - best
         kept = ahead.square() <= _MARGIN**2 * 4 * (dims + noncentrality + best)
         rivals = int(kept.sum(1).max())
         values, rows = noncentrality.topk(rivals, dim=1, largest=False)
         means = values.sqrt()
-        batch = max(1, _ELEMENTS // means.numel())
+        batch = max(1, CHUNK // means.numel())
         for trial in range(0, trials, batch):
             shape = (min(batch, trials - trial), *means.shape)
             draws = torch.randn(shape, generator=generator, dtype=torch.float64).add_(means).square_()
@@ -179,7 +172,7 @@ def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, 
                 half = torch.full(shape, (dims - 1) / 2, dtype=torch.float64)
                 draws += 2 * torch._standard_gamma(half, generator=generator)
             place = draws.argmin(2)
-            tally.add(rows.expand(shape[0], -1, -1).gather(2, place[..., None])[..., 0], first, trial)
+            tally.add(rows.expand(shape[0], -1, -1).gather(2, place[..., None])[..., 0], part.start, trial)
         tick(len(squared))
     return tally.finish()
 
