@@ -29,7 +29,7 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for rows, squared, slack in distances(queries, gallery):
         if exact and len(gallery) > 1:
-            found[rows] = lowest(squared, slack, queries[rows], gallery)
+            found[rows], _ = lowest(squared, slack, queries[rows], gallery)
         else:
             found[rows] = squared.argmin(1)
     return found
@@ -61,8 +61,8 @@ def distances(
         yield rows, squared, 8 * torch.finfo(work).eps * (own[:, 0].sqrt() + reach).square()
 
 
-def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> Tensor:
-    """Index of each row's lowest score; candidates within `slack` of it are decided by their distance in float64.
+def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of each row's lowest score and of a next one; those within `slack` are decided by distance in float64.
 
     Args:
         scores: (n, G), each query's squared distances up to a constant.
@@ -71,12 +71,13 @@ def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> T
         gallery: (G, D).
 
     Returns:
-        (n,) int64; the lowest index among equals.
+        (n,) int64, the lowest index among equals; and (n,) int64, -1 for G = 1.
     """
-    best, found = scores.min(1)
-    limit = (best + slack)[:, None]
-    # Summed as bytes, which no wider copy is made for.
-    close = ((scores <= limit).view(torch.int8).sum(1, dtype=torch.int32) > 1).nonzero()[:, 0]
+    if scores.shape[1] == 1:
+        return scores.argmin(1), scores.argmin(1) - 1
+    values, rows = scores.topk(2, dim=1, largest=False)
+    found, limit = rows[:, 0].clone(), (values[:, 0] + slack)[:, None]
+    close = (values[:, 1:] <= limit).nonzero()[:, 0]
     for some in close.split(max(1, CHUNK // max(1, scores.shape[1]) // 4)):
         row, column = (scores[some] <= limit[some]).nonzero(as_tuple=True)
         squared = torch.cat([
@@ -86,7 +87,7 @@ def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> T
         least = squared.new_full((len(some),), torch.inf).scatter_reduce(0, row, squared, "amin")
         equal = squared == least[row]
         found[some] = found.new_full((len(some),), len(gallery)).scatter_reduce(0, row[equal], column[equal], "amin")
-    return found
+    return found, torch.where(rows[:, 0] == found, rows[:, 1], rows[:, 0])
 
 
 @contextmanager

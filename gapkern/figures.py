@@ -52,6 +52,12 @@ def sweep(result: Any) -> Any:
     figure, axes = _figure(len(names))
     for ax, name in zip(axes, names, strict=True):
         _over_alpha(result.series(name), ax, name)
+        if name == "robustness":
+            bounds = zip(
+                result.series("robustness_low").values(), result.series("robustness_high").values(), strict=True
+            )
+            for i, ((alphas, low), (_, high)) in enumerate(bounds):
+                ax.fill_between(alphas, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.12, linewidth=0)
         ax.set_title({"robustness": "Nearest neighbour survives", "agreement": "… and is the original one",
                       "accuracy": "Nearest neighbour is right"}[name], fontsize=10)  # fmt: skip
     if labelled:

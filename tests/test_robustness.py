@@ -1,6 +1,7 @@
 """Three estimators of one number, against each other, SciPy and brute force."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, sweep
 from gapkern._nearest import nearest
+from gapkern.perturb import perturb
 from gapkern.reference import robustness as reference
 from gapkern.robustness import robustness
 
@@ -323,3 +325,95 @@ Q, G = cloud()
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_an_interval_covers_what_more_queries_show():
+    queries, gallery = cloud(queries=3000)
+    noise = Gaussian(3e-3, "per_coordinate")
+    whole = robustness(queries, gallery, noise).robustness
+    inside = 0
+    for part in queries.split(100):
+        low, high = robustness(part, gallery, noise).interval(0.9)
+        inside += low <= whole <= high
+    assert 22 <= inside <= 30, "about 27 of 30"
+    sampled = robustness(queries[:100], gallery, noise, method="sample", trials=4)
+    exact = robustness(queries[:100], gallery, noise)
+    assert np.ptp(sampled.interval()) > np.ptp(exact.interval())
+    assert robustness(queries[:1], gallery, noise).interval() == (0.0, 1.0)
+    with pytest.raises(ValueError, match="confidence: expected"):
+        exact.interval(1.0)
+
+
+def test_flips_name_who_takes_the_place():
+    gallery = torch.eye(4, 8)
+    queries = torch.stack([gallery[0] + 0.9 * gallery[2], gallery[1]])
+    noise = Gaussian(0.1, "per_coordinate")
+    for method in ("exact", "projected", "sample"):
+        found = robustness(queries, gallery, noise, method=method, trials=300)
+        assert found.nearest.tolist() == [0, 1]
+        assert found.rivals[0] == 2, method
+        (flip,) = found.flips(0.3)
+        assert (flip["query"], flip["nearest"], flip["rival"]) == (0, 0, 2)
+        assert flip["probability"] == 1 - float(found.per_query[0])
+    moved = gallery.clone()
+    moved[[0, 3]] = gallery[[3, 0]]
+    assert robustness(queries, gallery, Replace(moved)).flips() == [
+        {"query": 0, "nearest": 0, "rival": 3, "probability": 1.0}
+    ]
+    assert robustness(queries, gallery, Replace(gallery)).flips(0.0) == []
+    assert robustness(queries, gallery[:1], noise).rivals.tolist() == [-1, -1]
+
+
+def test_before_the_shift_is_another_order_and_the_same_where_it_must_be():
+    queries, gallery = cloud(queries=200, gallery=60, dims=8, noise=0.08)
+    shift = MeanShift(components="exact", normalize=True).fit(gallery, queries)
+    plain = MeanShift(components="exact").fit(gallery, queries)
+    noise, cells = Gaussian(1e-3, "per_coordinate"), Quantize(3)
+    found = robustness(queries, gallery, cells, shift=shift, when="before").per_query
+    moved = nearest(queries, shift.transform(perturb(gallery, cells, 0)))
+    assert torch.equal(found, (moved == nearest(queries, shift.transform(gallery))).double())
+    # One range for all dimensions: it differs once the queries have moved.
+    cells, moves_queries = Quantize(3, "global"), MeanShift(moves="queries").fit(gallery, queries)
+    before, after = (
+        robustness(queries, gallery, cells, shift=moves_queries, on="queries", when=w) for w in ("before", "after")
+    )
+    moved = nearest(moves_queries.transform_queries(perturb(queries, cells, 0)), gallery)
+    assert torch.equal(before.per_query, (moved == before.nearest).double())
+    assert not torch.equal(before.per_query, after.per_query)
+    a, b = (robustness(queries, gallery, noise, shift=plain, when=w) for w in ("before", "after"))
+    assert a.method == b.method == "exact"
+    assert torch.equal(a.per_query, b.per_query)
+    assert robustness(queries, gallery, noise, shift=shift, when="before", trials=3).method == "sample"
+    with pytest.raises(ValueError, match=r"method: 'exact' is for Gaussian noise .* before it is normalised"):
+        robustness(queries, gallery, noise, shift=shift, when="before", method="exact")
+    with pytest.raises(ValueError, match="when: expected"):
+        robustness(queries, gallery, noise, when="later")
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+    queries, gallery = cloud()
+    noises = [Gaussian(1e-3, "per_coordinate"), Uniform(0.05)]
+    whole = sweep(queries, gallery, [0, 0.5, 1], noises, trials=5)
+    journal, calls = tmp_path / "rows.jsonl", []
+    module = sys.modules["gapkern.robustness.sweep"]
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return robustness(*arguments, **options)
+
+    monkeypatch.setattr(module, "robustness", failing)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(queries, gallery, [0, 0.5, 1], noises, trials=5, journal=journal)
+    with open(journal, "a") as file:
+        file.write('[[1.0, {"perturb')  # a kill in the middle of a line
+    again = sweep(queries, gallery, [0, 0.5, 1], noises, trials=5, journal=journal)
+    assert len(calls) == 4 + 3
+    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.rows] for r in (whole, again)]
+    assert timeless[0] == timeless[1]
+    # Other arguments are other rows.
+    sweep(queries, gallery + 1e-3, [0], noises[0], journal=journal)
+    assert len(calls) == 8
+    sweep(queries, gallery + 1e-3, [0], noises[0], journal=journal, seed=1)
+    assert len(calls) == 9

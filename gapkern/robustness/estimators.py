@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,45 +15,10 @@ from gapkern._nearest import CHUNK, distances, lowest, nearest
 from gapkern.gap import MeanShift
 from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
 from gapkern.perturb import Gaussian, Perturbation, check, title
+from gapkern.robustness.result import RobustnessResult
 
 METHODS = ("auto", "exact", "projected", "sample")
 _MARGIN = 6.5  # standard deviations by which a row must trail before it is left out: 4e-11
-
-
-@dataclass(frozen=True)
-class RobustnessResult:
-    """Four numbers that belong together, and how they were found.
-
-    Attributes:
-        robustness: share of queries whose nearest neighbour is the same with and without the perturbation.
-        agreement: the same against the nearest neighbour without perturbation and without shift. Robustness alone can
-            mislead: a coarse shift may raise it while neighbours become others.
-        accuracy: share of queries whose nearest neighbour is right, under the perturbation; NaN without labels.
-        clean_accuracy: the same without the perturbation (with the shift).
-        gini: how unevenly the queries' nearest neighbours spread over the gallery's rows, or over classes where
-            gallery_labels are given: 0 evenly, towards 1 all on few.
-        stderr: Monte-Carlo standard error of `robustness`. Trials share their noise among queries, so it is taken over
-            trials; 0 where nothing is drawn, NaN for a single trial.
-        per_query: (Q,) float64, each query's robustness.
-        method: "exact", "projected" or "sample"; "none drawn" for what is not random.
-        trials: galleries drawn; 0 for "exact".
-        seconds: wall-clock time.
-    """
-
-    robustness: float
-    agreement: float
-    accuracy: float
-    clean_accuracy: float
-    gini: float
-    stderr: float
-    per_query: Tensor = field(repr=False)
-    method: str
-    trials: int
-    seconds: float
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but `per_query`, as plain numbers."""
-        return {name: value for name, value in vars(self).items() if name != "per_query"}
 
 
 @dataclass
@@ -62,11 +27,12 @@ class _Task:
 
     queries: Tensor
     gallery: Tensor
-    base: Tensor  # what the perturbation starts from; the gallery itself but for Replace
+    perturbed: Callable[[int, int], tuple[Tensor, Tensor]]  # seed, trial: queries and gallery with the perturbation
     stays: Tensor  # (Q,) nearest row of the shifted gallery
     agrees: Tensor  # (Q,) nearest row without shift
     labels: Tensor | None
     classes: Tensor  # (G,) class of each gallery row
+    rivals: Tensor  # (Q,) see RobustnessResult
 
     def right(self, rows: Tensor, first: int) -> Tensor | None:
         """Whether gallery rows (..., n) are right for queries first .. first + n - 1."""
@@ -76,12 +42,13 @@ class _Task:
 
 
 class _Tally:
-    """Counts wins per query and per trial."""
+    """Counts wins per query and per trial, and remembers who won instead."""
 
     def __init__(self, task: _Task, trials: int):
         self.task = task
         self.wins = torch.zeros(3, len(task.queries), dtype=torch.float64)  # stays, agrees, right
         self.by_trial = torch.zeros(trials, dtype=torch.float64)
+        self.lead = torch.zeros(len(task.queries), dtype=torch.int64)
 
     def add(self, found: Tensor, first: int, trial: int) -> None:
         """found (T, n): nearest rows in trials trial .. trial + T - 1 of queries first .. first + n - 1."""
@@ -93,6 +60,13 @@ class _Tally:
         if right is not None:
             self.wins[2, queries] += right.sum(0)
         self.by_trial[trial : trial + found.shape[0]] += stays.sum(1)
+        # Majority vote in one pass (Boyer and Moore): whoever won most of the flips ends with a lead.
+        rivals, lead = self.task.rivals[queries], self.lead[queries]
+        for rows, stayed in zip(found, stays, strict=True):
+            same = rows == rivals
+            new = ~stayed & ~same & (lead == 0)
+            lead += (~stayed).long() * torch.where(same | new, 1, -1)
+            rivals[new] = rows[new]
 
     def finish(self) -> tuple[Tensor, float]:
         trials = len(self.by_trial)
@@ -121,7 +95,7 @@ def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick
     members = None if task.labels is None else _members(task)
     for rows, squared, slack in _distances(task, variance):
         # The distances are there already: no search of their own for the clean neighbours.
-        task.stays[rows] = lowest(squared, slack, task.queries[rows], task.gallery)
+        task.stays[rows], task.rivals[rows] = lowest(squared, slack, task.queries[rows], task.gallery)
         stays, agrees = task.stays[rows], task.agrees[rows]
         targets = torch.stack([stays, torch.where(agrees == stays, -1, agrees)], 1)
         if members is not None:
@@ -177,24 +151,16 @@ def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, 
     return tally.finish()
 
 
-def _sample(
-    task: _Task, perturbation: Perturbation, trials: int, seed: int, tick, on: str = "gallery"
-) -> tuple[Tensor, float]:
+def _sample(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
     """Draws the perturbation literally; one noisy gallery per trial, shared by all queries."""
     tally = _Tally(task, trials)
-    work = torch.float64 if task.gallery.dtype == torch.float64 else torch.float32
-    queries, base = task.queries.to(work), task.base.to(work)
     for trial in range(trials):
-        if on == "gallery":
-            found = nearest(queries, perturbation.apply(base, seed, trial), exact=not perturbation.random)
-        else:
-            found = nearest(perturbation.apply(queries, seed, trial), base, exact=not perturbation.random)
-        tally.add(found[None], 0, trial)
-        tick(len(queries) / trials)
+        tally.add(nearest(*task.perturbed(seed, trial), exact=not perturbation.random)[None], 0, trial)
+        tick(len(task.queries) / trials)
     return tally.finish()
 
 
-_ESTIMATORS = {"exact": _exact, "projected": _projected}
+_ESTIMATORS = {"exact": _exact, "projected": _projected, "sample": _sample}
 
 
 def _gini(rows: Tensor, classes: Tensor) -> float:
@@ -214,7 +180,11 @@ def _labels(name: str, labels: Any, count: int, what: str) -> Tensor:
     return labels.long()
 
 
-def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, search: bool) -> _Task:
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, when, search: bool) -> _Task:
     """Checks everything and applies the shift. Without `search`, the neighbours after it are left to be filled in."""
     queries, gallery = _check.matrix("queries", queries, rows="Q"), _check.matrix("gallery", gallery, rows="G")
     _check.same_width(gallery=gallery, queries=queries)
@@ -239,15 +209,22 @@ def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, 
         classes = _labels("gallery_labels", gallery_labels, len(gallery), "gallery row")
         _, inverse = torch.unique(torch.cat([classes, labels]), return_inverse=True)
         classes, labels = inverse[: len(gallery)], inverse[len(gallery) :]
-    moved, moved_queries, moved_base = gallery, queries, base
-    if shift is not None:
-        moved, moved_queries = shift.transform(gallery), shift.transform_queries(queries)
-        moved_base = moved if base is gallery else shift.transform(base)
-    if on == "queries":
-        moved_base = moved
-    stays = nearest(moved_queries, moved) if search else torch.zeros(len(queries), dtype=torch.int64)
+    work = torch.float64 if gallery.dtype == torch.float64 else torch.float32
+    move_gallery, move_queries = (shift.transform, shift.transform_queries) if shift else (_as_it_is, _as_it_is)
+    moved, moved_queries = move_gallery(gallery), move_queries(queries)
+    move = move_gallery if on == "gallery" else move_queries
+    start = (base if when == "before" else move(base)).to(work)
+
+    def perturbed(seed: int, trial: int) -> tuple[Tensor, Tensor]:
+        noisy = perturbation.apply(start, seed, trial)
+        if when == "before":
+            noisy = move(noisy)
+        return (moved_queries.to(work), noisy) if on == "gallery" else (noisy, moved.to(work))
+
+    none = torch.full((len(queries),), -1)
+    stays = nearest(moved_queries, moved) if search else none.clone()
     agrees = stays if shift is None else nearest(queries, gallery)
-    return _Task(moved_queries, moved, moved_base, stays, agrees, labels, classes)
+    return _Task(moved_queries, moved, perturbed, stays, agrees, labels, classes, none)
 
 
 def robustness(
@@ -259,6 +236,7 @@ def robustness(
     gallery_labels: Any = None,
     shift: MeanShift | None = None,
     on: str = "gallery",
+    when: str = "after",
     method: str = "auto",
     trials: int = 100,
     seed: int = 0,
@@ -269,11 +247,12 @@ def robustness(
     Args:
         queries: (Q, D).
         gallery: (G, D), the rows that are searched.
-        perturbation: see `gapkern.perturb`; it comes after the shift. The gallery of a `Replace` is shifted too.
+        perturbation: see `gapkern.perturb`. The gallery of a `Replace` is shifted too.
         labels: (Q,) integers: the right gallery row of each query, or its class where `gallery_labels` are given.
         gallery_labels: (G,) integers: the class of each gallery row.
         shift: a fitted `MeanShift`, applied to both sides first.
         on: "gallery", or "queries" to perturb the queries instead.
+        when: the perturbation comes "after" the shift, as where a shifted gallery is stored in few bits, or "before".
         method: "exact" integrates the winning probabilities (Gaussian noise on the gallery; no sampling error, below
             1e-4 per query); "projected" draws noisy distances (the same law); "sample" draws the perturbation
             literally; "auto" is exact where it can be and otherwise sample.
@@ -295,27 +274,27 @@ def robustness(
     check(perturbation)
     _check.choice("method", method, METHODS)
     _check.choice("on", on, ("gallery", "queries"))
+    _check.choice("when", when, ("after", "before"))
     trials = _check.integer("trials", trials, low=1, high=2**32)
     seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
     if shift is not None and not isinstance(shift, MeanShift):
         raise TypeError(f"shift: expected a MeanShift, got {type(shift).__name__}")
-    integrable = isinstance(perturbation, Gaussian) and on == "gallery"
-    if method in _ESTIMATORS and not integrable:
+    rescaled = when == "before" and shift is not None and shift.normalize and shift.moves == "gallery"
+    integrable = isinstance(perturbation, Gaussian) and on == "gallery" and not rescaled
+    if method in ("exact", "projected") and not integrable:
         raise ValueError(
             f"method: {method!r} is for Gaussian noise on the gallery, got {title(perturbation.describe())!r} on the "
-            f"{on}; use 'sample' or 'auto'"
+            f"{on}{' before it is normalised' if rescaled else ''}; use 'sample' or 'auto'"
         )
     if method == "auto":
         method = "exact" if integrable else "sample"
     search = method != "exact" or not perturbation.random
-    task = _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, search)
+    task = _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, when, search)
     with _Progress(progress, title(perturbation.describe()), len(task.queries)) as tick:
         if not perturbation.random:
             method, trials = "none drawn", 1
-            means, _ = _sample(task, perturbation, 1, seed, tick, on)
+            means, _ = _sample(task, perturbation, 1, seed, tick)
             stderr = 0.0
-        elif method == "sample":
-            means, stderr = _sample(task, perturbation, trials, seed, tick, on)
         else:
             means, stderr = _ESTIMATORS[method](task, perturbation, trials, seed, tick)
     clean = task.right(task.stays, 0)
@@ -327,6 +306,8 @@ def robustness(
         gini=_gini(task.stays, task.classes),
         stderr=stderr,
         per_query=means[0],
+        nearest=task.stays,
+        rivals=task.rivals,
         method=method,
         trials=0 if method == "exact" else trials,
         seconds=time.perf_counter() - started,

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gapkern import _check, files
 from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, check, title
 from gapkern.robustness.estimators import robustness
+from gapkern.robustness.journal import Journal, fingerprint
 
 COLUMNS = (
-    "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness", "agreement",
-    "accuracy", "clean_accuracy", "gini", "stderr", "method", "trials", "seconds",
+    "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness",
+    "robustness_low", "robustness_high", "agreement", "accuracy", "clean_accuracy", "gini", "stderr", "method",
+    "trials", "seconds",
 )  # fmt: skip
 
 
@@ -27,7 +30,8 @@ class SweepResult:
     """One row for each alpha and perturbation.
 
     Attributes:
-        rows: dictionaries with the keys of `COLUMNS`; None where one does not apply.
+        rows: dictionaries with the keys of `COLUMNS`; None where one does not apply. robustness_low and
+            robustness_high bound its 95 % interval.
         shift: the fitted `MeanShift` whose alpha was swept.
     """
 
@@ -82,10 +86,12 @@ def sweep(
     gallery_labels: Any = None,
     shift: MeanShift | None = None,
     on: str = "gallery",
+    when: str = "after",
     method: str = "auto",
     trials: int = 100,
     seed: int = 0,
     progress: bool = False,
+    journal: str | os.PathLike | None = None,
 ) -> SweepResult:
     """`robustness` for every alpha and perturbation; all draws share their noise over alphas.
 
@@ -94,9 +100,11 @@ def sweep(
         gallery: (G, D).
         alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
         perturbations: one or several.
-        labels, gallery_labels, on, method, trials, seed: as for `robustness`.
+        labels, gallery_labels, on, when, method, trials, seed: as for `robustness`.
         shift: a fitted `MeanShift`; by default one is fitted here, with components="auto".
         progress: show a progress bar.
+        journal: a file that keeps each row as it is done. A later call with the same arguments takes up from there;
+            remove the file once the result is kept elsewhere.
 
     Raises:
         TypeError, ValueError: as `robustness`.
@@ -122,6 +130,14 @@ def sweep(
         shift = MeanShift().fit(gallery, queries)
     elif not isinstance(shift, MeanShift):
         raise TypeError(f"shift: expected a MeanShift, got {type(shift).__name__}")
+    options: dict[str, Any] = {"on": on, "when": when, "method": method, "trials": trials, "seed": seed}
+    done = None
+    if journal is not None:
+        whole = _check.matrix("gallery", gallery)
+        others = [base for base in (p.base(whole) for p in perturbations) if base is not whole]
+        arrays = (queries, whole, shift.shift_vector_, labels, gallery_labels, *others)
+        facts = [None if x is None else fingerprint(torch.as_tensor(x)) for x in arrays]
+        done = Journal(journal, {"arrays": facts, "moves": [shift.moves, shift.normalize], **options})
     cases = [(alpha, perturbation) for alpha in alphas for perturbation in perturbations]
     if progress:
         from rich.progress import track
@@ -131,12 +147,20 @@ def sweep(
         steps = cases
     rows = []
     for alpha, perturbation in steps:
-        result = robustness(
-            queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=shift.at(alpha), on=on,
-            method=method, trials=trials, seed=seed,
-        )  # fmt: skip
-        row = {"alpha": alpha, **perturbation.describe(), **result.summary()}
-        rows.append({key: _absent(row.get(key)) for key in COLUMNS})
+        key = [alpha, perturbation.describe()]
+        row = None if done is None else done.get(key)
+        if row is None:
+            result = robustness(
+                queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=shift.at(alpha),
+                **options,
+            )  # fmt: skip
+            low, high = result.interval()
+            bounds = {"robustness_low": low, "robustness_high": high}
+            known = {"alpha": alpha, **perturbation.describe(), **result.summary(), **bounds}
+            row = {name: _absent(known.get(name)) for name in COLUMNS}
+            if done is not None:
+                done.add(key, row)
+        rows.append(row)
     return SweepResult(rows, shift)
 
 

@@ -1,0 +1,79 @@
+"""Rows of a long sweep as they are done, so that one that was interrupted goes on where it was."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapkern import files
+
+
+class Journal:
+    """Finished rows on disk, one JSON line each, below a line that says what they belong to.
+
+    A row is there whole or not at all: a line that a kill has cut off is not taken.
+
+    Args:
+        path: the file; made where there is none.
+        facts: what the rows depend on. A file of other facts is begun anew.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> Journal(path, {"seed": 0}).add(["a", 1], {"robustness": 0.5})
+        >>> Journal(path, {"seed": 0}).get(["a", 1]), Journal(path, {"seed": 1}).get(["a", 1])
+        ({'robustness': 0.5}, None)
+    """
+
+    def __init__(self, path: str | os.PathLike, facts: dict[str, Any]):
+        self.path, self._rows = Path(path), {}
+        heading = json.dumps(facts, sort_keys=True)
+        whole = self._whole_lines()
+        if whole[:1] == [heading]:
+            entries = [json.loads(line) for line in whole[1:]]
+            self._rows = {json.dumps(key): row for key, row in entries}
+        else:
+            whole = [heading]
+        files.write(self.path, lambda p: p.write_text("".join(f"{line}\n" for line in whole)))
+
+    def _whole_lines(self) -> list[str]:
+        try:
+            *whole, _ = self.path.read_text().split("\n")
+            for line in whole:
+                json.loads(line)
+        except (OSError, ValueError):
+            return []
+        return whole
+
+    def get(self, key: list[Any]) -> dict[str, Any] | None:
+        """The row of that key, if it is done."""
+        return self._rows.get(json.dumps(key))
+
+    def add(self, key: list[Any], row: dict[str, Any]) -> None:
+        """Keeps a row; it is on the disk when this returns."""
+        self._rows[json.dumps(key)] = row
+        with open(self.path, "a") as file:
+            file.write(json.dumps([key, row]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Once the whole result is written, the journal has served."""
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(x: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and values, a piece at a time.
+
+    Example:
+        >>> fingerprint(torch.zeros(2, 3)) == fingerprint(torch.zeros(3, 2))
+        False
+    """
+    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    for rows in x.detach().cpu().split(max(1, files.CHUNK // max(1, x[:1].numel()))):
+        digest.update(rows.contiguous().view(torch.uint8).numpy() if rows.dim() > 1 else rows.numpy().tobytes())
+    return digest.hexdigest()
