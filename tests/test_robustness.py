@@ -365,15 +365,15 @@ def test_flips_name_who_takes_the_place():
 
 
 def test_before_the_shift_is_another_order_and_the_same_where_it_must_be():
-    queries, gallery = cloud(queries=200, gallery=60, dims=8, noise=0.08)
-    shift = MeanShift(components="exact", normalize=True).fit(gallery, queries)
-    plain = MeanShift(components="exact").fit(gallery, queries)
+    queries, gallery = cloud(queries=200, gallery=60, dims=16, noise=0.08)
+    shift = MeanShift(components=3, normalize=True).fit(gallery, queries)
+    plain = MeanShift(components=3).fit(gallery, queries)
     noise, cells = Gaussian(1e-3, "per_coordinate"), Quantize(3)
     found = robustness(queries, gallery, cells, shift=shift, when="before").per_query
     moved = nearest(queries, shift.transform(perturb(gallery, cells, 0)))
     assert torch.equal(found, (moved == nearest(queries, shift.transform(gallery))).double())
     # One range for all dimensions: it differs once the queries have moved.
-    cells, moves_queries = Quantize(3, "global"), MeanShift(moves="queries").fit(gallery, queries)
+    cells, moves_queries = Quantize(3, "global"), MeanShift(components=3, moves="queries").fit(gallery, queries)
     before, after = (
         robustness(queries, gallery, cells, shift=moves_queries, on="queries", when=w) for w in ("before", "after")
     )
