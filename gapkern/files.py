@@ -1,8 +1,10 @@
 """Reading embeddings and writing results: whole files or none, and errors that say what was expected."""
 
+import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,15 +100,139 @@ def folder(path: str | os.PathLike, *, name: str = "out") -> Path:
     return path
 
 
-def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
-    """Embeddings (N, D) from a `.npy` or `.safetensors` file, memory-mapped where the format allows.
+def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
+    """The embedding files of a folder, in natural order (2 before 10); or `path` alone where it is no folder.
 
-    `file.npy[0]` takes the first matrix of an array (K, N, D); `file.safetensors[key]` the tensor of that key.
+    Raises:
+        ValueError: the folder holds no `.npy` or `.safetensors` files, or both kinds.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for n in (10, 2):
+        ...     _ = save_embeddings(folder / f"img_emb_{n}.npy", torch.zeros(n, 3))
+        >>> [Path(shard).name for shard in shards(folder)], size(folder)
+        (['img_emb_2.npy', 'img_emb_10.npy'], (12, 3))
+    """
+    if not os.path.isdir(path):
+        return [os.fspath(path)]
+    found = [p for p in Path(path).iterdir() if p.suffix in (".npy", ".safetensors") and not p.name.startswith(".")]
+    kinds = {p.suffix for p in found}
+    if len(kinds) != 1:
+        got = " and ".join(sorted(kinds)) or "neither"
+        raise ValueError(f"{name}: expected .npy or .safetensors files in the folder {path}, got {got}")
+    return [str(p) for p in sorted(found, key=lambda p: [(not t.isdigit(), int(t) if t.isdigit() else 0, t)
+                                                         for t in re.split(r"(\d+)", p.name)])]  # fmt: skip
+
+
+def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:
+    """Rows and columns of a file's or a folder's embeddings; `.npy` files are not read for it."""
+    rows, dims = 0, 0
+    for shard in shards(path, name=name):
+        part = _load(shard, name)
+        if dims and part.shape[1] != dims:
+            raise ValueError(f"{name}: expected D = {dims} as in the shards before, got {tuple(part.shape)} in {shard}")
+        rows, dims = rows + len(part), part.shape[1]
+    return rows, dims
+
+
+def fingerprint(x: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and values, a piece at a time.
+
+    Example:
+        >>> fingerprint(torch.zeros(2, 3)) == fingerprint(torch.zeros(3, 2))
+        False
+    """
+    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
+    for rows in x.detach().cpu().split(max(1, CHUNK // max(1, x[:1].numel()))):
+        digest.update(rows.contiguous().view(torch.uint8).numpy() if rows.dim() > 1 else rows.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
+    """Embeddings (N, D) from a `.npy` or `.safetensors` file, or from a folder of either, shard after shard.
+
+    `file.npy[0]` takes the first matrix of an array (K, N, D); `file.safetensors[key]` the tensor of that key. A `.npy`
+    file is mapped, a folder is read into memory.
 
     Raises:
         ValueError: the file is absent, of another format, truncated, pickled, or holds no (N, D) of floating-point
-            numbers.
+            numbers; shards differ in D or dtype; a folder does not fit into memory.
     """
+    first, *others = shards(path, name=name)
+    whole = _load(first, name)
+    if not others:
+        return whole
+    rows, dims = size(path, name=name)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := rows * dims * whole.element_size()) > free:
+        raise ValueError(
+            f"{name}: expected embeddings that fit into {free / 2**30:.1f} GiB of free memory, got "
+            f"{needed / 2**30:.1f} GiB in {path}"
+        )
+    parts = [whole, *(_load(shard, name) for shard in others)]
+    for shard, part in zip(others, parts[1:], strict=True):
+        if part.dtype != whole.dtype:
+            raise ValueError(f"{name}: expected {whole.dtype} as in {first}, got {part.dtype} in {shard}")
+    return torch.cat(parts)
+
+
+def chunks(path: str | os.PathLike, rows: int | None = None, *, name: str = "path") -> Iterator[Tensor]:
+    """The embeddings of a file or folder, some rows at a time (by default about 4 million numbers), in memory.
+
+    A file is mapped anew for every chunk: one mapping would keep every page it has touched.
+
+    Example:
+        >>> import tempfile
+        >>> file = save_embeddings(Path(tempfile.mkdtemp()) / "x.npy", torch.zeros(10, 2))
+        >>> [len(part) for part in chunks(file, 4)]
+        [4, 4, 2]
+    """
+    for shard in shards(path, name=name):
+        count, dims = _load(shard, name).shape
+        step = rows or max(1, CHUNK // max(1, dims))
+        for first in range(0, count, step):
+            yield _load(shard, name)[first : first + step].clone()
+
+
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, change: Callable[[Tensor], Tensor], *, name: str = "path"
+) -> Iterator[int]:
+    """Writes `change(rows)` for the rows of a file to another file, a chunk at a time; yields the rows done so far.
+
+    `.npy` is streamed through; `.safetensors` is put together in memory. `target` appears only once it is complete.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> list(convert(save_embeddings(folder / "x.npy", torch.ones(3, 2)), folder / "y.npy", lambda x: 2 * x))
+        [3]
+        >>> load_embeddings(folder / "y.npy").sum().item()
+        12.0
+    """
+    target = Path(target)
+    rows, dims = size(source, name=name)
+    parts, done = [], 0
+    with replacing(target) as temporary:
+        mapped = None
+        for part in chunks(source, name=name):
+            part = change(part)
+            if target.suffix == ".npy" and part.dtype != torch.bfloat16:
+                if mapped is None:
+                    dtype = part[:0].numpy().dtype
+                    mapped = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(rows, dims))
+                mapped[done : done + len(part)] = part.numpy()
+            else:
+                parts.append(part)
+            done += len(part)
+            yield done
+        if mapped is None:
+            _save(temporary, torch.cat(parts))
+        else:
+            mapped.flush()
+
+
+def _load(path: str | os.PathLike, name: str) -> Tensor:
     text = os.fspath(path)
     index = None
     if text.endswith("]") and "[" in text:
@@ -114,8 +240,6 @@ def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
     file = Path(text)
     if not file.exists():
         raise ValueError(f"{name}: expected a file, got {file}, which does not exist")
-    if file.is_dir():
-        raise ValueError(f"{name}: expected a .npy or .safetensors file, got the folder {file}")
     if file.suffix == ".safetensors":
         array: Any = _load_safetensors(file, index, name)
     elif file.suffix == ".npy":
@@ -126,23 +250,6 @@ def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
         return _check.matrix(name, array)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} in {path}") from None
-
-
-def chunks(path: str | os.PathLike, rows: int | None = None, *, name: str = "path") -> Iterator[Tensor]:
-    """The embeddings of a file, some rows at a time (by default about 4 million numbers), each in its own memory.
-
-    The file is mapped anew for every chunk: one mapping would keep every page it has touched.
-
-    Example:
-        >>> import tempfile
-        >>> file = save_embeddings(Path(tempfile.mkdtemp()) / "x.npy", torch.zeros(10, 2))
-        >>> [len(part) for part in chunks(file, 4)]
-        [4, 4, 2]
-    """
-    count, dims = load_embeddings(path, name=name).shape
-    rows = rows or max(1, CHUNK // max(1, dims))
-    for first in range(0, count, rows):
-        yield load_embeddings(path, name=name)[first : first + rows].clone()
 
 
 def _load_npy(file: Path, index: str | None, name: str) -> np.ndarray:
@@ -179,13 +286,19 @@ def _load_safetensors(file: Path, key: str | None, name: str) -> Tensor:
 
 def save_embeddings(path: str | os.PathLike, x: Tensor) -> Path:
     """Writes (N, D) embeddings as `.npy` or `.safetensors`, by the name's ending; bfloat16 needs the latter."""
-    path = Path(path)
+    with replacing(path) as temporary:
+        _save(temporary, x)
+    return Path(path)
+
+
+def _save(path: Path, x: Tensor) -> None:
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        return write(path, lambda p: save_file({"embeddings": x.contiguous()}, p))
-    if path.suffix != ".npy":
-        raise ValueError(f"path: expected a name ending in .npy or .safetensors, got {path}")
-    if x.dtype == torch.bfloat16:
-        raise ValueError(f"path: .npy has no bfloat16; expected a name ending in .safetensors, got {path}")
-    return write(path, lambda p: np.save(p, x.numpy(), allow_pickle=False))
+        save_file({"embeddings": x.contiguous()}, path)
+    elif path.suffix != ".npy":
+        raise ValueError(f"path: expected a name ending in .npy or .safetensors, got one in {path.suffix or 'nothing'}")
+    elif x.dtype == torch.bfloat16:
+        raise ValueError("path: .npy has no bfloat16; expected a name ending in .safetensors")
+    else:
+        np.save(path, x.numpy(), allow_pickle=False)

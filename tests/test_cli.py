@@ -63,6 +63,71 @@ def test_shift_fit_and_apply(pair, capsys):
     assert np.array_equal(np.load(moved), expected)
 
 
+def test_shift_apply_goes_on_with_a_folder_where_it_was(pair, capsys):
+    shards, out, whole = pair / "shards", pair / "moved", np.load(pair / "texts.npy")
+    shards.mkdir()
+    for n in range(12):
+        np.save(shards / f"text_emb_{n}.npy", whole[n::12])
+    fitted = pair / "shift.safetensors"
+    run(capsys, "shift", "fit", shards, pair / "images.npy", "--out", fitted, "--components", "4")
+    assert run(capsys, "shift", "apply", fitted, shards, "--out", out)[0] == 0
+    shift = MeanShift.load(fitted)
+    for n in range(12):
+        assert np.array_equal(np.load(out / f"text_emb_{n}.npy"), shift.transform(whole[n::12]))
+    (out / "text_emb_3.npy").unlink()
+    untouched = (out / "text_emb_4.npy").stat().st_mtime_ns
+    status, text, _ = run(capsys, "shift", "apply", fitted, shards, "--out", out)
+    assert (status, "11 of 12 shards were there already" in text) == (0, True)
+    assert (out / "text_emb_4.npy").stat().st_mtime_ns == untouched
+    assert np.array_equal(np.load(out / "text_emb_3.npy"), shift.transform(whole[3::12]))
+    for arguments, message in (
+        (("--alpha", "0.5"), "out: expected an empty folder or one of the same shift"),
+        (("--side", "queries"), "out: expected an empty folder or one of the same shift"),
+    ):
+        status, _, err = run(capsys, "shift", "apply", fitted, shards, "--out", out, *arguments)
+        assert (status, message in err) == (2, True)
+    assert run(capsys, "shift", "apply", fitted, shards, "--out", shards)[0] == 2
+    assert run(capsys, "shift", "apply", fitted, pair / "shards", "--out", pair)[0] == 2, "other files lie there"
+
+
+def test_a_shift_of_another_model_is_refused(pair, capsys):
+    fitted, out = pair / "shift.safetensors", pair / "moved.npy"
+    run(capsys, "shift", "fit", pair / "texts.npy", pair / "images.npy", "--out", fitted, "--model", "ViT-B-32/openai")
+    status, _, err = run(capsys, "shift", "apply", fitted, pair / "texts.npy", "--out", out, "--model", "RN50/openai")
+    assert (status, out.exists()) == (2, False)
+    assert err == "gapkern shift: model: expected embeddings of ViT-B-32/openai, as fitted, got RN50/openai\n"
+    assert run(capsys, "shift", "apply", fitted, pair / "texts.npy", "--out", out, "--model", "ViT-B-32/openai")[0] == 0
+
+
+def test_the_best_alpha_for_a_noise(pair, capsys):
+    _, out, _ = run(
+        capsys, "shift", "fit", pair / "texts.npy", pair / "images.npy", "--out", pair / "s.safetensors",
+        "--alpha", "best:0.3", "--components", "4", "--json",
+    )  # fmt: skip
+    alpha = json.loads(out)["alpha"]
+    assert MeanShift.load(pair / "s.safetensors").alpha == alpha
+    assert 0.8 < alpha < 1.2
+
+
+def test_the_published_k_table_in_one_command(real_data, tmp_path, capsys):
+    np.save(tmp_path / "clip.npy", real_data("clip"))
+    status, out, _ = run(
+        capsys, "shift", "compare", f"{tmp_path}/clip.npy[1]", f"{tmp_path}/clip.npy[0]",
+        "--components", "0", "100", "200", "499", "--labels", "paired", "--json",
+    )  # fmt: skip
+    assert status == 0
+    table = json.loads(out)
+    assert table["clean_accuracy"] == pytest.approx(0.554), "0.552 by cosines: norms differ by 5e-4"
+    for row, (accuracy, kept) in zip(
+        table["rows"], ((0.300, 0.31), (0.530, 0.78), (0.556, 0.88), (0.554, 0.99)), strict=True
+    ):
+        assert row["accuracy"] == pytest.approx(accuracy)
+        assert row["agreement"] == pytest.approx(kept, abs=0.006)
+    assert table["rows"][3]["closed"] == pytest.approx(1 / 3, abs=0.05)
+    status, out, _ = run(capsys, "shift", "compare", f"{tmp_path}/clip.npy[1]", f"{tmp_path}/clip.npy[0]")
+    assert (status, "exact" in out) == (0, True)
+
+
 def test_robust_writes_a_table_and_a_plot(pair, capsys):
     out_folder = pair / "out"
     status, out, _ = run(
@@ -76,6 +141,25 @@ def test_robust_writes_a_table_and_a_plot(pair, capsys):
     assert all(row["robustness"] == 1 for row in rows if row["perturbation"] == "replace")
     assert {p.name for p in out_folder.iterdir()} == {"robustness.json", "robustness.csv", "robustness.png"}
     assert json.loads((out_folder / "robustness.json").read_text()) == rows
+
+
+def test_robust_goes_on_after_a_kill(pair):
+    command = [
+        sys.executable, "-m", "gapkern", "robust", pair / "images.npy", pair / "texts.npy", "--alphas", "0:1.5:200",
+        "--gaussian", "0.1", "0.2", "0.3", "--uniform", "0.1", "--trials", "20", "--out", pair / "out",
+    ]  # fmt: skip
+    journal = pair / "out" / "unfinished.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as first:
+        while not (journal.exists() and journal.read_text().count("\n") > 20):
+            assert first.poll() is None
+        first.kill()
+    done = journal.read_text().count("\n") - 1
+    assert 20 <= done < 800
+    assert not (pair / "out" / "robustness.json").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = json.loads((pair / "out" / "robustness.json").read_text())
+    assert len(rows) == 800
+    assert sorted(p.name for p in (pair / "out").iterdir()) == ["robustness.csv", "robustness.json", "robustness.png"]
 
 
 def test_robust_takes_a_fitted_shift_and_labels_from_a_file(pair, capsys):

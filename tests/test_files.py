@@ -71,7 +71,7 @@ assert 14 < float(shift.gap_vector_.norm()) < 18
     ("make", "message"),
     [
         (lambda p: None, "path: expected a file, got .*, which does not exist"),
-        (lambda p: p.mkdir(), r"path: expected a \.npy or \.safetensors file, got the folder"),
+        (lambda p: p.mkdir(), r"path: expected \.npy or \.safetensors files in the folder .*, got neither"),
         (lambda p: p.write_bytes(b"no array"), r"path: expected a \.npy file, got"),
         (lambda p: p.write_bytes(b""), r"path: expected a \.npy file, got"),
         (lambda p: np.save(p, np.array([{"a": 1}], dtype=object)), r"path: expected a \.npy file, got"),
@@ -163,3 +163,57 @@ def test_folders_that_cannot_be_written(tmp_path):
         tmp_path.chmod(0o500)
         with pytest.raises(ValueError, match=r"out: cannot write to the folder .*: Permission denied"):
             files.folder(tmp_path / "new")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder of shards in natural order, and the whole."""
+    x = torch.randn(50, 6)
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    for n, part in enumerate(x.split(5)):
+        files.save_embeddings(folder / f"img_emb_{n}.npy", part)
+    (folder / "notes.txt").write_text("not embeddings")
+    return folder, x
+
+
+def test_a_folder_of_shards_is_one_matrix_in_natural_order(sharded):
+    folder, x = sharded
+    assert files.size(folder) == (50, 6)
+    assert torch.equal(files.load_embeddings(folder), x)
+    assert torch.equal(torch.cat(list(files.chunks(folder, 3))), x)
+
+
+def test_shards_that_do_not_belong_together(sharded):
+    folder, x = sharded
+    save_file({"x": x}, folder / "more.safetensors")
+    with pytest.raises(ValueError, match=r"files in the folder .*, got \.npy and \.safetensors"):
+        files.load_embeddings(folder)
+    (folder / "more.safetensors").unlink()
+    files.save_embeddings(folder / "img_emb_10.npy", x.half())
+    with pytest.raises(ValueError, match=r"path: expected torch\.float32 as in .*_0\.npy, got .*float16 in .*_10\."):
+        files.load_embeddings(folder)
+    files.save_embeddings(folder / "img_emb_10.npy", x[:, :4].contiguous())
+    with pytest.raises(ValueError, match=r"path: expected D = 6 as in the shards before, got \(50, 4\) in .*_10\.npy"):
+        files.load_embeddings(folder)
+
+
+def test_a_folder_larger_than_memory_is_refused_before_it_is_read(sharded, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 10)
+    with pytest.raises(ValueError, match=r"path: expected embeddings that fit into 0\.0 GiB of free memory, got"):
+        files.load_embeddings(sharded[0])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_conversion_that_fails_leaves_the_old_file(tmp_path, suffix):
+    source, target = files.save_embeddings(tmp_path / "x.npy", torch.ones(9, 2)), tmp_path / f"y{suffix}"
+    assert list(files.convert(source, target, lambda x: 2 * x)) == [9]
+    before = target.read_bytes()
+
+    def broken(x):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        list(files.convert(source, target, broken))
+    assert target.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2

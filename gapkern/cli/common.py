@@ -14,6 +14,24 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
 
 
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--labels", help="'paired' where row i belongs to row i, or a .npy of right gallery rows (Q,)")
+
+
+def labels(text: str | None, count: int) -> Any:
+    """What --labels says: (Q,) integers, or None."""
+    import numpy as np
+
+    if text is None:
+        return None
+    if text == "paired":
+        return np.arange(count)
+    try:
+        return np.load(text, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"labels: expected 'paired' or a .npy file of integers, got {text} ({error})") from None
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(files.plain(value), indent=2, allow_nan=False))
 

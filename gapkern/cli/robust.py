@@ -4,6 +4,8 @@ from gapkern import files
 from gapkern.cli import common
 from gapkern.cli.shift import components
 
+JOURNAL = "unfinished.jsonl"
+
 
 def add(verbs) -> None:
     parser = verbs.add_parser(
@@ -24,13 +26,18 @@ def add(verbs) -> None:
     parser.add_argument("--range", choices=("per_dimension", "global"), default="per_dimension",
                         help="of the quantisation (default: %(default)s)")  # fmt: skip
     parser.add_argument("--replace", nargs="+", default=[], metavar="FILE", help="another gallery: paraphrases")
-    parser.add_argument("--labels", help="'paired' where row i belongs to row i, or a .npy of right gallery rows (Q,)")
+    common.add_labels(parser)
     parser.add_argument("--components", type=components, default="auto", help="as for gapkern shift fit")
     parser.add_argument("--shift", help="a fitted shift instead of fitting one here")
+    parser.add_argument("--on", choices=("gallery", "queries"), default="gallery",
+                        help="what is perturbed (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--when", choices=("after", "before"), default="after",
+                        help="before or after the shift (default: %(default)s)")  # fmt: skip
     parser.add_argument("--method", default="auto", help="auto, exact, projected or sample (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=100, help="draws for what is sampled (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for robustness.json, robustness.csv and robustness.png")
+    parser.add_argument("--out", help="folder for robustness.json, robustness.csv and robustness.png; the same "
+                        "command again goes on where it was interrupted")  # fmt: skip
     common.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -57,13 +64,16 @@ def run(arguments) -> int:
     else:
         shift = MeanShift(components=arguments.components).fit(gallery, queries)
     result = sweep(
-        queries, gallery, arguments.alphas, perturbations, _labels(arguments.labels, len(queries)), shift=shift,
+        queries, gallery, arguments.alphas, perturbations, common.labels(arguments.labels, len(queries)), shift=shift,
+        on=arguments.on, when=arguments.when,
         method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=sys.stderr.isatty(),
+        journal=out and out / JOURNAL,
     )  # fmt: skip
     if out is not None:
         result.to_json(out / "robustness.json")
         result.to_csv(out / "robustness.csv")
         result.plot(out / "robustness.png")
+        (out / JOURNAL).unlink()
     if arguments.json:
         common.print_json({"components": shift.components_, "orthogonality": shift.orthogonality_, "rows": result.rows})
         return 0
@@ -76,16 +86,3 @@ def run(arguments) -> int:
     if out is not None:
         print(f"written: {out}/robustness.json, .csv, .png")
     return 0
-
-
-def _labels(text: str | None, count: int):
-    import numpy as np
-
-    if text is None:
-        return None
-    if text == "paired":
-        return np.arange(count)
-    try:
-        return np.load(text, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"labels: expected 'paired' or a .npy file of integers, got {text} ({error})") from None

@@ -1,6 +1,9 @@
-"""`gapkern shift fit` and `gapkern shift apply`: close the gap in files."""
+"""`gapkern shift fit`, `apply` and `compare`: close the gap in files."""
 
 import argparse
+import json
+import os
+from pathlib import Path
 
 from gapkern import files
 from gapkern.cli import common
@@ -22,15 +25,29 @@ def components(text: str) -> int | float | str:
         ) from None
 
 
+def strength(text: str) -> float | tuple[str, float]:
+    """An alpha, or `best:VARIANCE`.
+
+    Example:
+        >>> strength("0.5"), strength("best:0.04")
+        (0.5, ('best', 0.04))
+    """
+    try:
+        return ("best", float(text[5:])) if text.startswith("best:") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or best:VARIANCE, got {text!r}") from None
+
+
 def add(verbs) -> None:
     parser = verbs.add_parser("shift", help="fit the mean shift and apply it to embedding files")
-    actions = parser.add_subparsers(dest="action", metavar="fit|apply", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="fit|apply|compare", required=True)
 
     fit = actions.add_parser("fit", help="learn the shift that closes the gap between a gallery and queries")
-    fit.add_argument("gallery", help="embeddings that are searched, (G, D)")
-    fit.add_argument("queries", help="embeddings that ask, (Q, D)")
+    _add_sides(fit)
     fit.add_argument("--out", required=True, help="the shift, as a .safetensors file")
-    fit.add_argument("--alpha", type=float, default=1.0, help="how much to close (default: %(default)s, all of it)")
+    fit.add_argument("--alpha", type=strength, default=1.0,
+                     help="how much to close (default: %(default)s, all of it), or best:VARIANCE for what makes "
+                     "neighbours most robust to Gaussian noise of that total variance")  # fmt: skip
     fit.add_argument("--components", type=components, default="auto",
                      help="exact, auto, a number, or a share of the variance (default: %(default)s)")  # fmt: skip
     fit.add_argument("--moves", choices=("gallery", "queries"), default="gallery",
@@ -38,31 +55,55 @@ def add(verbs) -> None:
     fit.add_argument("--normalize", action="store_true", help="L2-normalise what was moved")
     fit.add_argument("--agreement", type=float, default=0.99,
                      help="share of neighbours that --components auto keeps (default: %(default)s)")  # fmt: skip
+    fit.add_argument("--model", help="what made the embeddings; apply then refuses another's")
     common.add_json(fit)
     fit.set_defaults(run=run_fit)
 
-    apply = actions.add_parser("apply", help="move the embeddings of a file")
+    apply = actions.add_parser("apply", help="move the embeddings of a file or of a folder's shards")
     apply.add_argument("shift", help="a file from 'gapkern shift fit'")
-    apply.add_argument("embeddings", help="(N, D)")
-    apply.add_argument("--out", required=True, help="the result, .npy or .safetensors")
+    apply.add_argument("embeddings", help="(N, D), a file or a folder")
+    apply.add_argument("--out", required=True, help="the result: .npy or .safetensors; a folder for a folder, whose "
+                       "finished shards are not done again")  # fmt: skip
     apply.add_argument("--side", choices=("gallery", "queries"), default="gallery",
                        help="what the embeddings are (default: %(default)s)")  # fmt: skip
     apply.add_argument("--alpha", type=float, help="instead of the fitted one")
+    apply.add_argument("--model", help="what made the embeddings")
     apply.set_defaults(run=run_apply)
+
+    compare = actions.add_parser("compare", help="what each number of components costs and buys")
+    _add_sides(compare)
+    compare.add_argument("--components", type=components, nargs="+", default=["exact", "auto", 0.95, 0.9, 0.5, 0],
+                         help="as for fit (default: exact auto 0.95 0.9 0.5 0)")  # fmt: skip
+    common.add_labels(compare)
+    common.add_json(compare)
+    compare.set_defaults(run=run_compare)
+
+
+def _add_sides(parser) -> None:
+    parser.add_argument("gallery", help="embeddings that are searched, (G, D), a file or a folder of shards")
+    parser.add_argument("queries", help="embeddings that ask, (Q, D), a file or a folder of shards")
 
 
 def run_fit(arguments) -> int:
-    from gapkern import MeanShift
+    from gapkern import Gaussian, MeanShift, best_alpha
 
-    shift = MeanShift(arguments.alpha, arguments.components, arguments.moves, arguments.normalize, arguments.agreement)
+    best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
+    shift = MeanShift(
+        1.0 if best else arguments.alpha, arguments.components, arguments.moves, arguments.normalize,
+        arguments.agreement, arguments.model,
+    )  # fmt: skip
+    noise = Gaussian(best[1]) if best else None
     with common.progress({"gallery": "reading the gallery", "queries": "reading the queries"}) as step:
         for side in ("gallery", "queries"):
             path = getattr(arguments, side)
-            total, done = len(files.load_embeddings(path, name=side)), 0
+            total, done = files.size(path, name=side)[0], 0
             for rows in files.chunks(path, name=side):
                 shift.partial_fit(**{side: rows})
                 done += len(rows)
                 step(side, done, total)
+    if noise is not None:
+        gallery, queries = shift.samples()
+        shift = shift.at(round(best_alpha(queries, gallery, noise, shift=shift), 2))
     shift.save(arguments.out)
     facts = {
         "gap_norm": float(shift.gap_vector_.norm()),
@@ -86,8 +127,75 @@ def run_apply(arguments) -> int:
     shift = MeanShift.load(arguments.shift)
     if arguments.alpha is not None:
         shift = shift.at(arguments.alpha)
-    x = files.load_embeddings(arguments.embeddings, name="embeddings")
-    moved = shift.transform(x) if arguments.side == "gallery" else shift.transform_queries(x)
-    files.save_embeddings(arguments.out, moved)
-    print(f"{arguments.side}: {tuple(moved.shape)} {moved.dtype} moved to {arguments.out}")
+    move = shift.transform if arguments.side == "gallery" else shift.transform_queries
+    rows, dims = files.size(arguments.embeddings, name="embeddings")
+    if dims != len(shift.shift_vector_):
+        raise ValueError(f"embeddings: expected D = {len(shift.shift_vector_)} as fitted, got ({rows}, {dims})")
+    pairs = _targets(arguments, shift)
+    done = 0
+    with common.progress({"apply": f"moving the {arguments.side}"}) as step:
+        for source, target in pairs:
+            count = files.size(source, name="embeddings")[0]
+            if target is not None:
+                for n in files.convert(source, target, lambda x: move(x, model=arguments.model), name="embeddings"):
+                    step("apply", done + n, rows)
+            done += count
+            step("apply", done, rows)
+    finished = sum(target is None for _, target in pairs)
+    print(f"{arguments.side}: {rows} x {dims} moved to {arguments.out}"
+          + (f" ({finished} of {len(pairs)} shards were there already)" if finished else ""))  # fmt: skip
+    return 0
+
+
+def _targets(arguments, shift) -> list[tuple[str, Path | None]]:
+    """Source and target of every shard; no target for one that an earlier run has finished."""
+    sources = files.shards(arguments.embeddings, name="embeddings")
+    if not os.path.isdir(arguments.embeddings):
+        return [(sources[0], Path(arguments.out))]
+    out = files.folder(arguments.out)
+    if out.resolve() == Path(arguments.embeddings).resolve():
+        raise ValueError(f"out: expected another folder than that of the embeddings, got {out}")
+    facts = {"shift": files.fingerprint(shift.shift_vector_), "alpha": shift.alpha, "normalize": shift.normalize,
+             "moves": shift.moves, "side": arguments.side}  # fmt: skip
+    note = out / "shift.json"
+    if note.exists() and json.loads(note.read_text()) != facts:
+        raise ValueError(f"out: expected an empty folder or one of the same shift, got {out}, which holds another's")
+    if not note.exists() and any(out.iterdir()):
+        raise ValueError(f"out: expected an empty folder or one of the same shift, got {out}, which holds other files")
+    files.write_json(note, facts)
+    targets = [out / Path(source).name for source in sources]
+    return [(s, None if t.exists() else t) for s, t in zip(sources, targets, strict=True)]
+
+
+def run_compare(arguments) -> int:
+    from gapkern import MeanShift
+    from gapkern._nearest import nearest
+
+    gallery = files.load_embeddings(arguments.gallery, name="gallery")
+    queries = files.load_embeddings(arguments.queries, name="queries")
+    labels = common.labels(arguments.labels, len(queries))
+    rows: list[dict] = []
+    with common.progress({"compare": "components"}) as step:
+        for i, wanted in enumerate(arguments.components):
+            shift = MeanShift(components=wanted).fit(gallery, queries)
+            if not rows:
+                before = nearest(queries, gallery)
+            after = nearest(queries, shift.transform(gallery))
+            rows.append({
+                "components": str(wanted),
+                "k": shift.components_,
+                "closed": shift.orthogonality_,
+                "agreement": float((after == before).double().mean()),
+                "accuracy": None if labels is None else float((after.numpy() == labels).mean()),
+            })  # fmt: skip
+            step("compare", i + 1, len(arguments.components))
+    unmoved = None if labels is None else float((before.numpy() == labels).mean())
+    if arguments.json:
+        common.print_json({"clean_accuracy": unmoved, "rows": rows})
+        return 0
+    common.table(
+        ["components", "k", "share of the gap closed", "neighbours kept", "accuracy"], [list(r.values()) for r in rows]
+    )
+    if unmoved is not None:
+        print(f"accuracy without a shift: {unmoved:.4f}")
     return 0

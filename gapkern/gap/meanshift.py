@@ -31,6 +31,7 @@ class MeanShift:
         moves: "gallery", or "queries" to move the queries by -alpha g' instead: the same distances, no re-indexing.
         normalize: L2-normalise what was moved. Outside the theorem, so off by default.
         agreement: for components="auto".
+        model: what made the embeddings, kept with the shift; `transform(..., model=)` then refuses another's.
 
     Attributes:
         gap_vector_ (D,): g.  shift_vector_ (D,): g'.  components_: the k in use.
@@ -63,6 +64,7 @@ class MeanShift:
         moves: str = "gallery",
         normalize: bool = False,
         agreement: float = 0.99,
+        model: str | None = None,
     ):
         self.alpha = _check.number("alpha", alpha)
         if isinstance(components, str):
@@ -75,6 +77,7 @@ class MeanShift:
         self.moves = _check.choice("moves", moves, ("gallery", "queries"))
         self.normalize = bool(normalize)
         self.agreement = _check.number("agreement", agreement, low=0, high=1)
+        self.model = model
 
     def __repr__(self) -> str:
         return (
@@ -200,31 +203,38 @@ class MeanShift:
     def _fitted(self) -> bool:
         return "_sides" in vars(self) or "shift_vector_" in vars(self)
 
-    def _apply(self, name: str, x: Any, alpha: float) -> Any:
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """Up to 16384 gallery rows and query rows, drawn evenly from all that were seen."""
+        gallery, queries = self._seen()
+        return gallery.sample.rows, queries.sample.rows
+
+    def _apply(self, name: str, x: Any, alpha: float, model: str | None) -> Any:
         if not self._fitted():
             raise ValueError("MeanShift: call fit before transform")
+        if None not in (model, self.model) and model != self.model:
+            raise ValueError(f"model: expected embeddings of {self.model}, as fitted, got {model}")
         matrix = _check.finite(name, _check.matrix(name, x, empty=True))
         if matrix.shape[1] != len(self.shift_vector_):
             raise ValueError(
                 f"{name}: expected D = {len(self.shift_vector_)} as fitted, got shape {tuple(matrix.shape)}"
             )
-        if alpha == 0 and not self.normalize:
+        if self.moves != name or (alpha == 0 and not self.normalize):
             return x
         moved = _moved(matrix, alpha * self.shift_vector_, self.normalize)
         return moved.numpy() if isinstance(x, np.ndarray) else moved
 
-    def transform(self, gallery: Any) -> Any:
+    def transform(self, gallery: Any, *, model: str | None = None) -> Any:
         """gallery + alpha g' (unchanged where moves="queries"); shape, dtype and kind of the input."""
-        return self._apply("gallery", gallery, self.alpha if self.moves == "gallery" else 0.0)
+        return self._apply("gallery", gallery, self.alpha, model)
 
-    def transform_queries(self, queries: Any) -> Any:
+    def transform_queries(self, queries: Any, *, model: str | None = None) -> Any:
         """queries - alpha g' where moves="queries", otherwise unchanged."""
-        return self._apply("queries", queries, -self.alpha if self.moves == "queries" else 0.0)
+        return self._apply("queries", queries, -self.alpha, model)
 
     def at(self, alpha: float) -> "MeanShift":
         """The same fit with another alpha."""
         self.shift_vector_  # noqa: B018 - worked out once for all
-        other = MeanShift(alpha, self.components, self.moves, self.normalize, self.agreement)
+        other = MeanShift(alpha, self.components, self.moves, self.normalize, self.agreement, self.model)
         for name in MeanShift.__annotations__:
             setattr(other, name, getattr(self, name))
         return other
@@ -243,6 +253,7 @@ class MeanShift:
             "moves": self.moves,
             "normalize": repr(self.normalize),
             "agreement": repr(self.agreement),
+            "model": repr(self.model),
             "components_": repr(self.components_),
             "orthogonality_": repr(self.orthogonality_),
             "agreement_": repr(self.agreement_),
@@ -277,8 +288,9 @@ class MeanShift:
             return ast.literal_eval(metadata[name])
 
         shift = MeanShift(
-            value("alpha"), value("components"), metadata["moves"], value("normalize"), value("agreement")
-        )
+            value("alpha"), value("components"), metadata["moves"], value("normalize"), value("agreement"),
+            value("model"),
+        )  # fmt: skip
         shift.gap_vector_, shift.shift_vector_ = tensors["gap_vector"], tensors["shift_vector"]
         shift.components_, shift.agreement_ = value("components_"), value("agreement_")
         shift.orthogonality_ = float(metadata["orthogonality_"])

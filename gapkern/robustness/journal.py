@@ -1,13 +1,9 @@
 """Rows of a long sweep as they are done, so that one that was interrupted goes on where it was."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from gapkern import files
 
@@ -60,20 +56,3 @@ class Journal:
             file.write(json.dumps([key, row]) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """Once the whole result is written, the journal has served."""
-        self.path.unlink(missing_ok=True)
-
-
-def fingerprint(x: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and values, a piece at a time.
-
-    Example:
-        >>> fingerprint(torch.zeros(2, 3)) == fingerprint(torch.zeros(3, 2))
-        False
-    """
-    digest = hashlib.sha256(f"{x.dtype} {tuple(x.shape)}".encode())
-    for rows in x.detach().cpu().split(max(1, files.CHUNK // max(1, x[:1].numel()))):
-        digest.update(rows.contiguous().view(torch.uint8).numpy() if rows.dim() > 1 else rows.numpy().tobytes())
-    return digest.hexdigest()

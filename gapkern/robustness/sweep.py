@@ -16,7 +16,7 @@ from gapkern import _check, files
 from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, check, title
 from gapkern.robustness.estimators import robustness
-from gapkern.robustness.journal import Journal, fingerprint
+from gapkern.robustness.journal import Journal
 
 COLUMNS = (
     "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness",
@@ -136,7 +136,7 @@ def sweep(
         whole = _check.matrix("gallery", gallery)
         others = [base for base in (p.base(whole) for p in perturbations) if base is not whole]
         arrays = (queries, whole, shift.shift_vector_, labels, gallery_labels, *others)
-        facts = [None if x is None else fingerprint(torch.as_tensor(x)) for x in arrays]
+        facts = [None if x is None else files.fingerprint(torch.as_tensor(x)) for x in arrays]
         done = Journal(journal, {"arrays": facts, "moves": [shift.moves, shift.normalize], **options})
     cases = [(alpha, perturbation) for alpha in alphas for perturbation in perturbations]
     if progress:
