@@ -17,6 +17,18 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "sigmoid_loss(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, int label_offset,"
       " str precision, bool[2] needs) -> (Tensor loss, Tensor grad_images, Tensor grad_texts,"
       " Tensor grad_logit_scale, Tensor grad_logit_bias)");
+  // The losses' steps between library products, for a chunk of rows (contrastive/kernels.cuh; gapkern/ops/chunked.py
+  // has them in PyTorch's operations). Sums come as the tiles' partial sums. Norms are empty for the dot product.
+  m.def(
+      "contrastive_chunk_lse(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale)"
+      " -> (Tensor row_lse, Tensor col_lse)");
+  m.def(
+      "contrastive_chunk_gradient(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale,"
+      " Tensor row_lse2, Tensor col_lse2, Tensor grad_row, Tensor grad_col, Tensor grad_positive, int label_offset,"
+      " Tensor like) -> (Tensor ds, Tensor of_scale, Tensor row_sums, Tensor col_sums)");
+  m.def(
+      "contrastive_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, int label_offset, Tensor like)"
+      " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
   // Counter-based noise and quantisation of rows; perturb/perturb.h.
   m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
   m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");

@@ -101,3 +101,33 @@ def test_bad_shapes_are_refused():
         torch.ops.gapkern.meanshift_sum(torch.zeros(4))
     with pytest.raises(RuntimeError, match="x: expected float32, float64"):
         torch.ops.gapkern.meanshift_sum(torch.zeros(4, 2).int())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda(poisoned, shape, dtype):
+    x = data(shape, dtype, offset=0.5)
+    shift = torch.linspace(-1, 1, shape[1], dtype=torch.float64)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = x.cuda()
+        total = torch.ops.gapkern.meanshift_sum(y)
+        assert torch.equal(total, torch.ops.gapkern.meanshift_sum(y)), "a fixed order"
+        ragged = torch.ops.gapkern.meanshift_sum(y[:, 1:])
+        moved = [torch.ops.gapkern.meanshift_apply(y, shift.cuda(), normalize) for normalize in (False, True)]
+    stream.synchronize()
+    assert_near(total.cpu(), reference.column_sum(x), 1e-13)
+    assert_near(ragged.cpu(), reference.column_sum(x)[1:], 1e-13)
+    epsilon = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
+    for normalize, ours in zip((False, True), moved, strict=True):
+        truth = x.double() + shift
+        truth = torch.nn.functional.normalize(truth, dim=1) if normalize else truth
+        assert ours.dtype == dtype
+        assert_near(ours.cpu(), truth, 2 * epsilon)
+
+
+@pytest.mark.cuda
+def test_cuda_sums_more_rows_than_one_pass_takes():
+    x = torch.ones(3_000_000, 4, dtype=torch.float16, device="cuda")
+    assert torch.ops.gapkern.meanshift_sum(x).tolist() == [3_000_000.0] * 4

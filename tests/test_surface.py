@@ -50,7 +50,8 @@ def test_every_operator_has_a_schema_and_a_check():
     from gapkern import selfcheck
 
     operators = {
-        "contrastive_lse", "contrastive_lse_backward", "sigmoid_loss", "meanshift_sum", "meanshift_gram",
+        "contrastive_lse", "contrastive_lse_backward", "contrastive_chunk_lse", "contrastive_chunk_gradient",
+        "contrastive_chunk_sigmoid", "sigmoid_loss", "meanshift_sum", "meanshift_gram",
         "meanshift_apply", "perturb_bits", "perturb_noise", "perturb_quantize", "robustness_exact",
     }  # fmt: skip
     for name in operators:

@@ -25,13 +25,6 @@ namespace gapkern::perturb {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Where the noise of a matrix starts in the stream.
-struct Stream {
-  uint64_t seed;
-  uint32_t trial;
-  int64_t first_row;
-};
-
 inline Stream check_stream(const Tensor& x, int64_t seed, int64_t trial, int64_t first_row) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected shape (N, D), got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(trial >= 0 && trial <= std::numeric_limits<uint32_t>::max(),

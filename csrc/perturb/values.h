@@ -8,6 +8,13 @@ namespace gapkern::perturb {
 
 enum class Law : int { gaussian, uniform };
 
+// Where the noise of a matrix starts in the stream.
+struct Stream {
+  uint64_t seed;
+  uint32_t trial;
+  int64_t first_row;
+};
+
 // The four values of one Philox block, of mean zero and unit variance.
 template <Law law>
 GAPKERN_HD void unit_noise(const philox::Block& block, float* z0, float* z1, float* z2, float* z3) {

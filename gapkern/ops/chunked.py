@@ -1,7 +1,7 @@
-"""The contrastive operators in chunks of rows from PyTorch's own operations: every device without kernels of ours.
+"""The contrastive operators in chunks of rows, with the library's matrix products: CUDA, and devices without kernels.
 
-Same schemas and contract as csrc/contrastive/contrastive.h, memory linear in N + M; what is lost against a fused kernel
-is speed alone, as each chunk of logits passes through memory several times.
+Same schemas and contract as csrc/contrastive/contrastive.h, memory linear in N + M. What lies between the products is
+three operators, `contrastive_chunk_*`: a kernel each on CUDA (csrc/contrastive/kernels.cuh), PyTorch's operations here.
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**24  # logits at hand: 64 MiB in float32
+CUDA_CHUNK_ELEMENTS = 2**26  # enough rows that the products fill a large GPU
 
 _LN2 = math.log(2.0)
 
@@ -24,13 +25,15 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Rows:
-    """The logits of a few rows at a time; t = S / logit_scale."""
+    """Products <x, y> of a few rows at a time, and the norms that make squared distances of them."""
 
     def __init__(self, images: Tensor, texts: Tensor, similarity: str):
         self.images, self.texts = images, texts
         self.euclidean = similarity == "sqeuclidean"
         self.dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-        self.step = max(1, CHUNK_ELEMENTS // texts.shape[0])
+        elements = CUDA_CHUNK_ELEMENTS if images.is_cuda else CHUNK_ELEMENTS
+        self.step = max(1, elements // texts.shape[0])
+        self.image_norms = self.text_norms = images.new_empty(0, dtype=self.dtype)
         if self.euclidean:
             centre = texts.to(self.dtype).mean(0)
             self.images, self.texts = images.to(self.dtype) - centre, texts.to(self.dtype) - centre
@@ -40,38 +43,42 @@ class _Rows:
         n = self.images.shape[0]
         return (slice(i, min(n, i + self.step)) for i in range(0, n, self.step))
 
-    def t(self, rows: slice) -> Tensor:
-        products = _product(self.images[rows], self.texts.T, self.dtype)
-        if not self.euclidean:
-            return products
-        return 2 * products - self.image_norms[rows, None] - self.text_norms[None]
+    def products(self, rows: slice) -> Tensor:
+        return _product(self.images[rows], self.texts.T, self.dtype)
+
+    def norms(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.image_norms[rows], self.text_norms
 
 
 class _Gradients:
-    """Accumulates dX, dY and d logit_scale from chunks of dS."""
+    """Accumulates dX, dY and d logit_scale from chunks of dS, which come multiplied by `raised`."""
 
-    def __init__(self, logits: _Rows, needs):
+    def __init__(self, logits: _Rows, needs, largest: Tensor | None = None):
         self.logits, self.needs = logits, needs
         x, y, dtype = logits.images, logits.texts, logits.dtype
         self.dx = torch.zeros(x.shape if needs[0] else (0,), dtype=dtype, device=x.device)
         self.dy = torch.zeros(y.shape if needs[1] else (0,), dtype=dtype, device=x.device)
-        self.scale = torch.zeros((), dtype=torch.float64, device=x.device)
+        self.of_scale = torch.zeros((), dtype=torch.float64, device=x.device)
         self.row_sums = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
         self.column_sums = torch.zeros(y.shape[0], dtype=dtype, device=x.device)
+        # float16 has no room for gradients of 1/N: its dS is multiplied up to 2^13 at most, and its products back.
+        self.raised = torch.ones((), dtype=dtype, device=x.device)
+        if x.dtype == torch.float16 and largest is not None:
+            self.raised = torch.exp2(13 - torch.log2(largest).ceil().nan_to_num(0, 0, 0)).to(dtype)
 
-    def add(self, rows: slice, ds: Tensor, t: Tensor) -> None:
+    def add(self, rows: slice, ds: Tensor, of_scale: Tensor, row_sums: Tensor, col_sums: Tensor) -> None:
+        """ds (n, M); the others are partial sums, to be added over their first dimension."""
         x, y, dtype = self.logits.images, self.logits.texts, self.logits.dtype
-        self.scale += torch.sum(ds * t, dtype=torch.float64)
+        self.of_scale += of_scale.sum()
         if self.logits.euclidean:
-            self.row_sums[rows] = ds.sum(1)
-            self.column_sums += ds.sum(0)
-        ds = ds.to(x.dtype)
+            self.row_sums[rows] = row_sums.sum(0)
+            self.column_sums += col_sums.sum(0)
         if self.needs[0]:
             self.dx[rows] = _product(ds, y, dtype)
         if self.needs[1]:
             self.dy += _product(ds.T, x[rows], dtype)
 
-    def finish(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = scale.to(self.logits.dtype)
         if self.logits.euclidean:
             scale = 2 * scale
@@ -79,25 +86,27 @@ class _Gradients:
                 self.dx -= self.row_sums[:, None] * self.logits.images
             if self.needs[1]:
                 self.dy -= self.column_sums[:, None] * self.logits.texts
-        return self.dx * scale, self.dy * scale
+        scale = scale / self.raised
+        return self.dx * scale, self.dy * scale, self.of_scale / self.raised
 
 
 def contrastive_lse(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
     """See `gapkern.ops.contrastive.lse_pair`."""
     logits = _Rows(images, texts, similarity)
     n, m = images.shape[0], texts.shape[0]
-    scale = logit_scale.reshape(()).to(logits.dtype)
     kept = images.new_empty((min(n, max(work_bytes, 0) // (m * logits.dtype.itemsize)), m), dtype=logits.dtype)
     row = torch.empty(n, dtype=torch.float64, device=images.device)
     col = torch.full((m,), -math.inf, dtype=torch.float64, device=images.device)
     positive = torch.empty_like(row)
     for rows in logits.chunks():
-        t = logits.t(rows)
-        kept[rows.start : rows.stop] = t[: max(0, kept.shape[0] - rows.start)]
-        s = t * scale
-        row[rows] = s.logsumexp(1).double()
-        col = torch.logaddexp(col, s.logsumexp(0).double())
-        positive[rows] = s.diagonal(rows.start + label_offset)[: s.shape[0]].double()
+        products, norms = logits.products(rows), logits.norms(rows)
+        kept[rows.start : rows.stop] = products[: max(0, kept.shape[0] - rows.start)]
+        row[rows], col_lse = torch.ops.gapkern.contrastive_chunk_lse(products, *norms, logit_scale)
+        col = torch.logaddexp(col, col_lse)
+        labels = products.diagonal(rows.start + label_offset)[: products.shape[0]].double()
+        if logits.euclidean:
+            labels = 2 * labels - norms[0] - norms[1][rows.start + label_offset :][: len(labels)]
+        positive[rows] = labels * logit_scale.reshape(()).double()
     stats = [torch.stack([torch.zeros_like(lse), lse / _LN2]) for lse in (row, col)]
     return row, col, positive, *stats, kept
 
@@ -108,38 +117,79 @@ def contrastive_lse_backward(
 ):  # fmt: skip
     """Gradients of `contrastive_lse`."""
     logits = _Rows(images, texts, similarity)
-    scale = logit_scale.reshape(()).to(logits.dtype)
-    row, col = ((scale.double() * stats[0] + _LN2 * stats[1]).to(logits.dtype) for stats in (row_stats, col_stats))
-    grad_row, grad_col, grad_positive = (g.to(logits.dtype) for g in (grad_row, grad_col, grad_positive))
-    gradients = _Gradients(logits, needs)
+    row, col = (stats[1] + logit_scale.reshape(()).double() / _LN2 * stats[0] for stats in (row_stats, col_stats))
+    largest = torch.stack([g.abs().amax() for g in (grad_row, grad_col, grad_positive)]).amax()
+    gradients = _Gradients(logits, needs, largest)
+    grad_row, grad_col, grad_positive = (g * gradients.raised for g in (grad_row, grad_col, grad_positive))
     for rows in logits.chunks():
-        t = kept[rows] if rows.stop <= kept.shape[0] else logits.t(rows)
-        s = t * scale
-        ds = (s - row[rows, None]).exp_().mul_(grad_row[rows, None])
-        ds += (s - col).exp_().mul_(grad_col)
-        ds.diagonal(rows.start + label_offset)[: ds.shape[0]] += grad_positive[rows]
-        gradients.add(rows, ds, t)
-    dx, dy = gradients.finish(scale)
-    ds = gradients.scale.reshape(1) if needs[2] else gradients.scale.new_empty(0)
-    return dx.to(images.dtype), dy.to(texts.dtype), ds.to(logit_scale.dtype)
+        products = kept[rows] if rows.stop <= kept.shape[0] else logits.products(rows)
+        ds, *sums = torch.ops.gapkern.contrastive_chunk_gradient(
+            products, *logits.norms(rows), logit_scale, row[rows], col, grad_row[rows], grad_col, grad_positive[rows],
+            rows.start + label_offset, logits.images,
+        )  # fmt: skip
+        gradients.add(rows, ds, *sums)
+    dx, dy, of_scale = gradients.finish(logit_scale.reshape(()))
+    of_scale = of_scale.reshape(1) if needs[2] else of_scale.new_empty(0)
+    return dx.to(images.dtype), dy.to(texts.dtype), of_scale.to(logit_scale.dtype)
 
 
 def sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
     """See `gapkern.ops.contrastive.sigmoid_sum`."""
     logits = _Rows(images, texts, "dot")
-    scale, bias = (v.reshape(()).to(logits.dtype) for v in (logit_scale, logit_bias))
     gradients = _Gradients(logits, needs)
     loss = torch.zeros((), dtype=torch.float64, device=images.device)
     grad_bias = torch.zeros_like(loss)
-    columns = torch.arange(texts.shape[0], device=images.device)
+    none = logits.image_norms
     for rows in logits.chunks():
-        t = logits.t(rows)
-        labels = torch.arange(rows.start, rows.stop, device=images.device) + label_offset
-        z = torch.where(columns == labels[:, None], 1.0, -1.0).to(logits.dtype)
-        s = z * (t * scale + bias)
-        loss -= torch.nn.functional.logsigmoid(s).sum(dtype=torch.float64)
-        ds = -z * torch.sigmoid(-s)
-        grad_bias += ds.sum(dtype=torch.float64)
-        gradients.add(rows, ds, t)
-    dx, dy = gradients.finish(scale)
-    return loss, dx, dy, gradients.scale.clone(), grad_bias
+        losses, ds, of_scale, of_bias = torch.ops.gapkern.contrastive_chunk_sigmoid(
+            logits.products(rows), logit_scale, logit_bias, rows.start + label_offset, images
+        )
+        loss += losses.sum()
+        grad_bias += of_bias.sum()
+        gradients.add(rows, ds, of_scale, none, none)
+    dx, dy, of_scale = gradients.finish(logit_scale.reshape(()))
+    return loss, dx, dy, of_scale.clone(), grad_bias
+
+
+def _logits(products: Tensor, row_norms: Tensor, col_norms: Tensor) -> Tensor:
+    return products if not row_norms.numel() else 2 * products - row_norms[:, None] - col_norms
+
+
+def _chunk_lse(products, row_norms, col_norms, logit_scale):
+    """Log-sum-exps over the rows and over the columns of a chunk, in float64."""
+    s = _logits(products, row_norms, col_norms) * logit_scale.reshape(()).to(products.dtype)
+    return s.logsumexp(1).double(), s.logsumexp(0).double()
+
+
+def _chunk_gradient(
+    products, row_norms, col_norms, logit_scale, row_lse2, col_lse2, grad_row, grad_col, grad_positive, label_offset,
+    like,
+):  # fmt: skip
+    """dS = g_row e^(S - row_lse) + g_col e^(S - col_lse), + g_positive at the label; log-sum-exps in units of log 2."""
+    t = _logits(products, row_norms, col_norms)
+    s = t * logit_scale.reshape(()).to(t.dtype)
+    row, col = (_LN2 * lse.to(torch.float64) for lse in (row_lse2, col_lse2))
+    grad_row, grad_col, grad_positive = (g.to(t.dtype) for g in (grad_row, grad_col, grad_positive))
+    ds = (s - row.to(t.dtype)[:, None]).exp_().mul_(grad_row[:, None])
+    ds += (s - col.to(t.dtype)).exp_().mul_(grad_col)
+    labels = ds.diagonal(label_offset)[: ds.shape[0]] if -ds.shape[0] < label_offset < ds.shape[1] else ds[:0, 0]
+    labels += grad_positive[max(0, -label_offset) :][: len(labels)]
+    sums = (ds.sum(1)[None], ds.sum(0)[None]) if row_norms.numel() else (ds[:0, 0], ds[:0, 0])
+    return ds.to(like.dtype, copy=True), torch.sum(ds * t, dtype=torch.float64).reshape(1), *(v.clone() for v in sums)
+
+
+def _chunk_sigmoid(products, logit_scale, logit_bias, label_offset, like):
+    """The sigmoid loss of a chunk, dS = -z sigmoid(-z S), and the sums of dS t and of dS."""
+    scale, bias = (v.reshape(()).to(products.dtype) for v in (logit_scale, logit_bias))
+    rows, columns = (torch.arange(n, device=products.device) for n in products.shape)
+    z = torch.where(columns == rows[:, None] + label_offset, 1.0, -1.0).to(products.dtype)
+    s = z * (products * scale + bias)
+    ds = -z * torch.sigmoid(-s)
+    loss = -torch.nn.functional.logsigmoid(s).sum(dtype=torch.float64)
+    sums = (torch.sum(v, dtype=torch.float64).reshape(1) for v in (ds * products, ds))
+    return loss.reshape(1), ds.to(like.dtype, copy=True), *sums
+
+
+_library = torch.library.Library("gapkern", "IMPL")
+for _name, _step in (("lse", _chunk_lse), ("gradient", _chunk_gradient), ("sigmoid", _chunk_sigmoid)):
+    _library.impl(f"contrastive_chunk_{_name}", _step, "CompositeExplicitAutograd")

@@ -1,0 +1,291 @@
+// Device kernels over a chunk of logits, t = S / logit_scale [rows, M], that a library product has written.
+// Each reads t once. Statistics are relative to a row's or column's own maximum within a tile, so that no logit is ever
+// too large or too small: the second exponential is free beside the memory traffic.
+//
+// A block has a tile of kTileRows x kTileColumns: a warp 8 rows of it, a thread 4 neighbouring columns.
+#pragma once
+#include "common/cuda.cuh"
+
+namespace gapkern::contrastive {
+
+inline constexpr int kTileWarps = 8, kWarpRows = 8, kThreadColumns = 4;
+inline constexpr int kTileRows = kTileWarps * kWarpRows, kTileColumns = kWarp * kThreadColumns;
+inline constexpr int kTileThreads = kTileWarps * kWarp;
+
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+__device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
+#else
+inline float exp2_of(float x) { return std::exp2(x); }
+inline double exp2_of(double x) { return std::exp2(x); }
+inline float log1p_of(float x) { return std::log1p(x); }
+inline double log1p_of(double x) { return std::log1p(x); }
+#endif
+
+inline constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+template <class R>
+inline constexpr R kNothing = -std::numeric_limits<R>::infinity();
+
+// A log-sum in two parts, log2 = high + log2(sum).
+struct Partial {
+  double high, sum;
+};
+
+// The chunk, and what turns its products into t: 2 t - row_norms - column_norms for squared distances.
+template <class R>
+struct Chunk {
+  const R* products;
+  const R* row_norms;     // [rows], null for the dot product
+  const R* column_norms;  // [M]
+  int64_t rows, columns;
+
+  template <bool pack>
+  __device__ __forceinline__ void load(int64_t row, int64_t column, R (&t)[kThreadColumns]) const {
+    const R* from = products + row * columns + column;
+    if (pack && column + kThreadColumns <= columns) {
+      const Pack<R, kThreadColumns> values = *reinterpret_cast<const Pack<R, kThreadColumns>*>(from);
+      for (int c = 0; c < kThreadColumns; ++c) t[c] = values.value[c];
+    } else {
+      for (int c = 0; c < kThreadColumns; ++c) t[c] = column + c < columns ? from[c] : R(0);
+    }
+    if (row_norms)
+      for (int c = 0; c < kThreadColumns; ++c)
+        if (column + c < columns) t[c] = 2 * t[c] - row_norms[row] - column_norms[column + c];
+  }
+};
+
+struct Place {
+  int lane, warp;
+  int64_t row, column;  // the thread's first
+  __device__ __forceinline__ Place()
+      : lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        row(blockIdx.y * int64_t(kTileRows) + warp * kWarpRows),
+        column(blockIdx.x * int64_t(kTileColumns) + lane * kThreadColumns) {}
+};
+
+template <class R>
+__device__ __forceinline__ R larger(R a, R b) {
+  return a > b ? a : b;
+}
+// What exponents are taken relative to: the maximum, or zero where there is nothing.
+template <class R>
+__device__ __forceinline__ R reference(R maximum) {
+  return maximum > kNothing<R> ? maximum : R(0);
+}
+
+// row_part [tiles across, rows], column_part [tiles down, M]: log-sums of every tile's rows and columns.
+template <class R, bool pack>
+__global__ void __launch_bounds__(kTileThreads)
+    lse_tiles(Chunk<R> chunk, const R* scale, Partial* row_part, Partial* column_part) {
+  GAPKERN_SHARED(R, highest, kTileWarps * kTileColumns);
+  GAPKERN_SHARED(R, sums, kTileWarps * kTileColumns);
+  const Place at;
+  const R none = kNothing<R>, k = R(kLog2e) * *scale;
+  R v[kWarpRows][kThreadColumns];
+  for (int r = 0; r < kWarpRows; ++r) {
+    const bool inside = at.row + r < chunk.rows;
+    if (inside) chunk.template load<pack>(at.row + r, at.column, v[r]);
+    for (int c = 0; c < kThreadColumns; ++c) v[r][c] = inside && at.column + c < chunk.columns ? k * v[r][c] : none;
+  }
+  for (int r = 0; r < kWarpRows; ++r) {
+    R most = v[r][0];
+    for (int c = 1; c < kThreadColumns; ++c) most = larger(most, v[r][c]);
+    const R base = reference(warp_max(most));
+    R sum = 0;
+    for (int c = 0; c < kThreadColumns; ++c) sum += exp2_of(v[r][c] - base);
+    sum = warp_sum(sum);
+    if (at.lane == 0 && at.row + r < chunk.rows)
+      row_part[blockIdx.x * chunk.rows + at.row + r] = {double(base), double(sum)};
+  }
+  for (int c = 0; c < kThreadColumns; ++c) {
+    R most = v[0][c];
+    for (int r = 1; r < kWarpRows; ++r) most = larger(most, v[r][c]);
+    highest[at.warp * kTileColumns + at.lane * kThreadColumns + c] = most;
+  }
+  __syncthreads();
+  for (int c = 0; c < kThreadColumns; ++c) {
+    const int column = at.lane * kThreadColumns + c;
+    R most = highest[column];
+    for (int w = 1; w < kTileWarps; ++w) most = larger(most, highest[w * kTileColumns + column]);
+    const R base = reference(most);
+    R sum = 0;
+    for (int r = 0; r < kWarpRows; ++r) sum += exp2_of(v[r][c] - base);
+    sums[at.warp * kTileColumns + column] = sum;
+  }
+  __syncthreads();
+  for (int column = threadIdx.x; column < kTileColumns; column += kTileThreads) {
+    const int64_t j = blockIdx.x * int64_t(kTileColumns) + column;
+    if (j >= chunk.columns) continue;
+    R most = highest[column];
+    double sum = 0;
+    for (int w = 0; w < kTileWarps; ++w) {
+      most = larger(most, highest[w * kTileColumns + column]);
+      sum += double(sums[w * kTileColumns + column]);
+    }
+    column_part[blockIdx.y * chunk.columns + j] = {double(reference(most)), sum};
+  }
+}
+
+// out[i] = ln of the sum over tiles, part [tiles, count], in their order.
+inline __global__ void lse_combine(const Partial* part, int64_t tiles, int64_t count, double* out) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= count) return;
+  double base = part[i].high, sum = part[i].sum;
+  for (int64_t t = 1; t < tiles; ++t) {
+    const Partial next = part[t * count + i];
+    const double high = larger(base, next.high);
+    sum = sum * exp2(base - high) + next.sum * exp2(next.high - high);
+    base = high;
+  }
+  out[i] = kLn2 * base + log(sum);
+}
+
+// What a row's and a column's logits are weighed with: dS = grad_row e^(S - row_lse) + grad_col e^(S - col_lse), and
+// grad_positive more at the label.
+template <class R>
+struct Weights {
+  const R* row_lse;  // in units of log 2, as col_lse
+  const R* grad_row;
+  const R* grad_positive;
+  const R* col_lse;
+  const R* grad_col;
+  int64_t label_offset;  // the label of row 0 of the chunk
+};
+
+// Block sums of a tile's dS t; rows and columns of dS where a gradient of squared distances needs them.
+template <class R>
+struct TileSums {
+  double* scale;  // [tiles]
+  R* rows;        // [tiles across, rows], or null
+  R* columns;     // [tiles down, M], or null
+};
+
+// The sum of x over the block, for its first thread; uses room [kTileWarps].
+__device__ __forceinline__ double block_sum(double x, double* room) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  x = warp_sum(x);
+  if (lane == 0) room[warp] = x;
+  __syncthreads();
+  double total = 0;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < kTileWarps; ++w) total += room[w];
+  return total;
+}
+
+// Writes a tile of dS and its sums. w[r][c] is dS, `of_scale` this thread's part of the sum of dS t.
+template <class R, class O, bool pack>
+__device__ __forceinline__ void store_tile(const Chunk<R>& chunk, const Place& at,
+                                           const R (&w)[kWarpRows][kThreadColumns], double of_scale,
+                                           const TileSums<R>& sums, O* ds) {
+  GAPKERN_SHARED(double, room, kTileWarps);
+  GAPKERN_SHARED(R, part, kTileWarps * kTileColumns);
+  for (int r = 0; r < kWarpRows; ++r) {
+    if (at.row + r >= chunk.rows) continue;
+    O* to = ds + (at.row + r) * chunk.columns + at.column;
+    Pack<O, kThreadColumns> narrow;
+    for (int c = 0; c < kThreadColumns; ++c) from_wide(w[r][c], narrow.value + c);
+    if (pack && at.column + kThreadColumns <= chunk.columns)
+      *reinterpret_cast<Pack<O, kThreadColumns>*>(to) = narrow;
+    else
+      for (int c = 0; c < kThreadColumns; ++c)
+        if (at.column + c < chunk.columns) to[c] = narrow.value[c];
+  }
+  const double total = block_sum(of_scale, room);
+  if (threadIdx.x == 0) sums.scale[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = total;
+  if (!sums.rows) return;
+  for (int r = 0; r < kWarpRows; ++r) {
+    R sum = 0;
+    for (int c = 0; c < kThreadColumns; ++c) sum += w[r][c];
+    sum = warp_sum(sum);
+    if (at.lane == 0 && at.row + r < chunk.rows) sums.rows[blockIdx.x * chunk.rows + at.row + r] = sum;
+  }
+  for (int c = 0; c < kThreadColumns; ++c) {
+    R sum = 0;
+    for (int r = 0; r < kWarpRows; ++r) sum += w[r][c];
+    part[at.warp * kTileColumns + at.lane * kThreadColumns + c] = sum;
+  }
+  __syncthreads();
+  for (int column = threadIdx.x; column < kTileColumns; column += kTileThreads) {
+    const int64_t j = blockIdx.x * int64_t(kTileColumns) + column;
+    R sum = 0;
+    for (int warp = 0; warp < kTileWarps; ++warp) sum += part[warp * kTileColumns + column];
+    if (j < chunk.columns) sums.columns[blockIdx.y * chunk.columns + j] = sum;
+  }
+}
+
+// dS of the softmax losses, rounded once; the entry at the label is summed before it is rounded.
+template <class R, class O, bool pack>
+__global__ void __launch_bounds__(kTileThreads)
+    lse_gradient(Chunk<R> chunk, const R* scale, Weights<R> weights, TileSums<R> sums, O* ds) {
+  const Place at;
+  const R k = R(kLog2e) * *scale;
+  R w[kWarpRows][kThreadColumns], column_lse[kThreadColumns], column_grad[kThreadColumns];
+  for (int c = 0; c < kThreadColumns; ++c) {
+    const bool inside = at.column + c < chunk.columns;
+    column_lse[c] = inside ? weights.col_lse[at.column + c] : R(0);
+    column_grad[c] = inside ? weights.grad_col[at.column + c] : R(0);
+  }
+  double of_scale = 0;
+  for (int r = 0; r < kWarpRows; ++r) {
+    const int64_t row = at.row + r;
+    R t[kThreadColumns] = {}, part = 0;
+    const bool inside = row < chunk.rows;
+    if (inside) chunk.template load<pack>(row, at.column, t);
+    const R row_lse = inside ? weights.row_lse[row] : R(0), row_grad = inside ? weights.grad_row[row] : R(0);
+    for (int c = 0; c < kThreadColumns; ++c) {
+      const R v = k * t[c];
+      R weight = row_grad * exp2_of(v - row_lse) + column_grad[c] * exp2_of(v - column_lse[c]);
+      if (inside && at.column + c == row + weights.label_offset) weight += weights.grad_positive[row];
+      w[r][c] = inside && at.column + c < chunk.columns ? weight : R(0);
+      part += w[r][c] * t[c];
+    }
+    of_scale += double(part);
+  }
+  store_tile<R, O, pack>(chunk, at, w, of_scale, sums, ds);
+}
+
+// The sigmoid loss and its dS = -z sigmoid(-z (s t + bias)), z = 1 at the label and -1 elsewhere.
+template <class R, class O, bool pack>
+__global__ void __launch_bounds__(kTileThreads)
+    sigmoid_tiles(Chunk<R> chunk, const R* scale, const R* bias, int64_t label_offset, TileSums<R> sums, double* loss,
+                  double* of_bias, O* ds) {
+  GAPKERN_SHARED(double, loss_room, kTileWarps);
+  GAPKERN_SHARED(double, bias_room, kTileWarps);
+  const Place at;
+  const R s = *scale, b = *bias;
+  R w[kWarpRows][kThreadColumns];
+  double loss_sum = 0, bias_sum = 0, scale_sum = 0;
+  for (int r = 0; r < kWarpRows; ++r) {
+    const int64_t row = at.row + r;
+    R t[kThreadColumns] = {}, losses = 0, weights = 0, products = 0;
+    if (row < chunk.rows) chunk.template load<pack>(row, at.column, t);
+    for (int c = 0; c < kThreadColumns; ++c) {
+      const bool inside = row < chunk.rows && at.column + c < chunk.columns;
+      const bool positive = at.column + c == row + label_offset;
+      const R u = positive ? s * t[c] + b : -(s * t[c] + b);
+      const R e = exp2_of(R(-kLog2e) * (u < 0 ? -u : u));
+      const R softplus = (u < 0 ? -u : R(0)) + log1p_of(e);  // of -u
+      const R sigmoid = (u < 0 ? R(1) : e) / (1 + e);        // of -u
+      w[r][c] = inside ? (positive ? -sigmoid : sigmoid) : R(0);
+      losses += inside ? softplus : R(0);
+      weights += w[r][c];
+      products += w[r][c] * t[c];
+    }
+    loss_sum += double(losses);
+    bias_sum += double(weights);
+    scale_sum += double(products);
+  }
+  loss_sum = block_sum(loss_sum, loss_room);
+  bias_sum = block_sum(bias_sum, bias_room);
+  if (threadIdx.x == 0) {
+    loss[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = loss_sum;
+    of_bias[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = bias_sum;
+  }
+  store_tile<R, O, pack>(chunk, at, w, scale_sum, sums, ds);
+}
+
+}  // namespace gapkern::contrastive
