@@ -1,0 +1,166 @@
+#include "check.h"
+#include "contrastive/kernels.cuh"
+
+using namespace gapkern;
+using namespace gapkern::contrastive;
+
+// A chunk of products in float64 with everything the kernels are told.
+template <class R>
+struct Problem {
+  int64_t rows, columns, label_offset;
+  std::vector<R> products, row_norms, column_norms, scale, bias;
+  bool euclidean;
+  dim3 grid;
+
+  Problem(int64_t n, int64_t m, int64_t offset, double s, bool squared)
+      : rows(n),
+        columns(m),
+        label_offset(offset),
+        products(check::random<R>(n * m, 0.4)),
+        row_norms(n),
+        column_norms(m),
+        scale{R(s)},
+        bias{R(-3)},
+        euclidean(squared),
+        grid(unsigned((m + kTileColumns - 1) / kTileColumns), unsigned((n + kTileRows - 1) / kTileRows)) {
+    for (R& v : row_norms) v = R(1 + 0.1 * check::normal());
+    for (R& v : column_norms) v = R(1 + 0.1 * check::normal());
+  }
+  Chunk<R> chunk() const {
+    return {products.data(), euclidean ? row_norms.data() : nullptr, euclidean ? column_norms.data() : nullptr, rows,
+            columns};
+  }
+  double t(int64_t i, int64_t j) const {
+    const double p = double(products[i * columns + j]);
+    return euclidean ? 2 * p - double(row_norms[i]) - double(column_norms[j]) : p;
+  }
+  double logit(int64_t i, int64_t j) const { return double(scale[0]) * t(i, j); }
+  int64_t tiles() const { return grid.x * int64_t(grid.y); }
+};
+
+std::vector<double> combined(const std::vector<Partial>& part, int64_t tiles, int64_t count) {
+  std::vector<double> out = check::poisoned<double>(count);
+  simt::launch(unsigned((count + 63) / 64), 64, lse_combine, part.data(), tiles, count, out.data());
+  return out;
+}
+
+template <class R, bool pack>
+void statistics(const std::string& name, double tolerance, const Problem<R>& p) {
+  std::vector<double> row(p.rows), column(p.columns);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    double most = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < p.columns; ++j) most = std::max(most, p.logit(i, j));
+    for (int64_t j = 0; j < p.columns; ++j) sum += std::exp(p.logit(i, j) - most);
+    row[i] = most + std::log(sum);
+  }
+  for (int64_t j = 0; j < p.columns; ++j) {
+    double most = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < p.rows; ++i) most = std::max(most, p.logit(i, j));
+    for (int64_t i = 0; i < p.rows; ++i) sum += std::exp(p.logit(i, j) - most);
+    column[j] = most + std::log(sum);
+  }
+  check::kernel("log-sum-exps " + name, tolerance, [&] {
+    std::vector<Partial> row_part = check::poisoned<Partial>(p.grid.x * p.rows);
+    std::vector<Partial> column_part = check::poisoned<Partial>(p.grid.y * p.columns);
+    simt::launch(p.grid, kTileThreads, lse_tiles<R, pack>, p.chunk(), p.scale.data(), row_part.data(),
+                 column_part.data());
+    return check::largest({check::error(combined(row_part, p.grid.x, p.rows), row, 1),
+                           check::error(combined(column_part, p.grid.y, p.columns), column, 1)});
+  });
+}
+
+// Sums over tiles of what store_tile() writes.
+template <class R>
+double sums_error(const Problem<R>& p, const std::vector<double>& ds, const std::vector<double>& of_scale,
+                  const std::vector<R>& row_part, const std::vector<R>& column_part) {
+  double scale_truth = 0, scale_size = 0, scale = 0;
+  std::vector<double> row(p.rows), column(p.columns), row_truth(p.rows), column_truth(p.columns);
+  for (int64_t i = 0; i < p.rows; ++i)
+    for (int64_t j = 0; j < p.columns; ++j) {
+      const double w = ds[i * p.columns + j];
+      scale_truth += w * p.t(i, j);
+      scale_size += std::abs(w * p.t(i, j));
+      row_truth[i] += w;
+      column_truth[j] += w;
+    }
+  for (const double v : of_scale) scale += v;
+  double worst = std::abs(scale - scale_truth) / scale_size;
+  if (!p.euclidean) return worst;
+  for (size_t i = 0; i < row_part.size(); ++i) row[i % p.rows] += double(row_part[i]);
+  for (size_t j = 0; j < column_part.size(); ++j) column[j % p.columns] += double(column_part[j]);
+  return check::largest({worst, check::error(row, row_truth, 1e-2), check::error(column, column_truth, 1e-2)});
+}
+
+template <class R, class O, bool pack>
+void gradient(const std::string& name, double tolerance, const Problem<R>& p) {
+  // Above every logit, as true log-sum-exps are: no weight exceeds a gradient.
+  std::vector<R> row_lse(p.rows, R(-1e30)), col_lse(p.columns, R(-1e30));
+  for (int64_t i = 0; i < p.rows; ++i)
+    for (int64_t j = 0; j < p.columns; ++j) {
+      row_lse[i] = std::max(row_lse[i], R(kLog2e * p.logit(i, j)));
+      col_lse[j] = std::max(col_lse[j], R(kLog2e * p.logit(i, j)));
+    }
+  const std::vector<R> grad_row = check::random<R>(p.rows), grad_col = check::random<R>(p.columns);
+  const std::vector<R> grad_positive = check::random<R>(p.rows);
+  std::vector<double> truth(p.rows * p.columns);
+  for (int64_t i = 0; i < p.rows; ++i)
+    for (int64_t j = 0; j < p.columns; ++j)
+      truth[i * p.columns + j] = double(grad_row[i]) * std::exp(p.logit(i, j) - kLn2 * double(row_lse[i])) +
+                                 double(grad_col[j]) * std::exp(p.logit(i, j) - kLn2 * double(col_lse[j])) +
+                                 (j == i + p.label_offset ? double(grad_positive[i]) : 0);
+  check::kernel("dS " + name, tolerance, [&] {
+    std::vector<O> ds = check::poisoned<O>(p.rows * p.columns);
+    std::vector<double> of_scale = check::poisoned<double>(p.tiles());
+    std::vector<R> rows = check::poisoned<R>(p.grid.x * p.rows), columns = check::poisoned<R>(p.grid.y * p.columns);
+    const TileSums<R> sums{of_scale.data(), p.euclidean ? rows.data() : nullptr,
+                           p.euclidean ? columns.data() : nullptr};
+    const Weights<R> weights{row_lse.data(), grad_row.data(), grad_positive.data(),
+                             col_lse.data(), grad_col.data(), p.label_offset};
+    simt::launch(p.grid, kTileThreads, lse_gradient<R, O, pack>, p.chunk(), p.scale.data(), weights, sums, ds.data());
+    return check::largest({check::error(ds, truth, 1e-2), sums_error(p, truth, of_scale, rows, columns)});
+  });
+}
+
+template <class R, class O, bool pack>
+void sigmoid(const std::string& name, double tolerance, const Problem<R>& p) {
+  std::vector<double> truth(p.rows * p.columns);
+  double loss_truth = 0, bias_truth = 0;
+  for (int64_t i = 0; i < p.rows; ++i)
+    for (int64_t j = 0; j < p.columns; ++j) {
+      const double z = j == i + p.label_offset ? 1 : -1, u = z * (p.logit(i, j) + double(p.bias[0]));
+      loss_truth += std::max(-u, 0.) + std::log1p(std::exp(-std::abs(u)));
+      truth[i * p.columns + j] = -z / (1 + std::exp(u));
+      bias_truth += truth[i * p.columns + j];
+    }
+  check::kernel("sigmoid loss " + name, tolerance, [&] {
+    std::vector<O> ds = check::poisoned<O>(p.rows * p.columns);
+    std::vector<double> loss = check::poisoned<double>(p.tiles()), of_bias = loss, of_scale = loss;
+    const TileSums<R> sums{of_scale.data(), nullptr, nullptr};
+    simt::launch(p.grid, kTileThreads, sigmoid_tiles<R, O, pack>, p.chunk(), p.scale.data(), p.bias.data(),
+                 p.label_offset, sums, loss.data(), of_bias.data(), ds.data());
+    double loss_sum = 0, bias_sum = 0;
+    for (int64_t i = 0; i < p.tiles(); ++i) loss_sum += loss[i], bias_sum += of_bias[i];
+    return check::largest({check::error(ds, truth, 1e-1), sums_error(p, truth, of_scale, {}, {}),
+                           std::abs(loss_sum / loss_truth - 1), std::abs(bias_sum / bias_truth - 1)});
+  });
+}
+
+int main() {
+  const Problem<float> ragged(70, 150, 3, 20, false), even(64, 256, -5, 100, false), squared(67, 132, 0, 10, true);
+  const Problem<double> wide(66, 130, 100, 50, true);
+  // Logits a thousand apart: no common shift of the exponents would do.
+  const Problem<float> extreme(65, 140, 0, 1e4, false);
+  statistics<float, false>("ragged", 2e-6, ragged);
+  statistics<float, true>("16 bytes at a time", 2e-6, even);
+  statistics<float, true>("squared distances", 2e-6, squared);
+  statistics<float, true>("logits far apart", 2e-6, extreme);
+  statistics<double, false>("float64", 1e-13, wide);
+  gradient<float, float, false>("ragged", 1e-4, ragged);
+  gradient<float, BFloat16, true>("bfloat16", 5e-3, even);
+  gradient<float, Half, true>("float16, squared distances", 1e-3, squared);
+  gradient<double, double, false>("float64, label beyond most rows", 1e-12, wide);
+  sigmoid<float, float, false>("ragged", 1e-5, ragged);
+  sigmoid<float, BFloat16, true>("bfloat16", 5e-3, even);
+  sigmoid<double, double, false>("float64", 1e-12, Problem<double>(66, 130, 2, 5, false));
+  return check::result();
+}

@@ -1,0 +1,178 @@
+// CUDA's threads on the CPU: one fiber per thread, the blocks of a grid in turn. The same .cuh is compiled by nvcc and,
+// with this header on the include path, by any C++ compiler.
+//
+// Found: barriers that not all threads reach, shuffles with lanes missing or masks that differ, reads of shared memory
+// nobody has written (it holds NaN), and, by running the threads of a block in both orders, results that depend on
+// their order. `skipped` leaves out one barrier: a kernel's test must then fail, or the barrier is not needed.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+
+namespace simt {
+
+enum class State { ready, at_barrier, at_shuffle, done };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  State state;
+  unsigned mask;
+  uint64_t slot;
+  int line;
+  static constexpr size_t kStack = 256 << 10;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline int current = 0;
+inline std::function<void()> body;
+inline dim3 grid, block, block_index;
+inline std::map<int, std::vector<char>> shared_arrays;
+inline bool reversed = false;
+inline int skipped = -1;        // the barrier to leave out
+inline std::set<int> barriers;  // lines of those that were reached
+
+template <class T>
+T* shared(size_t count, int line) {
+  std::vector<char>& bytes = shared_arrays[line];
+  if (bytes.empty()) bytes.assign(count * sizeof(T), char(0xff));  // NaN
+  return reinterpret_cast<T*>(bytes.data());
+}
+
+inline void enter() {
+  body();
+  fibers[current].state = State::done;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void park(State state, unsigned mask, int line) {
+  Fiber& me = fibers[current];
+  me.state = state;
+  me.mask = mask;
+  me.line = line;
+  swapcontext(&me.context, &scheduler);
+}
+
+inline void barrier(int line) {
+  barriers.insert(line);
+  if (line != skipped) park(State::at_barrier, 0, line);
+}
+
+// Lets a warp go on whose named lanes have all arrived at one shuffle.
+inline bool release_warp(int first, int lane) {
+  const Fiber& asking = fibers[first + lane];
+  for (int other = 0; other < 32; ++other) {
+    if (!(asking.mask >> other & 1)) continue;
+    if (first + other >= int(fibers.size()) || fibers[first + other].state == State::done)
+      throw std::runtime_error("a shuffle at line " + std::to_string(asking.line) + " names a lane that has left");
+    const Fiber& f = fibers[first + other];
+    if (f.state != State::at_shuffle) return false;
+    if (f.mask != asking.mask || f.line != asking.line)
+      throw std::runtime_error("lanes of a warp at different shuffles, line " + std::to_string(asking.line));
+  }
+  for (int other = 0; other < 32; ++other)
+    if (asking.mask >> other & 1) fibers[first + other].state = State::ready;
+  return true;
+}
+
+inline bool release_block() {
+  int waiting = 0, done = 0;
+  for (const Fiber& f : fibers) waiting += f.state == State::at_barrier, done += f.state == State::done;
+  if (waiting == 0 || waiting + done < int(fibers.size())) return false;
+  if (done) throw std::runtime_error("__syncthreads after some threads have left");
+  for (const Fiber& f : fibers)
+    if (f.line != fibers[0].line) throw std::runtime_error("threads of a block at different barriers");
+  for (Fiber& f : fibers) f.state = State::ready;
+  return true;
+}
+
+inline void run_block(int threads) {
+  shared_arrays.clear();
+  fibers.resize(threads);
+  for (Fiber& f : fibers) {
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = Fiber::kStack;
+    f.context.uc_link = &scheduler;
+    makecontext(&f.context, enter, 0);
+    f.state = State::ready;
+  }
+  for (;;) {
+    bool moved = false;
+    for (int i = 0; i < threads; ++i) {
+      current = reversed ? threads - 1 - i : i;
+      if (fibers[current].state != State::ready) continue;
+      swapcontext(&scheduler, &fibers[current].context);
+      moved = true;
+    }
+    bool all_done = true;
+    for (int i = 0; i < threads; ++i) {
+      all_done = all_done && fibers[i].state == State::done;
+      if (fibers[i].state == State::at_shuffle) moved = release_warp(i / 32 * 32, i % 32) || moved;
+    }
+    if (all_done) return;
+    moved = release_block() || moved;
+    if (!moved) throw std::runtime_error("threads wait for each other");
+  }
+}
+
+template <class Kernel, class... Arguments>
+void launch(dim3 blocks, dim3 threads, Kernel kernel, Arguments... arguments) {
+  grid = blocks;
+  block = threads;
+  body = [=] { kernel(arguments...); };
+  for (block_index.z = 0; block_index.z < grid.z; ++block_index.z)
+    for (block_index.y = 0; block_index.y < grid.y; ++block_index.y)
+      for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) run_block(int(block.x * block.y * block.z));
+}
+
+struct ThreadIndex {
+  struct {
+    operator unsigned() const { return unsigned(current) % block.x; }
+  } x;
+  struct {
+    operator unsigned() const { return unsigned(current) / block.x % block.y; }
+  } y;
+};
+
+template <class T>
+T shuffle(unsigned mask, T value, int source, int line) {
+  static_assert(sizeof(T) <= 8);
+  const int me = current;
+  memcpy(&fibers[me].slot, &value, sizeof(T));
+  park(State::at_shuffle, mask, line);
+  const uint64_t got = fibers[me / 32 * 32 + (source & 31)].slot;
+  park(State::at_shuffle, mask, line);  // nobody overwrites a slot before all have read
+  memcpy(&value, &got, sizeof(T));
+  return value;
+}
+
+}  // namespace simt
+
+inline simt::ThreadIndex threadIdx;
+#define blockIdx simt::block_index
+#define blockDim simt::block
+#define gridDim simt::grid
+#define __syncthreads() simt::barrier(__LINE__)
+#define __shfl_xor_sync(mask, value, lanes) simt::shuffle(mask, value, (simt::current & 31) ^ (lanes), __LINE__)

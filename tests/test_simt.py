@@ -1,0 +1,81 @@
+"""Every hand-written device kernel on the CPU: CUDA's threads as fibers (simt/simt.h), in both orders."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parent / "simt"
+CAPABILITIES = ["contrastive", "meanshift", "perturb"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of the emulated kernels' programs."""
+    if sys.platform != "linux":
+        pytest.skip("fibers by ucontext")
+    folder = tmp_path_factory.mktemp("simt")
+    tool = Path(sys.executable).parent / "cmake"
+    cmake = str(tool) if tool.exists() else shutil.which("cmake")
+    build(cmake, SOURCES, folder)
+    return folder
+
+
+def build(cmake, sources, folder):
+    for step in (["-S", sources, "-B", folder], ["--build", folder, "--parallel", "2"]):
+        done = subprocess.run([cmake, *map(str, step)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "warning:" not in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_in_both_orders_with_every_barrier_needed(built, capability):
+    done = subprocess.run([built / capability], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) > 5
+    assert all(line.startswith("passed") for line in lines)
+
+
+PLANTED = {
+    "contrastive": [
+        ("exp2_of(v[r][c] - base);\n    sum = warp_sum", "exp2_of(v[r][c]);\n    sum = warp_sum"),
+        ("for (int w = 1; w < kTileWarps; ++w) most = larger", "for (int w = 2; w < kTileWarps; ++w) most = larger"),
+        ("if (column + c < columns) t[c] = 2 * t[c] - row", "if (column + c < columns) t[c] = 2 * t[c] + row"),
+        ("== row + weights.label_offset", "== row - weights.label_offset"),
+        ("R sigmoid = (u < 0 ? R(1) : e)", "R sigmoid = (u < 0 ? e : R(1))"),
+        ("if (lane == 0) room[warp] = x;\n  __syncthreads();", "if (lane == 0) room[warp] = x;"),
+        ("if (lane == 0) room[warp] = x;\n  __syncthreads();", "if (lane == 0) { room[warp] = x; __syncthreads(); }"),
+    ],
+    "meanshift": [
+        ("r += kSumWarps)", "r += kSumWarps + 1)"),
+        ("(warp * pack + i) * kWarp + lane] = sum[i]", "(warp * pack + i) * kWarp + 31 - lane] = sum[i]"),
+        ("squared += y * y;", "squared += y;"),
+    ],
+    "perturb": [
+        ("row = s.first_row + r;", "row = s.first_row + b;"),
+        ("shared ? 0 : i % columns", "shared ? 0 : i % 3"),
+        ("left < 4 ? int(left) : 4", "4"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_planted_mistake_is_caught(built, tmp_path, capability):
+    """A test of the test: an index, a sign or a barrier changed in a copy of the kernels."""
+    source = SOURCES.parent.parent / "csrc"
+    compiler = ["c++", "-std=c++17", "-O1", "-w", "-ffp-contract=off"]
+    kernels = Path(capability) / "kernels.cuh"
+    text = (source / kernels).read_text()
+    for number, (right, wrong) in enumerate(PLANTED[capability]):
+        assert text.count(right) >= 1, right
+        changed = tmp_path / str(number)
+        (changed / capability).mkdir(parents=True)
+        (changed / kernels).write_text(text.replace(right, wrong))
+        program = changed / "program"
+        include = ["-I", changed, "-I", SOURCES, "-I", source]
+        subprocess.run([*compiler, *include, SOURCES / f"{capability}.cpp", "-o", program], check=True)
+        done = subprocess.run([program], capture_output=True, text=True)
+        assert done.returncode != 0, f"{right!r} changed to {wrong!r} went unnoticed"
