@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "common/isa.h"
+#include "common/pages.h"
 
 // The table that `accessor()` returns in the namespace of the active instruction set, within the current namespace.
 #if defined(__x86_64__)
@@ -26,6 +27,13 @@ using torch::stable::Tensor;
 inline Tensor as_type(const Tensor& t, ScalarType type) {
   Tensor converted = t.scalar_type() == type ? t : torch::stable::to(t, type);
   return torch::stable::contiguous(converted);
+}
+
+// A CPU tensor of x's shape and dtype, contiguous, to be written whole.
+inline Tensor fresh_like(const Tensor& x) {
+  Tensor out = torch::stable::empty_like(x);
+  if (x.numel() > 0) want_huge_pages(out.data_ptr(), out.numel() * out.element_size());
+  return out;
 }
 
 // The type the CPU kernels compute in: float64 for float64, float32 for the rest.

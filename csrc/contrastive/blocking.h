@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/pages.h"
 #include "contrastive/contrastive.h"
 #include "contrastive/kernels.h"
 
@@ -19,6 +20,7 @@ inline constexpr double kLog2e = 1.4426950408889634074;
 // pass, far from both ends of float32.
 inline constexpr double kSafeExponent = 80;
 inline constexpr int64_t kSlack = 64;                      // vector reads and writes behind the last column
+inline constexpr int64_t kSliceBytes = int64_t(256) << 10;  // packed slices a thread uses together
 inline constexpr int64_t kChunkBytes = int64_t(32) << 20;  // logit gradients at hand, at most
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -38,6 +40,7 @@ class Buffer {
   explicit Buffer(int64_t bytes)
       : memory_(static_cast<char*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(bytes, 64), 64))))) {
     STD_TORCH_CHECK(memory_ != nullptr, "contrastive_lse: out of memory, wanted ", bytes, " bytes of work space");
+    want_huge_pages(memory_.get(), bytes);
   }
   template <class T = char>
   T* at(int64_t bytes = 0) const {
@@ -105,6 +108,12 @@ class Problem {
     });
   }
 
+  // Where the logits of a block are kept: blocks are written and read in one piece each.
+  template <class K>
+  K* kept_block(K* kept, int64_t row, int64_t rows, int64_t column) const {
+    return kept + row * m + rows * column;
+  }
+
   int64_t slices() const { return divide_up(d, engine.shape.nr); }
   int slice_columns(int64_t i) const { return int(std::min<int64_t>(engine.shape.nr, d - i * engine.shape.nr)); }
   int64_t slice_bytes(int64_t rows) const {
@@ -168,6 +177,10 @@ class LogitGradients {
     // The register tile reads up to mr rows (or columns) past the last; what it finds there is not used.
     if (images || texts) by_rows = Buffer((p.stripes * rows_words + s.mr * row_stride(s.group)) * s.word);
     if ((images || texts) && s.group > 1) by_columns = Buffer((p.stripes * columns_words + s.mr) * s.word);
+    if (images && s.group > 1) {
+      text_slices = Buffer(p.stripes * p.slices() * p.slice_bytes(p.stripe));
+      parallel(p.stripes, [&](int64_t t) { pack_text_slices(t, 0, p.slices(), text_slices.at(text_slice(t, 0))); });
+    }
     if (texts) image_slices = Buffer(p.slices() * p.slice_bytes(p.chunk));
   }
 
@@ -207,21 +220,36 @@ class LogitGradients {
     });
   }
 
-  // Each thread packs the slices of the texts it is about to use: they are used for all its rows, and packing them
-  // ahead would hold a second copy of the texts.
+  // Slices are used as many together as stay in a second-level cache. Where words are pairs, packed_texts holds them all.
+  // Otherwise that would be a second copy of the texts: each thread packs what it is about to use for all its rows.
   void multiply_images(int64_t row0, int64_t rows) const {
     const Shape& s = p.engine.shape;
+    const int64_t together = std::clamp<int64_t>(kSliceBytes / p.slice_bytes(p.stripe), 1, p.slices());
     torch::stable::parallel_for(0, divide_up(rows, s.mr), 1, [&](int64_t begin, int64_t end) {
-      const Buffer slice(p.slice_bytes(p.stripe));
+      const Buffer own(s.group > 1 ? 0 : together * p.slice_bytes(p.stripe));
+      const int64_t from = begin * s.mr, to = std::min(rows, end * s.mr);
       for (int64_t t = 0; t < p.stripes; ++t)
-        for (int64_t i = 0; i < p.slices(); ++i) {
-          const int64_t depth = p.stripe_columns(t), first = row0 + begin * s.mr;
-          p.engine.pack_slice(p.y + t * p.stripe * p.d, depth, p.d, i, p.centre_or_null(), slice.at());
-          p.engine.product_rows({by_rows.at((t * rows_words + begin * s.mr * row_stride(s.group)) * s.word), slice.at(),
-                                 divide_up(depth, s.group), std::min(rows, end * s.mr) - begin * s.mr,
-                                 p.slice_columns(i), images + first * p.d + i * s.nr, p.d});
+        for (int64_t i = 0; i < p.slices(); i += together) {
+          const int64_t count = std::min(together, p.slices() - i), column = i * s.nr;
+          if (s.group == 1) pack_text_slices(t, i, count, own.at());
+          p.engine.product_rows({by_rows.at((t * rows_words + from * row_stride(s.group)) * s.word),
+                                 s.group > 1 ? text_slices.at(text_slice(t, i)) : own.at(),
+                                 divide_up(p.stripe_columns(t), s.group), to - from,
+                                 std::min(count * s.nr, p.d - column), images + (row0 + from) * p.d + column, p.d});
         }
     });
+  }
+
+  // Where slice i of stripe t starts in text_slices.
+  int64_t text_slice(int64_t t, int64_t i) const {
+    return t * p.slices() * p.slice_bytes(p.stripe) + i * p.slice_bytes(p.stripe_columns(t));
+  }
+
+  void pack_text_slices(int64_t t, int64_t first, int64_t count, char* out) const {
+    const int64_t depth = p.stripe_columns(t);
+    for (int64_t i = 0; i < count; ++i)
+      p.engine.pack_slice(p.y + t * p.stripe * p.d, depth, p.d, first + i, p.centre_or_null(),
+                          out + i * p.slice_bytes(depth));
   }
 
   void multiply_texts(int64_t row0, int64_t rows) const {
@@ -247,7 +275,7 @@ class LogitGradients {
   const Problem<T>& p;
   T *images, *texts;
   int64_t rows_words, columns_words;  // of one stripe
-  Buffer by_rows, by_columns, image_slices;
+  Buffer by_rows, by_columns, image_slices, text_slices;
 };
 
 }  // namespace gapkern::contrastive

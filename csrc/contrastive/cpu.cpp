@@ -77,8 +77,8 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
       }
       // Whole blocks are kept or none, so that the backward pass finds each block in one place.
       if (row0 + i0 + f.rows <= kept_rows) {
-        f.keep = kept + (row0 + i0) * p.m + col0;
-        f.keep_stride = p.m;
+        f.keep = p.kept_block(kept, row0 + i0, f.rows, col0);
+        f.keep_stride = f.cols;
       }
       f.positive = label_t.data() + row0 + i0;
       p.engine.forward(f);
@@ -161,8 +161,8 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
       }
       g.positive = label_weight.data() + row0 + i0;
       if (row0 + i0 + g.rows <= kept_rows) {
-        g.kept = kept + (row0 + i0) * p.m + col0;
-        g.kept_stride = p.m;
+        g.kept = p.kept_block(kept, row0 + i0, g.rows, col0);
+        g.kept_stride = g.cols;
       }
       g.out = gradients.output(t, i0, &scale_sums[item]);
       if (euclidean) {
@@ -212,6 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_lse(const
   Tensor positive = empty(images, {n}, ScalarType::Double);
   Tensor row_stats = empty(images, {2, n}, ScalarType::Double), col_stats = empty(images, {2, m}, ScalarType::Double);
   Tensor kept = empty(images, {std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item)), m}, a.type);
+  if (kept.numel() > 0) want_huge_pages(kept.data_ptr(), kept.numel() * item);
   if (a.type == ScalarType::Double)
     run_forward<double>(a, images, texts, label_offset, row_lse, col_lse, positive, row_stats, col_stats, kept);
   else

@@ -34,6 +34,8 @@ struct Plain {
   GAPKERN_INLINE Word word(T x, T) { return x; }
   // One vector of a packed depth step, from the row (or pair of rows) it is made of.
   GAPKERN_INLINE void pack(V first, V, Word* out) { store(out, first); }
+  // A vector of words from the elements of one row that follow each other: `group` vectors of them.
+  GAPKERN_INLINE void pack_along(V first, V, Word* out) { store(out, first); }
 };
 
 #if defined(GAPKERN_ISA_avx512bf16)
@@ -59,6 +61,9 @@ struct Pairs {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
     _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  GAPKERN_INLINE void pack_along(V first, V second, Word* out) {
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
   }
 };
 #endif
@@ -144,12 +149,26 @@ void pack_panel(const typename E::T* x, int64_t rows, int width, int64_t depth, 
     if (r >= rows || d >= depth) return T(0);
     return centre == nullptr ? x[r * depth + d] : x[r * depth + d] - centre[d];
   };
-  constexpr int64_t block = 16;
+  using V = typename E::V;
+  constexpr int64_t lanes = Vec<T>::size;  // words at a time
   const int64_t words = (depth + E::group - 1) / E::group;
-  for (int64_t k0 = 0; k0 < words; k0 += block)
-    for (int r = 0; r < width; ++r)
-      for (int64_t k = k0; k < words && k < k0 + block; ++k)
+  for (int64_t k0 = 0; k0 < words; k0 += lanes)
+    for (int r = 0; r < width; ++r) {
+      if (r < rows && (k0 + lanes) * E::group <= depth) {
+        const T* from = x + r * depth + k0 * E::group;
+        V first = load(from), second = load(from + (E::group - 1) * lanes);
+        if (centre != nullptr) {
+          first -= load(centre + k0 * E::group);
+          second -= load(centre + k0 * E::group + (E::group - 1) * lanes);
+        }
+        typename E::Word packed_words[lanes];
+        E::pack_along(first, second, packed_words);
+        for (int64_t k = 0; k < lanes; ++k) out[(k0 + k) * width + r] = packed_words[k];
+        continue;
+      }
+      for (int64_t k = k0; k < words && k < k0 + lanes; ++k)
         out[k * width + r] = E::word(value(r, k * E::group), value(r, k * E::group + E::group - 1));
+    }
 }
 
 template <class E>
@@ -456,13 +475,15 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
 
 template <class E, bool kAlongRows>
 void product(const ProductBlock<typename E::T>& b) {
-  constexpr int along = row_stride(E::group), down = column_stride(E::group);
+  constexpr int along = row_stride(E::group), down = column_stride(E::group), nr = kWidth<E>;
   const auto* a = static_cast<const typename E::Word*>(b.a);
-  const auto* slice = static_cast<const typename E::Word*>(b.slice);
+  const auto* slices = static_cast<const typename E::Word*>(b.slices);
   for (int64_t i = 0; i < b.rows; i += kRows) {
     const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
-    tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, Result::add>(
-        a + (kAlongRows ? i * along : i), slice, b.depth, b.c + i * b.c_stride, b.c_stride, rows, b.cols);
+    for (int64_t j = 0; j < b.cols; j += nr)
+      tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, Result::add>(
+          a + (kAlongRows ? i * along : i), slices + j * b.depth, b.depth, b.c + i * b.c_stride + j, b.c_stride, rows,
+          b.cols - j < nr ? int(b.cols - j) : nr);
   }
 }
 

@@ -101,13 +101,13 @@ struct SigmoidBlock : LogitBlock<T> {
   GradientOutput out;
 };
 
-// C [rows, cols] += A B: A is dS of one stripe, B one packed slice of the other side, cols <= nr.
+// C [rows, cols] += A B: A is dS of one stripe, B packed slices of the other side that follow each other. Each panel of
+// A's rows meets all the slices before the next: it stays in the first-level cache, and they come in order.
 template <class T>
 struct ProductBlock {
   const void* a;
-  const void* slice;
-  int64_t depth, rows;
-  int cols;
+  const void* slices;
+  int64_t depth, rows, cols;
   T* c;
   int64_t c_stride;
 };

@@ -70,7 +70,7 @@ Tensor apply(const Tensor& input, const Tensor& shift, bool normalize) {
   STD_TORCH_CHECK(shift.numel() == input.size(1), "shift: expected D = ", input.size(1), " elements, got ",
                   shift.numel());
   const Tensor x = torch::stable::contiguous(input), by = as_type(shift, ScalarType::Double);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = fresh_like(x);
   const double* values = by.const_data_ptr<double>();
   by_dtype(x, [&](const auto& kernels) { apply_rows(kernels, x, values, normalize, out); });
   return out;

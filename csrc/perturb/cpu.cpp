@@ -34,7 +34,7 @@ Tensor bits(const Tensor& x, int64_t seed, int64_t trial, int64_t first_row) {
 template <class T, class F>
 Tensor noisy(const Tensor& x, const F& kernel, Law law, double std, const Stream& s) {
   const Tensor from = as_type(x, arithmetic_type(x));
-  Tensor out = torch::stable::empty_like(from);
+  Tensor out = fresh_like(from);
   const T* in = from.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
   const int64_t d = x.size(1);
@@ -63,7 +63,7 @@ Tensor cells(const Tensor& x, const F& kernel, const Tensor& low, const Tensor& 
     lows[c] = lowest[shared ? 0 : c];
     widths[c] = (highest[shared ? 0 : c] - lows[c]) / T(bins);
   }
-  Tensor out = torch::stable::empty_like(from);
+  Tensor out = fresh_like(from);
   const T* in = from.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
   over_rows(
