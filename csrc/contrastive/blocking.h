@@ -19,9 +19,9 @@ inline constexpr double kLog2e = 1.4426950408889634074;
 // Without a reference, 2^(k t) for |k t| <= 80 leaves room for sums over 2^30 terms and for the weights of the backward
 // pass, far from both ends of float32.
 inline constexpr double kSafeExponent = 80;
-inline constexpr int64_t kSlack = 64;                      // vector reads and writes behind the last column
+inline constexpr int64_t kSlack = 64;                       // vector reads and writes behind the last column
 inline constexpr int64_t kSliceBytes = int64_t(256) << 10;  // packed slices a thread uses together
-inline constexpr int64_t kChunkBytes = int64_t(32) << 20;  // logit gradients at hand, at most
+inline constexpr int64_t kChunkBytes = int64_t(32) << 20;   // logit gradients at hand, at most
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
@@ -62,7 +62,7 @@ class Problem {
           Similarity similarity, int64_t label_offset)
       : engine(engine), x(x), y(y), n(n), m(m), d(d), scale(scale), similarity(similarity), label_offset(label_offset) {
     const Shape& s = engine.shape;
-    stripes = divide_up(m, kStripe);
+    stripes = divide_up(m, m <= kNarrowUpTo ? kNarrowStripe : kStripe);
     stripe = round_up(divide_up(m, stripes), s.nr);
     stripes = divide_up(m, stripe);
     block = s.mr >= 12 ? s.mr * 8 : s.mr * 16;
@@ -220,8 +220,9 @@ class LogitGradients {
     });
   }
 
-  // Slices are used as many together as stay in a second-level cache. Where words are pairs, packed_texts holds them all.
-  // Otherwise that would be a second copy of the texts: each thread packs what it is about to use for all its rows.
+  // Slices are used as many together as stay in a second-level cache. Where words are pairs, packed_texts holds them
+  // all. Otherwise that would be a second copy of the texts: each thread packs what it is about to use for all its
+  // rows.
   void multiply_images(int64_t row0, int64_t rows) const {
     const Shape& s = p.engine.shape;
     const int64_t together = std::clamp<int64_t>(kSliceBytes / p.slice_bytes(p.stripe), 1, p.slices());

@@ -14,8 +14,10 @@
 
 namespace gapkern::contrastive {
 
-// The columns of a stripe at most: a multiple of every engine's nr.
-constexpr int kStripe = 224;
+// The columns of a stripe at most: a multiple of every engine's nr. Wide ones read and write dX less often; small
+// problems take narrow ones, so that every thread has some.
+constexpr int kStripe = 448, kNarrowStripe = 224;
+constexpr int64_t kNarrowUpTo = 2048;  // columns
 // Words between the rows of dS, and between the depth steps of its copy for dY. Not a power of two, so that the rows
 // the register tile reads at once do not fall on the same cache sets; constants, so that they become address offsets.
 constexpr int row_stride(int group) { return kStripe / group + 16; }
