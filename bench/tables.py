@@ -68,7 +68,8 @@ def contrastive() -> str:
 def memory() -> str:
     rows = harness.load("contrastive")["peak_memory_mib"]
     names = [name for name in rows[0] if name not in ("N", "D")]
-    return _table(["batch", *names], [[str(row["N"]), *(f"{row[name]:.0f}" for name in names)] for row in rows])
+    cells = [[f"{row[name]:.0f}" if name in row else "" for name in names] for row in rows]
+    return _table(["batch", *names], [[str(row["N"]), *line] for row, line in zip(rows, cells, strict=True)])
 
 
 def others() -> str:
@@ -83,8 +84,8 @@ def others() -> str:
             row = [what, f"{size} {case.get('dtype', 'float32')}", case["baseline"], f"{base / ours:.1f}x", limit]
             rows.append(row)
     return _table(["operation", "size", "against", "faster", "time over the limit"], rows) + (
-        "\n\nThe limit is a plain clone of the data, into fresh memory as the operators write it, and for robustness "
-        "one search without noise."
+        "\n\nThe limit is a plain clone of the data, into fresh memory as the operators write it (they ask for huge "
+        "pages, a clone does not), and for robustness one search without noise."
     )
 
 
