@@ -11,6 +11,7 @@ from gapkern.ops import contrastive
 from gapkern.reference import contrastive as contrastive_reference
 from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import perturb as perturb_reference
+from gapkern.reference import robustness as robustness_reference
 from gapkern.testing import compare
 
 
@@ -92,6 +93,19 @@ def _noise() -> tuple[bool, str]:
     return _near(torch.cat(ours), torch.cat(theirs), 1e-6)
 
 
+def _noisy_gallery() -> tuple[bool, str]:
+    x, _ = _pairs()
+    shift = torch.linspace(-1, 1, x.shape[1], dtype=torch.float64)
+    z = perturb_reference.noise(len(x), x.shape[1], "gaussian", 42, 3)
+    call = torch.ops.gapkern.perturb_noisy_gallery
+    ours = [call(x, shift, "gaussian", 0.1, 42, 3, 0, True, when).double() for when in ("after", "before")]
+    theirs = [
+        meanshift_reference.apply(x.double(), shift, True) + 0.1 * z,
+        meanshift_reference.apply(x.double() + 0.1 * z, shift, True),
+    ]
+    return _near(torch.cat(ours), torch.cat(theirs), 1e-6)
+
+
 def _quantize() -> tuple[bool, str]:
     x, _ = _pairs()
     low, high = x.amin(0), x.amax(0)
@@ -112,6 +126,16 @@ def _robustness() -> tuple[bool, str]:
     return _near(found, torch.ones_like(found), 1e-4)
 
 
+def _nearest() -> tuple[bool, str]:
+    y, x = _pairs()
+    x[11] = x[3]  # a tie
+    row, best, second, _ = torch.ops.gapkern.robustness_nearest(y, x, x.mean(0))
+    values, rows = robustness_reference.nearest_two(y, x)
+    found = compare(torch.stack([best, second], 1), values)
+    passed = torch.equal(row, rows) and found.relative_l2 <= 1e-5
+    return passed, f"relative error {found.relative_l2:.1e}"
+
+
 _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("contrastive loss and gradients", _contrastive),
     ("contrastive loss, bfloat16", _contrastive_bfloat16),
@@ -119,8 +143,10 @@ _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("mean, Gram matrix and shift", _meanshift),
     ("Philox bits", _bits),
     ("Gaussian and uniform noise", _noise),
+    ("shift and noise together", _noisy_gallery),
     ("quantisation", _quantize),
     ("exact robustness", _robustness),
+    ("nearest rows", _nearest),
 )
 
 
