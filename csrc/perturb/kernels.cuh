@@ -24,7 +24,8 @@ __global__ void over_blocks(int64_t rows, int64_t columns, Stream s, Body body) 
 struct WriteBits {
   int32_t* out;
   __device__ void operator()(const philox::Block& block, int64_t at, int count) const {
-    for (int w = 0; w < count; ++w) out[at + w] = int32_t(block.word[w]);
+    for (int w = 0; w < 4; ++w)  // a fixed number of turns keeps the words in registers
+      if (w < count) out[at + w] = int32_t(block.word[w]);
   }
 };
 
@@ -43,7 +44,8 @@ struct AddNoise {
       for (int w = 0; w < 4; ++w) from_wide(to_wide(values.value[w]) + scale * A(z[w]), values.value + w);
       *reinterpret_cast<Pack<T, 4>*>(out + at) = values;
     } else {
-      for (int w = 0; w < count; ++w) from_wide(to_wide(x[at + w]) + scale * A(z[w]), out + at + w);
+      for (int w = 0; w < 4; ++w)
+        if (w < count) from_wide(to_wide(x[at + w]) + scale * A(z[w]), out + at + w);
     }
   }
 };
