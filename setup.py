@@ -93,6 +93,23 @@ def cuda_wish():
     return wish.lower()
 
 
+def check_tensor_cores(log, build):
+    """Fails where ptxas says that tensor core instructions wait for each other (C75xx), and drops those objects."""
+    made = None
+    found = {}
+    for line in log.splitlines():
+        made = re.search(r"Building CUDA object (\S+)", line) or made
+        if re.search(r"\(C75\d\d\)", line) and made:
+            found.setdefault(made[1], line)
+    for name in found:
+        (build / name).unlink(missing_ok=True)
+    if found:
+        name, line = next(iter(found.items()))
+        fail(
+            f"{name}: {line.strip()}; a kernel that waits for its tensor cores is refused"
+        )
+
+
 class CMakeBuild(build_ext):
     """Builds every native library in one CMake run and installs it beside the Python files."""
 
@@ -141,6 +158,7 @@ class CMakeBuild(build_ext):
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         with open(build / "build.log", "a") as log:
             log.write(result.stdout)
+        check_tensor_cores(result.stdout, build)
         reason = re.search(r"gapkern: .*?(?=\n\n|\n--|\Z)", result.stdout, re.S) if result.returncode else None
         if reason and result.returncode:
             fail(" ".join(reason[0].split()).removeprefix("gapkern: "))

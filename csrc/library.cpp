@@ -32,6 +32,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   // Counter-based noise and quantisation of rows; perturb/perturb.h.
   m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
   m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");
+  m.def(
+      "perturb_noisy_gallery(Tensor x, Tensor shift, str law, float std, int seed, int trial, int first_row,"
+      " bool normalize, str when) -> Tensor");
   m.def("perturb_quantize(Tensor x, Tensor low, Tensor high, int bins) -> Tensor");
   // The mean shift; meanshift/meanshift.h.
   m.def("meanshift_sum(Tensor x) -> Tensor");
@@ -39,4 +42,8 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def("meanshift_apply(Tensor x, Tensor shift, bool normalize) -> Tensor");
   // Probabilities that a row of the gallery stays nearest under Gaussian noise; robustness/robustness.h.
   m.def("robustness_exact(Tensor distances, Tensor targets, float variance, int dims) -> Tensor");
+  // Each query's nearest row and the distances of the best two.
+  m.def(
+      "robustness_nearest(Tensor queries, Tensor gallery, Tensor centre)"
+      " -> (Tensor row, Tensor best, Tensor second, Tensor slack)");
 }

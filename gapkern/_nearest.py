@@ -26,6 +26,8 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         >>> nearest(torch.tensor([[0.9, 0.0], [0.0, 0.2]]), torch.eye(2)).tolist()
         [0, 1]
     """
+    if gallery.is_cuda and gallery.dtype != torch.float64:
+        return in_tiles(queries, gallery, exact=exact)
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for rows, squared, slack in distances(queries, gallery):
         if exact and len(gallery) > 1:
@@ -35,17 +37,31 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
     return found
 
 
+def in_tiles(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
+    """`nearest` by the operator that keeps each query's best two; what it cannot tell apart is decided as there."""
+    if queries.dtype != gallery.dtype or gallery.dtype == torch.float64:
+        queries, gallery = queries.float(), gallery.float()
+    centre = gallery.mean(0, dtype=torch.float64).float()
+    found, best, second, slack = torch.ops.gapkern.robustness_nearest(queries, gallery, centre)
+    close = (second <= best + slack).nonzero()[:, 0] if exact else found[:0]
+    if len(close):
+        asked = queries[close]
+        for rows, squared, room in distances(asked, gallery):
+            found[close[rows]], _ = lowest(squared, room, asked[rows], gallery)
+    return found
+
+
 def distances(
-    queries: Tensor, gallery: Tensor, work: torch.dtype | None = None
+    queries: Tensor, gallery: Tensor, work: torch.dtype | None = None, centre: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Squared distances (n, G) of some queries at a time, and (n,) what rounding may have moved them by.
 
-    They are formed about the gallery's mean, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from cancelling, in `work`: by
-    default float64 for a float64 gallery and float32 otherwise.
+    They are formed about `centre` (D,), by default the gallery's mean, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from
+    cancelling, in `work`: by default float64 for a float64 gallery and float32 otherwise.
     """
     work = work or (torch.float64 if gallery.dtype == torch.float64 else torch.float32)
     # Any centre serves as long as both sides take the same one.
-    centre = gallery.mean(0, dtype=torch.float64).to(work)
+    centre = (gallery.mean(0, dtype=torch.float64) if centre is None else centre).to(work)
     x = gallery.to(work) - centre
     norms = x.square().sum(1, keepdim=True)
     reach = norms.max().sqrt() if len(x) else norms.sum()

@@ -11,6 +11,7 @@ from gapkern.ops import contrastive
 from gapkern.reference import contrastive as contrastive_reference
 from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import perturb as perturb_reference
+from gapkern.reference import robustness as robustness_reference
 from gapkern.testing import compare
 
 
@@ -92,6 +93,19 @@ def _noise() -> tuple[bool, str]:
     return _near(torch.cat(ours), torch.cat(theirs), 1e-6)
 
 
+def _noisy_gallery() -> tuple[bool, str]:
+    x, _ = _pairs()
+    shift = torch.linspace(-1, 1, x.shape[1], dtype=torch.float64)
+    z = perturb_reference.noise(len(x), x.shape[1], "gaussian", 42, 3)
+    call = torch.ops.gapkern.perturb_noisy_gallery
+    ours = [call(x, shift, "gaussian", 0.1, 42, 3, 0, True, when).double() for when in ("after", "before")]
+    theirs = [
+        meanshift_reference.apply(x.double(), shift, True) + 0.1 * z,
+        meanshift_reference.apply(x.double() + 0.1 * z, shift, True),
+    ]
+    return _near(torch.cat(ours), torch.cat(theirs), 1e-6)
+
+
 def _quantize() -> tuple[bool, str]:
     x, _ = _pairs()
     low, high = x.amin(0), x.amax(0)
@@ -100,16 +114,32 @@ def _quantize() -> tuple[bool, str]:
     )
 
 
-def _robustness() -> tuple[bool, str]:
+def _robustness(device: str = "cpu") -> tuple[bool, str]:
+    def exact(squared: Tensor, targets: Tensor, variance: float, dims: int) -> Tensor:
+        return (
+            torch.ops.gapkern.robustness_exact(squared.to(device), targets.to(device), variance, dims).cpu().flatten()
+        )
+
     # Equal distances: each of G rows wins with probability 1 / G, whatever the law.
     squared, targets = torch.full((2, 50), 1.3, dtype=torch.float64), torch.tensor([[0], [49]])
-    p = [50 * torch.ops.gapkern.robustness_exact(squared, targets, v, 64).flatten() for v in (1e-4, 1e-2, 1.0)]
+    p = [50 * exact(squared, targets, v, 64) for v in (1e-4, 1e-2, 1.0)]
     # Unequal ones: gapkern.reference.robustness.winning_probability, by SciPy's noncentral chi-square law.
     squared, targets = torch.tensor([[1.0, 1.05, 1.2]], dtype=torch.float64), torch.tensor([[0]])
     for dims, variance, known in ((4, 0.05, 0.40548518424003194), (512, 1e-3, 0.6830799143263553)):
-        p.append(torch.ops.gapkern.robustness_exact(squared, targets, variance, dims).flatten() / known)
+        p.append(exact(squared, targets, variance, dims) / known)
     found = torch.cat(p)
     return _near(found, torch.ones_like(found), 1e-4)
+
+
+def _nearest(device: str = "cpu") -> tuple[bool, str]:
+    y, x = _pairs()
+    x[11] = x[3]  # a tie
+    found = torch.ops.gapkern.robustness_nearest(*(t.to(device) for t in (y, x, x.mean(0))))
+    row, best, second, _ = (t.cpu() for t in found)
+    values, rows = robustness_reference.nearest_two(y, x)
+    found = compare(torch.stack([best, second], 1), values)
+    passed = torch.equal(row, rows) and found.relative_l2 <= 1e-5
+    return passed, f"relative error {found.relative_l2:.1e}"
 
 
 _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
@@ -119,13 +149,15 @@ _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("mean, Gram matrix and shift", _meanshift),
     ("Philox bits", _bits),
     ("Gaussian and uniform noise", _noise),
+    ("shift and noise together", _noisy_gallery),
     ("quantisation", _quantize),
     ("exact robustness", _robustness),
+    ("nearest rows", _nearest),
 )
 
 
 def checks() -> Iterator[Check]:
-    """Runs every check on the CPU, and the noise on a CUDA device where one is visible.
+    """Runs every check on the CPU, and those of noise and robustness on a CUDA device where one is visible.
 
     Example:
         >>> all(check.passed for check in checks())
@@ -135,6 +167,8 @@ def checks() -> Iterator[Check]:
         yield _run(name, function)
     if torch.cuda.is_available():
         yield _run("noise on CUDA", _noise_on_cuda)
+        yield _run("exact robustness on CUDA", lambda: _robustness("cuda"))
+        yield _run("nearest rows on CUDA", lambda: _nearest("cuda"))
 
 
 def _noise_on_cuda() -> tuple[bool, str]:

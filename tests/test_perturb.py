@@ -7,6 +7,7 @@ from scipy import stats
 
 from gapkern import Gaussian, Quantize, Replace, Uniform
 from gapkern.perturb import Chain, perturb
+from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import perturb as reference
 from gapkern.testing import assert_near, assert_three_way
 
@@ -165,6 +166,44 @@ def test_noise_passes_gradients_and_quantisation_stops_them():
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+def composed(x, shift, noise, normalize, when):
+    """The shift and the noise one after the other."""
+    add, move = torch.ops.gapkern.perturb_noise, torch.ops.gapkern.meanshift_apply
+    if when == "before":
+        return move(add(x, *noise), shift, normalize)
+    return add(move(x, shift, normalize), *noise)
+
+
+@pytest.mark.parametrize("when", ["after", "before"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shift_and_noise_together_are_one_after_the_other(poisoned, dtype, normalize, when):
+    x, shift = torch.randn(61, 133).to(dtype), torch.linspace(-1, 1, 133, dtype=torch.float64)
+    noise = ("gaussian", 0.1, 11, 2, 5)
+    ours = torch.ops.gapkern.perturb_noisy_gallery(x, shift, *noise, normalize, when)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, composed(x, shift, noise, normalize, when))
+    z, truth = 0.1 * reference.noise(61, 133, "gaussian", 11, 2, 5), x.double()
+    truth = truth + z if when == "before" else truth
+    truth = meanshift_reference.apply(truth, shift, normalize)
+    truth = truth + z if when == "after" else truth
+    assert_near(ours, truth, 2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6)
+    rows = torch.ops.gapkern.perturb_noisy_gallery(x[7:], shift, "gaussian", 0.1, 11, 2, 12, normalize, when)
+    assert torch.equal(rows, ours[7:])
+
+
+@pytest.mark.parametrize("when", ["after", "before"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_shift_and_noise_together_pass_gradients(normalize, when):
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    shift = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    call = torch.ops.gapkern.perturb_noisy_gallery
+    assert torch.autograd.gradcheck(lambda a, b: call(a, b, "uniform", 0.5, 1, 2, 3, normalize, when), (x, shift))
+    torch.library.opcheck(call, (x, shift, "uniform", 0.5, 1, 2, 3, normalize, when))
+    with pytest.raises(RuntimeError, match="when: expected 'after' or 'before', got 'during'"):
+        call(x.detach(), shift.detach(), "uniform", 0.5, 1, 2, 3, normalize, "during")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     x = torch.randn(5, 7).to(dtype).requires_grad_()
@@ -197,6 +236,32 @@ def test_cuda_gives_the_cpus_bits(dtype, shape):
     ]
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("when", ["after", "before"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 257), (300, 1032), (0, 8)])
+def test_cuda_shifts_and_adds_noise_in_one_pass(poisoned, shape, dtype, normalize, when):
+    x, shift = torch.randn(shape).to(dtype), torch.linspace(-1, 1, shape[1], dtype=torch.float64)
+    call, noise = torch.ops.gapkern.perturb_noisy_gallery, ("gaussian", 0.3, 7, 1, 2**32 - 3)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = x.cuda()
+        found = call(y, shift.cuda(), *noise, normalize, when)
+        again = call(y, shift.cuda(), *noise, normalize, when)
+        # Rows that do not start at a multiple of 16 bytes.
+        ragged = call(y[:, 1:], shift[1:].cuda(), *noise, normalize, when)
+        bare = call(torch.zeros_like(y), torch.zeros_like(shift).cuda(), *noise, False, when)
+    stream.synchronize()
+    assert found.dtype == dtype
+    assert torch.equal(found, again)
+    assert torch.equal(bare.cpu(), torch.ops.gapkern.perturb_noise(torch.zeros_like(x), *noise)), "other noise"
+    # Rounded in between, and the sums of squares are in the arithmetic type.
+    epsilon = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
+    assert_near(found.cpu(), call(x, shift, *noise, normalize, when), 3 * epsilon)
+    assert_near(ragged.cpu(), call(x[:, 1:], shift[1:], *noise, normalize, when), 3 * epsilon)
 
 
 @pytest.mark.parametrize(

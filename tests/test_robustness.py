@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, sweep
-from gapkern._nearest import nearest
+from gapkern._nearest import in_tiles, nearest
 from gapkern.perturb import perturb
 from gapkern.reference import robustness as reference
 from gapkern.robustness import robustness
+from gapkern.testing import assert_near
 
 
 def cloud(queries=40, gallery=15, dims=32, spread=0.1, noise=0.03, offset=0.5, seed=0):
@@ -112,6 +113,132 @@ def test_the_exact_operator_keeps_its_contract():
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.gapkern.robustness_exact(*arguments)
+
+
+def tied(queries, gallery, dims, dtype=torch.float32):
+    """Rows that stand in the gallery several times, asked for by every other query; far from the origin."""
+    generator = torch.Generator().manual_seed(dims)
+    y, x = (torch.randn(n, dims, generator=generator) + 3 for n in (queries, gallery))
+    y[::2] = x[torch.randint(gallery, (len(y[::2]),), generator=generator)]
+    x[gallery // 2 :] = x[: gallery - gallery // 2].flip(0)
+    return y.to(dtype), x.to(dtype)
+
+
+SEARCHES = [(1, 1, 1), (5, 2, 3), (130, 129, 7), (257, 300, 32), (40, 1000, 130)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SEARCHES)
+def test_nearest_rows_and_the_best_two_distances(poisoned, shape, dtype):
+    y, x = tied(*shape, dtype)
+    row, best, second, slack = torch.ops.gapkern.robustness_nearest(y, x, x.float().mean(0))
+    squared, rows = reference.nearest_two(y, x)
+    assert float((best - squared[:, 0]).abs().sub(slack).max()) <= 0
+    assert torch.equal(second.isinf(), squared[:, 1].isinf())
+    assert float((second - squared[:, 1]).nan_to_num(0).abs().sub(slack).max()) <= 0
+    apart = squared[:, 1] - squared[:, 0] > slack
+    assert torch.equal(row[apart], rows[apart])
+    assert torch.equal(in_tiles(y, x), rows)
+    assert torch.equal(nearest(y, x), rows)
+
+
+def test_the_nearest_operator_keeps_its_contract():
+    y, x = tied(9, 6, 5)
+    operator = torch.ops.gapkern.robustness_nearest
+    torch.library.opcheck(operator, (y, x, x.mean(0)))
+    for arguments, message in (
+        ((y[:, :4], x, x.mean(0)), r"gallery: expected \(G, D\) beside queries"),
+        ((y, x.half(), x.mean(0)), "queries and gallery: expected one dtype"),
+        ((y.double(), x.double(), x.mean(0)), "queries and gallery: expected one dtype"),
+        ((y, x[:0], x.mean(0)), "gallery: expected at least one row"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(*arguments)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        operator(y.requires_grad_(), x, x.mean(0))[1].sum().backward()
+
+
+@pytest.mark.parametrize("moves", ["gallery", "queries"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_noise_before_the_shift_in_one_pass_is_noise_then_shift(moves, normalize):
+    queries, gallery = cloud(dims=12)
+    shift = MeanShift(0.7, moves=moves, normalize=normalize).fit(gallery, queries)
+    for noise in (Gaussian(0.3), Uniform(0.3)):
+        found = robustness(queries, gallery, noise, shift=shift, on=moves, when="before", method="sample", trials=4)
+        # A chain is perturbed and shifted in two steps.
+        chain = noise | Gaussian(0.0)
+        apart = robustness(queries, gallery, chain, shift=shift, on=moves, when="before", method="sample", trials=4)
+        assert torch.equal(found.per_query, apart.per_query)
+        assert found.robustness < 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SEARCHES, (1000, 5000, 512), (3, 40_000, 64)])
+def test_cuda_nearest_rows(poisoned, shape, dtype):
+    y, x = tied(*shape, dtype)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        centre = x.float().mean(0).cuda()
+        found = torch.ops.gapkern.robustness_nearest(y.cuda(), x.cuda(), centre)
+        again = torch.ops.gapkern.robustness_nearest(y.cuda(), x.cuda(), centre)
+        whole = nearest(y.cuda(), x.cuda())
+        ragged = nearest(y.cuda()[:, 1:], x.cuda()[:, 1:]) if shape[2] > 1 else None
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    expected = torch.ops.gapkern.robustness_nearest(y, x, centre.cpu())
+    row, best, second, slack = (t.cpu() for t in found)
+    assert_near(slack, expected[3], 1e-5)
+    assert float((best - expected[1]).abs().sub(slack).max()) <= 0
+    assert float((second - expected[2]).nan_to_num(0).abs().sub(slack).max()) <= 0
+    apart = expected[2] - expected[1] > slack
+    assert torch.equal(row[apart], expected[0][apart])
+    assert torch.equal(whole.cpu(), nearest(y, x))
+    if ragged is not None:
+        assert torch.equal(ragged.cpu(), nearest(y[:, 1:], x[:, 1:]))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dims", [1, 3, 63, 64, 512, 4096])
+@pytest.mark.parametrize("gallery", [1, 7, 300, 5000])
+def test_cuda_exact_is_the_cpus(poisoned, gallery, dims, dtype):
+    generator = torch.Generator().manual_seed(gallery)
+    stream = torch.cuda.Stream()
+    for variance in (1e-4, 1e-2, 1.0):
+        deviation = 2 * variance * math.sqrt(dims + 2 / variance)
+        for spread in (0.0, 0.5, 3.0):
+            ahead = spread * torch.randn(6, gallery, generator=generator, dtype=torch.float64).abs()
+            squared = (1 + deviation * ahead).to(dtype)
+            targets = torch.randint(-1, gallery, (6, 3), generator=generator)
+            targets[:, 0] = squared.argmin(1)
+            with torch.cuda.stream(stream):
+                found = torch.ops.gapkern.robustness_exact(squared.cuda(), targets.cuda(), variance, dims)
+                again = torch.ops.gapkern.robustness_exact(squared.cuda(), targets.cuda(), variance, dims)
+            stream.synchronize()
+            expected = torch.ops.gapkern.robustness_exact(squared, targets, variance, dims)
+            assert torch.equal(found, again)
+            assert float((found.cpu() - expected).abs().max()) < 2e-5
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["exact", "projected", "sample"])
+@pytest.mark.parametrize("when", ["after", "before"])
+def test_cuda_robustness(method, when):
+    queries, gallery = cloud(queries=300, gallery=60, dims=64)
+    shift = MeanShift(components=5).fit(gallery, queries)
+    labels = nearest(queries, gallery)
+    options = {"shift": shift, "when": when, "method": method, "trials": 20, "labels": labels, "seed": 3}
+    on_cpu = robustness(queries, gallery, Gaussian(0.2), **options)
+    on_cuda = robustness(queries.cuda(), gallery.cuda(), Gaussian(0.2), **options)
+    assert on_cuda.per_query.device.type == "cpu"
+    assert torch.equal(on_cuda.nearest, on_cpu.nearest)
+    for name in ("robustness", "agreement", "accuracy"):
+        ours, theirs = getattr(on_cuda, name), getattr(on_cpu, name)
+        # "projected" draws from the device's own generator.
+        margin = 5 * on_cpu.stderr if method == "projected" else 1e-3
+        assert ours == pytest.approx(theirs, abs=margin), name
+    assert on_cuda.clean_accuracy == on_cpu.clean_accuracy
 
 
 @pytest.mark.parametrize("variance", [1e-3, 5e-3])

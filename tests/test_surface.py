@@ -52,7 +52,8 @@ def test_every_operator_has_a_schema_and_a_check():
     operators = {
         "contrastive_lse", "contrastive_lse_backward", "contrastive_chunk_lse", "contrastive_chunk_gradient",
         "contrastive_chunk_sigmoid", "sigmoid_loss", "meanshift_sum", "meanshift_gram",
-        "meanshift_apply", "perturb_bits", "perturb_noise", "perturb_quantize", "robustness_exact",
+        "meanshift_apply", "perturb_bits", "perturb_noise", "perturb_noisy_gallery", "perturb_quantize",
+        "robustness_exact", "robustness_nearest",
     }  # fmt: skip
     for name in operators:
         assert getattr(torch.ops.gapkern, name).default._schema.name == f"gapkern::{name}"

@@ -86,33 +86,39 @@ __global__ void __launch_bounds__(kTileThreads)
   const Place at;
   const R none = kNothing<R>, k = R(kLog2e) * *scale;
   R v[kWarpRows][kThreadColumns];
+#pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const bool inside = at.row + r < chunk.rows;
     if (inside) chunk.template load<pack>(at.row + r, at.column, v[r]);
     for (int c = 0; c < kThreadColumns; ++c) v[r][c] = inside && at.column + c < chunk.columns ? k * v[r][c] : none;
   }
+#pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     R most = v[r][0];
     for (int c = 1; c < kThreadColumns; ++c) most = larger(most, v[r][c]);
     const R base = reference(warp_max(most));
     R sum = 0;
+#pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) sum += exp2_of(v[r][c] - base);
     sum = warp_sum(sum);
     if (at.lane == 0 && at.row + r < chunk.rows)
       row_part[blockIdx.x * chunk.rows + at.row + r] = {double(base), double(sum)};
   }
+#pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
     R most = v[0][c];
     for (int r = 1; r < kWarpRows; ++r) most = larger(most, v[r][c]);
     highest[at.warp * kTileColumns + at.lane * kThreadColumns + c] = most;
   }
   __syncthreads();
+#pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
     const int column = at.lane * kThreadColumns + c;
     R most = highest[column];
     for (int w = 1; w < kTileWarps; ++w) most = larger(most, highest[w * kTileColumns + column]);
     const R base = reference(most);
     R sum = 0;
+#pragma unroll
     for (int r = 0; r < kWarpRows; ++r) sum += exp2_of(v[r][c] - base);
     sums[at.warp * kTileColumns + column] = sum;
   }
@@ -183,6 +189,7 @@ __device__ __forceinline__ void store_tile(const Chunk<R>& chunk, const Place& a
                                            const TileSums<R>& sums, O* ds) {
   GAPKERN_SHARED(double, room, kTileWarps);
   GAPKERN_SHARED(R, part, kTileWarps * kTileColumns);
+#pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     if (at.row + r >= chunk.rows) continue;
     O* to = ds + (at.row + r) * chunk.columns + at.column;
@@ -197,14 +204,17 @@ __device__ __forceinline__ void store_tile(const Chunk<R>& chunk, const Place& a
   const double total = block_sum(of_scale, room);
   if (threadIdx.x == 0) sums.scale[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = total;
   if (!sums.rows) return;
+#pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     R sum = 0;
     for (int c = 0; c < kThreadColumns; ++c) sum += w[r][c];
     sum = warp_sum(sum);
     if (at.lane == 0 && at.row + r < chunk.rows) sums.rows[blockIdx.x * chunk.rows + at.row + r] = sum;
   }
+#pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
     R sum = 0;
+#pragma unroll
     for (int r = 0; r < kWarpRows; ++r) sum += w[r][c];
     part[at.warp * kTileColumns + at.lane * kThreadColumns + c] = sum;
   }
@@ -224,18 +234,21 @@ __global__ void __launch_bounds__(kTileThreads)
   const Place at;
   const R k = R(kLog2e) * *scale;
   R w[kWarpRows][kThreadColumns], column_lse[kThreadColumns], column_grad[kThreadColumns];
+#pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
     const bool inside = at.column + c < chunk.columns;
     column_lse[c] = inside ? weights.col_lse[at.column + c] : R(0);
     column_grad[c] = inside ? weights.grad_col[at.column + c] : R(0);
   }
   double of_scale = 0;
+#pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const int64_t row = at.row + r;
     R t[kThreadColumns] = {}, part = 0;
     const bool inside = row < chunk.rows;
     if (inside) chunk.template load<pack>(row, at.column, t);
     const R row_lse = inside ? weights.row_lse[row] : R(0), row_grad = inside ? weights.grad_row[row] : R(0);
+#pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
       const R v = k * t[c];
       R weight = row_grad * exp2_of(v - row_lse) + column_grad[c] * exp2_of(v - column_lse[c]);
@@ -259,10 +272,12 @@ __global__ void __launch_bounds__(kTileThreads)
   const R s = *scale, b = *bias;
   R w[kWarpRows][kThreadColumns];
   double loss_sum = 0, bias_sum = 0, scale_sum = 0;
+#pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const int64_t row = at.row + r;
     R t[kThreadColumns] = {}, losses = 0, weights = 0, products = 0;
     if (row < chunk.rows) chunk.template load<pack>(row, at.column, t);
+#pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
       const bool inside = row < chunk.rows && at.column + c < chunk.columns;
       const bool positive = at.column + c == row + label_offset;

@@ -42,6 +42,39 @@ Tensor noise(const Tensor& input, std::string law_name, double std, int64_t seed
   return out;
 }
 
+template <class T, bool packed>
+void launch_noisy(const Tensor& x, const Tensor& shift, bool normalize, bool noise_first, Law law, double std,
+                  const Stream& s, Tensor& out) {
+  using A = typename Wide<T>::type;
+  noisy_rows<T, packed><<<blocks(x.size(0), kThreads / kWarp), kThreads, 0, stream_of(x)>>>(
+      static_cast<const T*>(x.data_ptr()), x.size(0), x.size(1), static_cast<const A*>(shift.data_ptr()), normalize,
+      noise_first, law, A(std), s, static_cast<T*>(out.data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor noisy_gallery(const Tensor& input, const Tensor& shift, std::string law_name, double std, int64_t seed,
+                     int64_t trial, int64_t first_row, bool normalize, std::string when) {
+  const Stream s = check_stream(input, seed, trial, first_row);
+  const Law law = check_law(law_name);
+  const bool noise_first = check_when(when);
+  STD_TORCH_CHECK(shift.numel() == input.size(1), "shift: expected D = ", input.size(1), " elements, got ",
+                  shift.numel());
+  STD_TORCH_CHECK(shift.is_cuda() && shift.get_device_index() == input.get_device_index(),
+                  "shift: expected the device of x");
+  const Tensor x = torch::stable::contiguous(input), by = as_type(shift, arithmetic_type(x));
+  Tensor out = torch::stable::empty_like(x);
+  if (x.numel() == 0) return out;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  by_dtype(x, [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    if (packs(x, x.size(1)) && x.size(1) % Run<T, true>::kCount == 0 && packs(by, x.size(1)))
+      launch_noisy<T, true>(x, by, normalize, noise_first, law, std, s, out);
+    else
+      launch_noisy<T, false>(x, by, normalize, noise_first, law, std, s, out);
+  });
+  return out;
+}
+
 Tensor quantize(const Tensor& input, const Tensor& low, const Tensor& high, int64_t bins) {
   check_range(input, low, high, bins);
   const Tensor x = torch::stable::contiguous(input);
@@ -68,5 +101,6 @@ Tensor quantize(const Tensor& input, const Tensor& low, const Tensor& high, int6
 STABLE_TORCH_LIBRARY_IMPL(gapkern, CUDA, m) {
   m.impl("perturb_bits", TORCH_BOX(&gapkern::perturb::bits));
   m.impl("perturb_noise", TORCH_BOX(&gapkern::perturb::noise));
+  m.impl("perturb_noisy_gallery", TORCH_BOX(&gapkern::perturb::noisy_gallery));
   m.impl("perturb_quantize", TORCH_BOX(&gapkern::perturb::quantize));
 }

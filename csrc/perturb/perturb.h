@@ -5,6 +5,10 @@
 // perturb_noise(x, law, std, seed, trial, first_row) -> x + std * noise in x's dtype, noise of unit variance per
 //   coordinate and mean zero: "gaussian", or "uniform" on (-sqrt 3, sqrt 3). Noise is drawn in float32 and added in
 //   float32 (float64 for float64), rounded once. The same bits on every device.
+// perturb_noisy_gallery(x, shift, law, std, seed, trial, first_row, normalize, when) -> with when = "after"
+//   perturb_noise(meanshift_apply(x, shift, normalize), ...), with "before" meanshift_apply(perturb_noise(x, ...),
+//   shift, normalize): the noise comes after or before the shift. On CUDA in one pass, with sums in x's arithmetic
+//   type.
 // perturb_quantize(x, low, high, bins) -> x with each coordinate at the centre of its cell: [low, high] in `bins` equal
 //   cells, values outside go to the nearest cell; low and high float32 (float64 for float64), [D] or [1]. A range
 //   without extent leaves its coordinates as they are; NaN stays NaN.
@@ -36,6 +40,12 @@ inline Stream check_stream(const Tensor& x, int64_t seed, int64_t trial, int64_t
 inline Law check_law(const std::string& law) {
   STD_TORCH_CHECK(law == "gaussian" || law == "uniform", "law: expected 'gaussian' or 'uniform', got '", law, "'");
   return law == "gaussian" ? Law::gaussian : Law::uniform;
+}
+
+// Whether noise comes before the shift.
+inline bool check_when(const std::string& when) {
+  STD_TORCH_CHECK(when == "after" || when == "before", "when: expected 'after' or 'before', got '", when, "'");
+  return when == "before";
 }
 
 inline void check_range(const Tensor& x, const Tensor& low, const Tensor& high, int64_t bins) {

@@ -1,4 +1,5 @@
-// Tails of the noncentral chi-square distribution with D degrees of freedom and noncentrality lambda, in vectors.
+// Tails of the noncentral chi-square distribution with D degrees of freedom and noncentrality lambda: in vectors where
+// an instruction set is named, in scalars for CUDA.
 //
 // Lugannani and Rice (1980): SF(q) = Phi(-w) + phi(w) (1/u - 1/w). With s = 2q / (D + sqrt(D^2 + 4 lambda q)), the
 // saddle is t = (1 - 1/s) / 2, and with delta = s - 1, rho = (delta - log s) / delta^2:
@@ -10,15 +11,31 @@
 #pragma once
 #include <cmath>
 
-#include "common/vec.h"
+#include "robustness/robustness.h"
 
+#ifdef GAPKERN_ISA
+#include "common/vec.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#define GAPKERN_LANES GAPKERN_ISA
+#else
+#include "common/scalar.h"
+#define GAPKERN_LANES device
+#endif
+#ifdef __CUDACC__
+#define GAPKERN_CHI2 __host__ __device__ inline
+#else
+#define GAPKERN_CHI2 inline
+#endif
 
-namespace gapkern::robustness::GAPKERN_ISA {
+namespace gapkern::robustness::GAPKERN_LANES {
+#ifndef GAPKERN_ISA
+using namespace gapkern::scalar;
+#endif
 namespace {
 
+#ifdef GAPKERN_ISA
 GAPKERN_INLINE f32v root(f32v x) {
 #if GAPKERN_VECTOR_BYTES == 64
   return f32v(_mm512_sqrt_ps(__m512(x)));
@@ -64,6 +81,7 @@ GAPKERN_INLINE void split(f64v x, f64v* exponent, f64v* mantissa) {
   bits = (bits & 0x000fffffffffffffull) + 0x3fe6a09e667f3bcdull;
   std::memcpy(mantissa, &bits, sizeof bits);
 }
+#endif
 
 // (atanh r - r) / r^3 for |r| <= 0.172.
 GAPKERN_INLINE f32v atanh_rest(f32v r) {
@@ -125,7 +143,7 @@ struct Saddle {
 };
 
 // Whether s, increasing in q and decreasing in lambda, stays so near 1 that log s needs no splitting.
-inline bool near_mean(double q, double dims, double lambda) {
+GAPKERN_CHI2 bool near_mean(double q, double dims, double lambda) {
   const double s = 2 * q / (dims + std::sqrt(dims * dims + 4 * lambda * q));
   return s > 0.71 && s < 1.41;
 }
@@ -166,8 +184,45 @@ GAPKERN_INLINE V near_tail(const Saddle<V>& p) {
   return tail > V{} ? tail : V{};
 }
 
+// log P(X > q), without the underflow of far tails or the rounding of those near 1.
+template <bool near_only>
+GAPKERN_INLINE f32v log_survival(f32v q, f32v excess, f32v lambda, float dims) {
+  const Saddle<f32v> p = saddle<float, near_only>(q, excess, lambda, dims);
+  const auto left = p.w < f32v{};
+  const f32v size = left ? -p.w : p.w;
+  const f32v ratio = at_least(mills(size) + (left ? -p.correction : p.correction), splat<float>(1e-30f));
+  const f32v exponent = -0.5f * size * size - 0.918938533f;
+  const f32v below = exp2(float(kLog2e) * exponent) * ratio;
+  const f32v whole = log1p_of(left ? 1.f - below : ratio, left ? -below : ratio - 1.f);
+  return left ? whole : whole + exponent;
+}
+
+// q - D - lambda where P(X > q) = Phi(-z), by Newton's method on the logarithm of the nearer tail.
+GAPKERN_INLINE f64v quantile_excess(f64v z, f64v log_upper, f64v log_lower, double dims, double lambda) {
+  const f64v l = splat<double>(lambda);
+  const double mean = dims + lambda, spread = 2 * (dims + 2 * lambda) / (9 * mean * mean);
+  // Start: the cube root of X / mean is nearly normal.
+  f64v cube = 1. - spread + std::sqrt(spread) * z;
+  cube = at_least(cube, splat<double>(0.01));
+  f64v at = mean * (cube * cube * cube - 1.);
+  for (int i = 0; i < 6; ++i) {
+    const f64v q = at_least(mean + at, splat<double>(1e-9 * mean));
+    const Saddle<f64v> p = saddle<double, false>(q, at, l, dims);
+    const auto left = p.w < f64v{};
+    const f64v size = left ? -p.w : p.w;
+    const f64v ratio = mills(size) + (left ? -p.correction : p.correction);
+    const f64v log_tail =
+        natural_log(at_least(ratio, splat<double>(1e-300))) - 0.5 * size * size - 0.91893853320467274178;
+    const f64v curvature = root(2. * dims * p.s * p.s + 4. * l * p.s * p.s * p.s);
+    const f64v wanted = left ? log_lower : log_upper;
+    const f64v step = (log_tail - wanted) * ratio * curvature;
+    at = at_least(at + (left ? -step : step), splat<double>(-mean * (1 - 1e-9)));
+  }
+  return at;
+}
+
 // The Poisson mixture sum_k e^(-l/2) (l/2)^k / k! Q(D/2 + k, q/2): every term is positive. For moderate D + lambda.
-inline double mixture_survival(double q, double dims, double lambda) {
+GAPKERN_CHI2 double mixture_survival(double q, double dims, double lambda) {
   if (q <= 0) return 1;
   const double x = q / 2, half = lambda / 2;
   // Regularised upper incomplete gamma Q(a, x) up from a = 1/2 or 1, by Q(a + 1, x) = Q(a, x) + x^a e^-x / Gamma(a+1).
@@ -192,7 +247,26 @@ inline double mixture_survival(double q, double dims, double lambda) {
   return total + (covered < 1 ? 1 - covered : 0) * (upper < 1 ? upper : 1);
 }
 
-inline bool small(double dims, double lambda) { return dims < 64 && dims + lambda < 200; }
+GAPKERN_CHI2 bool small(double dims, double lambda) { return dims < 64 && dims + lambda < 200; }
+
+// A sum of log tails over rivals, each ahead of the target by a noncentrality from `least` to `most`, is a sum over a
+// grid, once every rival is spread over the six points around it by Lagrange's weights: tails are taken at the grid's
+// points only.
+struct Grid {
+  double first, step;
+  int64_t points;
+
+  GAPKERN_CHI2 Grid(double least, double most, double lambda, double dims)
+      : step(kGridStep * std::sqrt(2 * (dims + 2 * (lambda + least)))) {
+    first = least - 2 * step;
+    points = int64_t((most - least) / step) + 7;
+  }
+  // Less work than tails for each rival.
+  GAPKERN_CHI2 bool pays(int64_t rivals, double lambda) const {
+    return 3 * points <= 2 * rivals && points <= kGridPoints && lambda + first >= 0;
+  }
+  GAPKERN_CHI2 double last() const { return first + double(points - 1) * step; }
+};
 
 }  // namespace
-}  // namespace gapkern::robustness::GAPKERN_ISA
+}  // namespace gapkern::robustness::GAPKERN_LANES

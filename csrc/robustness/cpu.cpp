@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "robustness/arguments.h"
 #include "robustness/kernels.h"
 
 namespace gapkern::robustness {
@@ -29,13 +30,8 @@ void fill(StaysNearest* stays_nearest, const Tensor& squared, const Tensor& rows
 }
 
 Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
-  STD_TORCH_CHECK(distances.dim() == 2 && targets.dim() == 2 && distances.size(0) == targets.size(0),
-                  "targets: expected (Q, T) beside distances (Q, G)");
+  check_exact(distances, targets, variance, dims);
   const bool single = distances.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(single || distances.scalar_type() == ScalarType::Double, "distances: expected float32 or float64");
-  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
-  STD_TORCH_CHECK(variance > 0, "variance: expected a number > 0, got ", variance);
-  STD_TORCH_CHECK(dims > 0, "dims: expected an integer > 0, got ", dims);
   const Tensor squared = torch::stable::contiguous(distances), rows = torch::stable::contiguous(targets);
   const int64_t q = squared.size(0), g = squared.size(1), t = rows.size(1);
   Tensor out = torch::stable::new_zeros(squared, {q, t}, ScalarType::Double);

@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "robustness/chi2.h"
-#include "robustness/robustness.h"
 
 namespace gapkern::robustness::GAPKERN_ISA {
 namespace {
@@ -32,32 +31,11 @@ const Nodes& nodes() {
   return table;
 }
 
-// excess[k] = q_k - D - lambda with P(X > q_k) = Phi(-z_k), by Newton's method on the logarithm of the nearer tail.
+// excess[k] = q_k - D - lambda with P(X > q_k) = Phi(-z_k).
 void quantiles(double dims, double lambda, double* excess) {
   const Nodes& n = nodes();
-  constexpr int width = Vec<double>::size;
-  const f64v l = splat<double>(lambda);
-  const double mean = dims + lambda, spread = 2 * (dims + 2 * lambda) / (9 * mean * mean);
-  for (int k = 0; k < kNodes; k += width) {
-    // Start: the cube root of X / mean is nearly normal.
-    f64v cube = 1. - spread + std::sqrt(spread) * load(n.z + k);
-    cube = at_least(cube, splat<double>(0.01));
-    f64v at = mean * (cube * cube * cube - 1.);
-    for (int i = 0; i < 6; ++i) {
-      const f64v q = at_least(mean + at, splat<double>(1e-9 * mean));
-      const Saddle<f64v> p = saddle<double, false>(q, at, l, dims);
-      const auto left = p.w < f64v{};
-      const f64v size = left ? -p.w : p.w;
-      const f64v ratio = mills(size) + (left ? -p.correction : p.correction);
-      const f64v log_tail =
-          natural_log(at_least(ratio, splat<double>(1e-300))) - 0.5 * size * size - 0.91893853320467274178;
-      const f64v curvature = root(2. * dims * p.s * p.s + 4. * l * p.s * p.s * p.s);
-      const f64v wanted = left ? load(n.log_lower + k) : load(n.log_upper + k);
-      const f64v step = (log_tail - wanted) * ratio * curvature;
-      at = at_least(at + (left ? -step : step), splat<double>(-mean * (1 - 1e-9)));
-    }
-    store(excess + k, at);
-  }
+  for (int k = 0; k < kNodes; k += Vec<double>::size)
+    store(excess + k, quantile_excess(load(n.z + k), load(n.log_upper + k), load(n.log_lower + k), dims, lambda));
 }
 
 // The same where the mixture serves, by bisection on log q.
@@ -140,36 +118,10 @@ void multiply(const float* ahead, int64_t rivals, double lambda, float dims, con
     }
 }
 
-// log P(X > q), without the underflow of far tails or the rounding of those near 1.
-template <bool near_only>
-GAPKERN_INLINE f32v log_survival(f32v q, f32v excess, f32v lambda, float dims) {
-  const Saddle<f32v> p = saddle<float, near_only>(q, excess, lambda, dims);
-  const auto left = p.w < f32v{};
-  const f32v size = left ? -p.w : p.w;
-  const f32v ratio = at_least(mills(size) + (left ? -p.correction : p.correction), splat<float>(1e-30f));
-  const f32v exponent = -0.5f * size * size - 0.918938533f;
-  const f32v below = exp2(float(kLog2e) * exponent) * ratio;
-  const f32v whole = log1p_of(left ? 1.f - below : ratio, left ? -below : ratio - 1.f);
-  return left ? whole : whole + exponent;
-}
-
-// A sum of log tails over rivals at ahead[j] is a sum over a grid, once every rival is spread over the six points
-// around it by Lagrange's weights: tails are taken at the grid's points only.
-struct Grid {
-  double first, step;
-  int64_t points;
+// The weights of a grid's points.
+struct Spread : Grid {
   alignas(64) double weight[kGridPoints]{};
-
-  Grid(double least, double most, double lambda, double dims)
-      : step(kGridStep * std::sqrt(2 * (dims + 2 * (lambda + least)))) {
-    first = least - 2 * step;
-    points = int64_t((most - least) / step) + 7;
-  }
-  // Less work than tails for each rival.
-  bool pays(int64_t rivals, double lambda) const {
-    return 3 * points <= 2 * rivals && points <= kGridPoints && lambda + first >= 0;
-  }
-  double last() const { return first + double(points - 1) * step; }
+  using Grid::Grid;
 
   void spread(const float* ahead, int64_t rivals) {
     const double inverse = 1 / step;
@@ -191,7 +143,8 @@ struct Grid {
 
 // What multiply() does, for rivals spread over a grid.
 template <bool near_only>
-void multiply_grid(const Grid& grid, double lambda, float dims, const float* q, const float* excess, double* product) {
+void multiply_grid(const Spread& grid, double lambda, float dims, const float* q, const float* excess,
+                   double* product) {
   constexpr int width = Vec<float>::size;
   alignas(64) float logs[kNodes];
   alignas(64) double total[kNodes]{};
@@ -236,7 +189,7 @@ double stays_nearest(const T* squared, int64_t count, int64_t target, double var
     excess32[k] = float(excess[k]);
     product[k] = 1;
   }
-  Grid grid(least, most, lambda, dims);
+  Spread grid(least, most, lambda, dims);
   const bool gridded = grid.pays(rivals, lambda);
   const double lowest = gridded ? grid.first : least, highest = gridded ? grid.last() : most;
   const bool near = near_mean(dims + lambda + excess[0], dims, lambda + highest) &&

@@ -1,10 +1,10 @@
-// The exact robustness operator's contract (Chowers et al., CVPR 2026, Eq. 10, for Gaussian noise on the gallery).
+// The robustness operators' contract (Chowers et al., CVPR 2026, Eq. 10, for Gaussian noise on the gallery).
 //
 // robustness_exact(distances, targets, variance, dims) -> float64 [Q, T].
-//   distances float64 [Q, G]: squared distances of queries to gallery rows; targets int64 [Q, T]: gallery rows, or -1;
-//   variance: of the noise, per coordinate, > 0; dims: D.
-//   result[i, t]: the probability that row targets[i, t] is query i's nearest once every gallery row has its own noise.
-//   A target of -1 gives 0.
+//   distances float32 or float64 [Q, G]: squared distances of queries to gallery rows; targets int64 [Q, T]: gallery
+//   rows, or -1; variance: of the noise, per coordinate, > 0; dims: D. result[i, t]: the probability that row
+//   targets[i, t] is query i's nearest once every gallery row has its own noise. A target of -1 gives 0. Others outside
+//   [0, G) are refused on the CPU and give NaN on CUDA, which is not waited for.
 //
 // A noisy squared distance over the variance is noncentral chi-square, D degrees of freedom and noncentrality
 // lambda_j = distances_j / variance, independent across j. With SF_j its survival function and Q the target's quantile,
@@ -13,9 +13,17 @@
 // SF is the Lugannani-Rice saddle-point tail, whose saddle is closed-form here, in a form without cancellation at the
 // mean; where D + lambda is small (D < 64) it is the Poisson mixture of central tails instead. Rows that beat the
 // target with probability below 1e-9 are left out.
-// Where many rows matter, their log tails are summed over a grid of distances (see Grid in kernels.cpp).
+// Where many rows matter, their log tails are summed over a grid of distances (see Grid in chi2.h).
 // Absolute error below 1e-4 for G up to 1e5. Work: Q G comparisons, and kNodes tails for each row that matters or for
 // each point of the grid, of which there are fewer than 100.
+//
+// robustness_nearest(queries, gallery, centre) -> int64 [Q], float32 [Q], float32 [Q], float32 [Q].
+//   queries [Q, D], gallery [G, D] of one dtype, float32, bfloat16 or float16; centre float32 [D], near the gallery's
+//   mean: distances are formed about it in float32, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from cancelling.
+//   row: the nearest gallery row, the lowest of those with equal distances; best and second: the squared distances of
+//   it and of the next, infinite for G = 1; slack: rows whose distances differ by less cannot be told apart in
+//   float32 and are for gapkern/_nearest.py to decide.
+// Work: 2 Q G D operations; nothing of size Q x G is written. The result does not depend on how the work is divided.
 #pragma once
 
 namespace gapkern::robustness {

@@ -81,20 +81,23 @@ def _save_apply(ctx, inputs, output):
     ctx.save_for_backward(x, shift, output)
 
 
-def _backward_apply(ctx, grad):
-    x, shift, output = ctx.saved_tensors
+def gradients(grad: Tensor, x: Tensor, shift: Tensor, moved: Tensor, normalize: bool, needs) -> tuple:
+    """Of meanshift_apply, whose result is `moved`, for x and for the shift."""
     rows = grad.double()
-    if ctx.normalize:
+    if normalize:
         norm = (x.double() + shift.double()).norm(dim=1, keepdim=True)
-        unit = output.double()
+        unit = moved.double()
         inside = torch.where(norm > _TINY, (rows * unit).sum(1, keepdim=True), 0.0)
         rows = (rows - inside * unit) / norm.clamp_min(_TINY)
-    needs = ctx.needs_input_grad
     return (
         rows.to(x.dtype) if needs[0] else None,
         rows.sum(0).reshape(shift.shape).to(shift.dtype) if needs[1] else None,
-        None,
     )
+
+
+def _backward_apply(ctx, grad):
+    x, shift, output = ctx.saved_tensors
+    return (*gradients(grad, x, shift, output, ctx.normalize, ctx.needs_input_grad), None)
 
 
 torch.library.register_autograd("gapkern::meanshift_sum", _backward_sum, setup_context=_save_sum)

@@ -1,6 +1,9 @@
 """`torch.ops.gapkern.perturb_*`: counter-based noise and quantisation of rows (csrc/perturb/perturb.h)."""
 
 import torch
+from torch import Tensor
+
+from gapkern.ops import meanshift
 
 
 @torch.library.register_fake("gapkern::perturb_bits")
@@ -13,9 +16,39 @@ def _(x, law, std, seed, trial, first_row):
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("gapkern::perturb_noisy_gallery")
+def _(x, shift, law, std, seed, trial, first_row, normalize, when):
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("gapkern::perturb_quantize")
 def _(x, low, high, bins):
     return x.new_empty(x.shape)
+
+
+def _noisy_gallery(x: Tensor, shift: Tensor, law, std, seed, trial, first_row, normalize, when) -> Tensor:
+    """One operator after the other, for devices without a kernel that has both in one pass."""
+    if when not in ("after", "before"):
+        raise RuntimeError(f"when: expected 'after' or 'before', got {when!r}")
+    noise, move = torch.ops.gapkern.perturb_noise, torch.ops.gapkern.meanshift_apply
+    if when == "before":
+        return move(noise(x, law, std, seed, trial, first_row), shift, normalize)
+    return noise(move(x, shift, normalize), law, std, seed, trial, first_row)
+
+
+def _save_noisy_gallery(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.options = inputs[2:]
+
+
+def _backward_noisy_gallery(ctx, grad):
+    """The shift's derivative where it acts; noise passes gradients as they are."""
+    x, shift = ctx.saved_tensors
+    *noise, normalize, when = ctx.options
+    if when == "before":
+        x = torch.ops.gapkern.perturb_noise(x, *noise)
+    moved = torch.ops.gapkern.meanshift_apply(x, shift, normalize)
+    return (*meanshift.gradients(grad, x, shift, moved, normalize, ctx.needs_input_grad), *(None,) * 7)
 
 
 def _unchanged(ctx, grad):
@@ -29,3 +62,8 @@ def _zero(ctx, grad):
 
 torch.library.register_autograd("gapkern::perturb_noise", _unchanged)
 torch.library.register_autograd("gapkern::perturb_quantize", _zero)
+torch.library.register_autograd(
+    "gapkern::perturb_noisy_gallery", _backward_noisy_gallery, setup_context=_save_noisy_gallery
+)
+_library = torch.library.Library("gapkern", "IMPL")
+_library.impl("perturb_noisy_gallery", _noisy_gallery, "CompositeExplicitAutograd")

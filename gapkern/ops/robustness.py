@@ -1,6 +1,9 @@
-"""`torch.ops.gapkern.robustness_exact`: winning probabilities under Gaussian noise (csrc/robustness/robustness.h)."""
+"""`torch.ops.gapkern.robustness_*`: winning probabilities and nearest rows (csrc/robustness/robustness.h)."""
 
 import torch
+from torch import Tensor
+
+from gapkern._nearest import distances
 
 
 @torch.library.register_fake("gapkern::robustness_exact")
@@ -8,8 +11,10 @@ def _(distances, targets, variance, dims):
     return distances.new_empty(targets.shape, dtype=torch.float64)
 
 
-def _refuse(ctx, grad):
-    raise RuntimeError("gapkern: robustness_exact is not differentiable")
+@torch.library.register_fake("gapkern::robustness_nearest")
+def _(queries, gallery, centre):
+    row = queries.new_empty((queries.shape[0],), dtype=torch.int64)
+    return row, *(centre.new_empty((queries.shape[0],)) for _ in range(3))
 
 
 def _on_the_cpu(distances, targets, variance, dims):
@@ -18,6 +23,31 @@ def _on_the_cpu(distances, targets, variance, dims):
     return result.to(distances.device)
 
 
+def _nearest(queries: Tensor, gallery: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For devices without a kernel of ours: a library product, and its rows' least two."""
+    if queries.dim() != 2 or gallery.dim() != 2 or queries.shape[1] != gallery.shape[1]:
+        raise RuntimeError("gallery: expected (G, D) beside queries (Q, D)")
+    if queries.dtype != gallery.dtype or queries.dtype == torch.float64:
+        raise RuntimeError("queries and gallery: expected one dtype, float32, bfloat16 or float16")
+    if not len(gallery):
+        raise RuntimeError("gallery: expected at least one row")
+    row = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    best, second, slack = centre.new_full((3, len(queries)), torch.inf).unbind()
+    for rows, squared, room in distances(queries, gallery, centre=centre):
+        least = squared.topk(min(2, len(gallery)), dim=1, largest=False).values
+        # argmin: which of two equal values topk returns first is not promised.
+        row[rows], best[rows], slack[rows] = squared.argmin(1), least[:, 0], room
+        if len(gallery) > 1:
+            second[rows] = least[:, 1]
+    return row, best.clone(), second.clone(), slack.clone()
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("gapkern: robustness_exact and robustness_nearest are not differentiable")
+
+
 torch.library.register_autograd("gapkern::robustness_exact", _refuse)
+torch.library.register_autograd("gapkern::robustness_nearest", _refuse)
 _library = torch.library.Library("gapkern", "IMPL")
 _library.impl("robustness_exact", _on_the_cpu, "CompositeExplicitAutograd")
+_library.impl("robustness_nearest", _nearest, "CompositeExplicitAutograd")

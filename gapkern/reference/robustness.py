@@ -18,6 +18,20 @@ def stays_nearest(
     return wins / trials
 
 
+def nearest_two(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances (Q, 2) float64 of the nearest gallery row and the next, and (Q,) int64 which is nearest.
+
+    The next is infinitely far for G = 1; of rows equally near the first is taken.
+
+    Example:
+        >>> nearest_two(torch.tensor([[1.0]]), torch.tensor([[3.0], [0.0], [2.0]]))
+        (tensor([[1., 1.]], dtype=torch.float64), tensor([1]))
+    """
+    squared = torch.stack([(gallery.double() - y).square().sum(1) for y in queries.double()])
+    values = torch.nn.functional.pad(squared, (0, 1), value=torch.inf).sort(dim=1, stable=True)
+    return values.values[:, :2], values.indices[:, 0]
+
+
 def winning_probability(squared: Tensor, target: int, variance: float, dims: int, nodes: int = 2001) -> float:
     """The same probability for one query by quadrature over SciPy's noncentral chi-square law.
 

@@ -14,7 +14,7 @@ from gapkern import _check
 from gapkern._nearest import CHUNK, distances, lowest, nearest
 from gapkern.gap import MeanShift
 from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
-from gapkern.perturb import Gaussian, Perturbation, check, title
+from gapkern.perturb import Gaussian, Perturbation, Uniform, check, title
 from gapkern.robustness.result import RobustnessResult
 
 METHODS = ("auto", "exact", "projected", "sample")
@@ -46,9 +46,10 @@ class _Tally:
 
     def __init__(self, task: _Task, trials: int):
         self.task = task
-        self.wins = torch.zeros(3, len(task.queries), dtype=torch.float64)  # stays, agrees, right
-        self.by_trial = torch.zeros(trials, dtype=torch.float64)
-        self.lead = torch.zeros(len(task.queries), dtype=torch.int64)
+        device = task.queries.device
+        self.wins = torch.zeros(3, len(task.queries), dtype=torch.float64, device=device)  # stays, agrees, right
+        self.by_trial = torch.zeros(trials, dtype=torch.float64, device=device)
+        self.lead = torch.zeros(len(task.queries), dtype=torch.int64, device=device)
 
     def add(self, found: Tensor, first: int, trial: int) -> None:
         """found (T, n): nearest rows in trials trial .. trial + T - 1 of queries first .. first + n - 1."""
@@ -91,7 +92,7 @@ def _distances(task: _Task, variance: float) -> Iterator[tuple[slice, Tensor, Te
 def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
     """The winning probabilities as integrals: no sampling error."""
     variance, dims = _variance(task, perturbation), task.gallery.shape[1]
-    result = torch.zeros(3, len(task.queries), dtype=torch.float64)
+    result = torch.zeros(3, len(task.queries), dtype=torch.float64, device=task.queries.device)
     members = None if task.labels is None else _members(task)
     for rows, squared, slack in _distances(task, variance):
         # The distances are there already: no search of their own for the clean neighbours.
@@ -117,7 +118,7 @@ def _members(task: _Task) -> Tensor:
     ordered = task.classes[order]
     first = torch.searchsorted(ordered, task.labels)
     count = torch.searchsorted(ordered, task.labels, right=True) - first
-    places = torch.arange(max(1, int(count.max())))[None]
+    places = torch.arange(max(1, int(count.max())), device=order.device)[None]
     rows = order[(first[:, None] + places).clamp_max(len(order) - 1)]
     return torch.where(places < count[:, None], rows, -1)
 
@@ -129,7 +130,8 @@ def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, 
     """
     variance, dims = _variance(task, perturbation), task.gallery.shape[1]
     tally = _Tally(task, trials)
-    generator = torch.Generator().manual_seed(seed)
+    device = task.queries.device
+    generator = torch.Generator(device).manual_seed(seed)
     for part, squared, _ in _distances(task, variance):
         noncentrality = squared.double().clamp_min(0) / variance
         best = noncentrality.amin(1, keepdim=True)
@@ -141,9 +143,9 @@ def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, 
         batch = max(1, CHUNK // means.numel())
         for trial in range(0, trials, batch):
             shape = (min(batch, trials - trial), *means.shape)
-            draws = torch.randn(shape, generator=generator, dtype=torch.float64).add_(means).square_()
+            draws = torch.randn(shape, generator=generator, dtype=torch.float64, device=device).add_(means).square_()
             if dims > 1:
-                half = torch.full(shape, (dims - 1) / 2, dtype=torch.float64)
+                half = torch.full(shape, (dims - 1) / 2, dtype=torch.float64, device=device)
                 draws += 2 * torch._standard_gamma(half, generator=generator)
             place = draws.argmin(2)
             tally.add(rows.expand(shape[0], -1, -1).gather(2, place[..., None])[..., 0], part.start, trial)
@@ -167,7 +169,7 @@ def _gini(rows: Tensor, classes: Tensor) -> float:
     counts = torch.bincount(classes[rows], minlength=int(classes.max()) + 1).double()
     counts = counts[torch.unique(classes)].sort().values
     n = len(counts)
-    ranks = torch.arange(1, n + 1, dtype=torch.float64)
+    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=counts.device)
     return float((2 * ranks - n - 1) @ counts / (n * counts.sum())) if n > 1 else 0.0
 
 
@@ -188,9 +190,11 @@ def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, 
     """Checks everything and applies the shift. Without `search`, the neighbours after it are left to be filled in."""
     queries, gallery = _check.matrix("queries", queries, rows="Q"), _check.matrix("gallery", gallery, rows="G")
     _check.same_width(gallery=gallery, queries=queries)
+    # Elsewhere than on CUDA float64 may be missing.
+    device = gallery.device if gallery.is_cuda else torch.device("cpu")
     queries, gallery = (
-        _check.finite("queries", queries).detach().cpu(),
-        _check.finite("gallery", gallery).detach().cpu(),
+        _check.finite("queries", queries).detach().to(device),
+        _check.finite("gallery", gallery).detach().to(device),
     )
     base = perturbation.base(gallery if on == "gallery" else queries)
     if on == "queries" and base is not queries:
@@ -202,11 +206,12 @@ def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, 
                 f"labels: expected gallery rows in [0, {len(gallery)}), got values from {int(labels.min())} "
                 f"to {int(labels.max())}; give gallery_labels where labels are classes"
             )
-    classes = torch.arange(len(gallery))
+        labels = labels.to(device)
+    classes = torch.arange(len(gallery), device=device)
     if gallery_labels is not None:
         if labels is None:
             raise ValueError("gallery_labels: expected labels beside them, got none")
-        classes = _labels("gallery_labels", gallery_labels, len(gallery), "gallery row")
+        classes = _labels("gallery_labels", gallery_labels, len(gallery), "gallery row").to(device)
         _, inverse = torch.unique(torch.cat([classes, labels]), return_inverse=True)
         classes, labels = inverse[: len(gallery)], inverse[len(gallery) :]
     work = torch.float64 if gallery.dtype == torch.float64 else torch.float32
@@ -216,12 +221,20 @@ def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, 
     start = (base if when == "before" else move(base)).to(work)
 
     def perturbed(seed: int, trial: int) -> tuple[Tensor, Tensor]:
-        noisy = perturbation.apply(start, seed, trial)
-        if when == "before":
-            noisy = move(noisy)
+        if when == "after":
+            noisy = perturbation.apply(start, seed, trial)
+        elif shift is not None and shift.moves == on and isinstance(perturbation, Gaussian | Uniform):
+            # Noise and the shift after it are one pass over the rows.
+            by = (shift.alpha if on == "gallery" else -shift.alpha) * shift.shift_vector_
+            std = perturbation.per_coordinate(start.shape[1]) ** 0.5
+            noisy = torch.ops.gapkern.perturb_noisy_gallery(
+                start, by.to(device), perturbation.name, std, seed, trial, 0, shift.normalize, when
+            )
+        else:
+            noisy = move(perturbation.apply(start, seed, trial))
         return (moved_queries.to(work), noisy) if on == "gallery" else (noisy, moved.to(work))
 
-    none = torch.full((len(queries),), -1)
+    none = torch.full((len(queries),), -1, device=device)
     stays = nearest(moved_queries, moved) if search else none.clone()
     agrees = stays if shift is None else nearest(queries, gallery)
     return _Task(moved_queries, moved, perturbed, stays, agrees, labels, classes, none)
@@ -305,9 +318,9 @@ def robustness(
         clean_accuracy=math.nan if clean is None else float(clean.double().mean()),
         gini=_gini(task.stays, task.classes),
         stderr=stderr,
-        per_query=means[0],
-        nearest=task.stays,
-        rivals=task.rivals,
+        per_query=means[0].cpu(),
+        nearest=task.stays.cpu(),
+        rivals=task.rivals.cpu(),
         method=method,
         trials=0 if method == "exact" else trials,
         seconds=time.perf_counter() - started,

@@ -12,7 +12,14 @@ inline std::mt19937_64 generator(20261124);
 
 inline void report(bool passed, const std::string& name, const std::string& what) {
   std::printf("%s %s: %s\n", passed ? "passed" : "FAILED", name.c_str(), what.c_str());
+  std::fflush(stdout);
   all_passed = all_passed && passed;
+}
+
+inline std::string digits(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1e", x);
+  return text;
 }
 
 inline double normal() { return std::normal_distribution<double>()(generator); }
@@ -82,7 +89,7 @@ inline void kernel(const std::string& name, double tolerance, const std::functio
       worst = INFINITY;
     }
   }
-  report(worst <= tolerance, name, trouble.empty() ? "error " + std::to_string(worst) : trouble);
+  report(worst <= tolerance, name, trouble.empty() ? "error " + digits(worst) : trouble);
   for (const int line : std::set<int>(simt::barriers)) {
     simt::skipped = line;
     report(fails(), name, "the barrier at line " + std::to_string(line) + " is needed");

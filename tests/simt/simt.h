@@ -2,11 +2,13 @@
 // with this header on the include path, by any C++ compiler.
 //
 // Found: barriers that not all threads reach, shuffles with lanes missing or masks that differ, reads of shared memory
-// nobody has written (it holds NaN), and, by running the threads of a block in both orders, results that depend on
-// their order. `skipped` leaves out one barrier: a kernel's test must then fail, or the barrier is not needed.
+// nobody has written (it holds NaN), writes just outside it, and, by running the threads of a block in both orders,
+// results that depend on their order. `skipped` leaves out one barrier: a kernel's test must then fail, or the barrier
+// is not needed.
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -53,11 +55,20 @@ inline bool reversed = false;
 inline int skipped = -1;        // the barrier to leave out
 inline std::set<int> barriers;  // lines of those that were reached
 
+inline constexpr size_t kMargin = 4096;  // bytes on either side of a shared array that nobody may write
+
 template <class T>
 T* shared(size_t count, int line) {
   std::vector<char>& bytes = shared_arrays[line];
-  if (bytes.empty()) bytes.assign(count * sizeof(T), char(0xff));  // NaN
-  return reinterpret_cast<T*>(bytes.data());
+  if (bytes.empty()) bytes.assign(count * sizeof(T) + 2 * kMargin, char(0xff));  // NaN
+  return reinterpret_cast<T*>(bytes.data() + kMargin);
+}
+
+inline void check_margins() {
+  for (const auto& [line, bytes] : shared_arrays)
+    for (size_t i = 0; i < kMargin; ++i)
+      if (bytes[i] != char(0xff) || bytes[bytes.size() - 1 - i] != char(0xff))
+        throw std::runtime_error("a write beside the shared array at line " + std::to_string(line));
 }
 
 inline void enter() {
@@ -107,7 +118,24 @@ inline bool release_block() {
   return true;
 }
 
+// Lets a warp's threads run to where they wait for each other; whether any of them moved.
+inline bool run_warp(int first, int threads) {
+  const int last = std::min(first + 32, threads);
+  bool moved = false;
+  for (int i = first; i < last; ++i) {
+    current = reversed ? last - 1 - (i - first) : i;
+    if (fibers[current].state != State::ready) continue;
+    swapcontext(&scheduler, &fibers[current].context);
+    moved = true;
+  }
+  for (int i = first; i < last; ++i)
+    if (fibers[i].state == State::at_shuffle) moved = release_warp(first, i - first) || moved;
+  return moved;
+}
+
+// A warp runs as far as it can before the next one starts: between barriers nothing else holds them together.
 inline void run_block(int threads) {
+  const int warps = (threads + 31) / 32;
   shared_arrays.clear();
   fibers.resize(threads);
   for (Fiber& f : fibers) {
@@ -120,18 +148,11 @@ inline void run_block(int threads) {
   }
   for (;;) {
     bool moved = false;
-    for (int i = 0; i < threads; ++i) {
-      current = reversed ? threads - 1 - i : i;
-      if (fibers[current].state != State::ready) continue;
-      swapcontext(&scheduler, &fibers[current].context);
-      moved = true;
-    }
+    for (int w = 0; w < warps; ++w)
+      while (run_warp(32 * (reversed ? warps - 1 - w : w), threads)) moved = true;
     bool all_done = true;
-    for (int i = 0; i < threads; ++i) {
-      all_done = all_done && fibers[i].state == State::done;
-      if (fibers[i].state == State::at_shuffle) moved = release_warp(i / 32 * 32, i % 32) || moved;
-    }
-    if (all_done) return;
+    for (const Fiber& f : fibers) all_done = all_done && f.state == State::done;
+    if (all_done) return check_margins();
     moved = release_block() || moved;
     if (!moved) throw std::runtime_error("threads wait for each other");
   }
@@ -168,6 +189,18 @@ T shuffle(unsigned mask, T value, int source, int line) {
   return value;
 }
 
+// One bit for each lane; those that `mask` does not name are zero.
+inline unsigned ballot(unsigned mask, bool value, int line) {
+  const int me = current;
+  fibers[me].slot = value;
+  park(State::at_shuffle, mask, line);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) bits |= unsigned(fibers[me / 32 * 32 + lane].slot) << lane;
+  park(State::at_shuffle, mask, line);
+  return bits;
+}
+
 }  // namespace simt
 
 inline simt::ThreadIndex threadIdx;
@@ -176,3 +209,5 @@ inline simt::ThreadIndex threadIdx;
 #define gridDim simt::grid
 #define __syncthreads() simt::barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) simt::shuffle(mask, value, (simt::current & 31) ^ (lanes), __LINE__)
+#define __ballot_sync(mask, value) simt::ballot(mask, value, __LINE__)
+#define __popc __builtin_popcount

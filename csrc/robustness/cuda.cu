@@ -1,0 +1,114 @@
+// Exact robustness and nearest neighbours on CUDA.
+#include "common/cuda_host.h"
+#include "robustness/arguments.h"
+#include "robustness/kernels.cuh"
+#include "robustness/nearest.cuh"
+
+namespace gapkern::robustness {
+namespace {
+
+Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
+  check_exact(distances, targets, variance, dims);
+  STD_TORCH_CHECK(targets.is_cuda() && targets.get_device_index() == distances.get_device_index(),
+                  "targets: expected the device of distances");
+  const Tensor squared = torch::stable::contiguous(distances), rows = torch::stable::contiguous(targets);
+  const int64_t count = rows.numel();
+  STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "targets: expected fewer than 2^31, got ", count);
+  Tensor out = torch::stable::new_empty(squared, {rows.size(0), rows.size(1)}, ScalarType::Double);
+  if (count == 0) return out;
+  const torch::stable::accelerator::DeviceGuard guard(squared.get_device_index());
+  const auto launch = [&](auto* null) {
+    using T = std::remove_pointer_t<decltype(null)>;
+    stays_nearest<T><<<unsigned(count), kExactThreads, 0, stream_of(squared)>>>(
+        squared.const_data_ptr<T>(), squared.size(1), rows.const_data_ptr<int64_t>(), rows.size(1), variance,
+        double(dims), out.mutable_data_ptr<double>());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (squared.scalar_type() == ScalarType::Float)
+    launch(static_cast<float*>(nullptr));
+  else
+    launch(static_cast<double*>(nullptr));
+  return out;
+}
+
+// As many parts of the gallery as keep every multiprocessor busy a few times over.
+int64_t parts_for(int64_t query_tiles, int64_t gallery_tiles, int device) {
+  int processors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t wanted = (8 * int64_t(processors) + query_tiles - 1) / query_tiles;
+  const int64_t parts = wanted < gallery_tiles ? wanted : gallery_tiles;
+  return parts < 65535 ? parts : 65535;
+}
+
+template <class T>
+Tensor norms_of(const Tensor& x, const float* centre, Tensor& largest) {
+  Tensor norms = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
+  centred_norms<T><<<unsigned(largest.size(0)), kNormWarps * kWarp, 0, stream_of(x)>>>(
+      static_cast<const T*>(x.data_ptr()), x.size(0), x.size(1), centre, norms.mutable_data_ptr<float>(),
+      largest.mutable_data_ptr<float>());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return norms;
+}
+
+using Nearest = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+void search(const Tensor& y, const Tensor& x, const float* centre, Nearest& out) {
+  const int64_t q = y.size(0), g = x.size(0), d = y.size(1);
+  const int64_t query_tiles = (q + kTile - 1) / kTile, gallery_tiles = (g + kTile - 1) / kTile;
+  const int64_t parts = parts_for(query_tiles, gallery_tiles, x.get_device_index());
+  const cudaStream_t stream = stream_of(x);
+  Tensor largest = torch::stable::new_empty(x, {blocks(g, kNormWarps, kNormBlocks)}, ScalarType::Float);
+  Tensor unused = torch::stable::new_empty(x, {blocks(q, kNormWarps, kNormBlocks)}, ScalarType::Float);
+  const Tensor norms = norms_of<T>(x, centre, largest), own = norms_of<T>(y, centre, unused);
+  Tensor room = torch::stable::new_empty(x, {parts, q, int64_t(sizeof(Found))}, ScalarType::Byte);
+  Found* found = static_cast<Found*>(room.data_ptr());
+  const T *queries = static_cast<const T*>(y.data_ptr()), *gallery = static_cast<const T*>(x.data_ptr());
+  const auto aligned = [](const void* p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; };
+  const bool packed = d % 4 == 0 && aligned(queries, sizeof(Pack<T, 4>)) && aligned(gallery, sizeof(Pack<T, 4>)) &&
+                      aligned(centre, sizeof(Pack<float, 4>));
+  const auto kernel = packed ? nearest_tiles<T, true> : nearest_tiles<T, false>;
+  kernel<<<dim3(unsigned(query_tiles), unsigned(parts)), kNearestThreads, 0, stream>>>(
+      queries, q, gallery, g, d, centre, norms.const_data_ptr<float>(), found);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  auto& [row, best, second, slack] = out;
+  nearest_combine<<<blocks(q, kTile, query_tiles), kTile, 0, stream>>>(
+      found, parts, q, own.const_data_ptr<float>(), largest.const_data_ptr<float>(), int(largest.size(0)),
+      row.mutable_data_ptr<int64_t>(), best.mutable_data_ptr<float>(), second.mutable_data_ptr<float>(),
+      slack.mutable_data_ptr<float>());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Nearest nearest(const Tensor& queries, const Tensor& gallery, const Tensor& centre) {
+  check_nearest(queries, gallery, centre);
+  for (const Tensor& t : {gallery, centre})
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == queries.get_device_index(),
+                    "gallery and centre: expected the device of queries");
+  const Tensor y = torch::stable::contiguous(queries), x = torch::stable::contiguous(gallery);
+  const Tensor middle = torch::stable::contiguous(centre);
+  const auto result = [&](ScalarType type) { return torch::stable::new_empty(y, {y.size(0)}, type); };
+  Nearest out{result(ScalarType::Long), result(ScalarType::Float), result(ScalarType::Float),
+              result(ScalarType::Float)};
+  if (y.size(0) == 0) return out;
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  const float* at = middle.const_data_ptr<float>();
+  switch (y.scalar_type()) {
+    case ScalarType::Half:
+      search<Half>(y, x, at, out);
+      break;
+    case ScalarType::BFloat16:
+      search<BFloat16>(y, x, at, out);
+      break;
+    default:
+      search<float>(y, x, at, out);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace gapkern::robustness
+
+STABLE_TORCH_LIBRARY_IMPL(gapkern, CUDA, m) {
+  m.impl("robustness_exact", TORCH_BOX(&gapkern::robustness::exact));
+  m.impl("robustness_nearest", TORCH_BOX(&gapkern::robustness::nearest));
+}

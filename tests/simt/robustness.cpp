@@ -1,0 +1,164 @@
+#include <algorithm>
+
+#include "check.h"
+#include "robustness/kernels.cuh"
+#include "robustness/nearest.cuh"
+
+using namespace gapkern;
+using namespace gapkern::robustness;
+
+// P(X > q) in float64, to the last digits that the tails' approximations have.
+double tail(double q, double dims, double lambda) {
+  if (device::small(dims, lambda)) return device::mixture_survival(q, dims, lambda);
+  const auto p = device::saddle<double, false>(q, q - dims - lambda, lambda, dims);
+  const double near = device::near_tail<double>(p);
+  return p.w < 0 ? 1 - near : near;
+}
+
+// The contract's integral with ten times the nodes, quantiles by bisection, and every row taken.
+double probability(const double* squared, int64_t count, int64_t target, double variance, double dims) {
+  const double lambda = std::max(squared[target], 0.) / variance;
+  double total = 0, weights = 0;
+  for (double z = -7; z <= 7; z += 0.05) {
+    const double wanted = 0.5 * std::erfc(z * std::sqrt(0.5));
+    double low = 1e-12 * (dims + lambda), high = 4 * (dims + lambda) + 400;
+    for (int i = 0; i < 200; ++i) {
+      const double middle = (low + high) / 2;
+      (tail(middle, dims, lambda) > wanted ? low : high) = middle;
+    }
+    double product = 1;
+    for (int64_t j = 0; j < count; ++j)
+      if (j != target) product *= tail(low, dims, std::max(squared[j], 0.) / variance);
+    total += std::exp(-z * z / 2) * product;
+    weights += std::exp(-z * z / 2);
+  }
+  return total / weights;
+}
+
+struct Problem {
+  std::vector<double> squared;   // [queries, count], values that float32 has
+  std::vector<int64_t> targets;  // [queries, 2]
+  int64_t count;
+  double variance, dims;
+  std::vector<double> truth;
+
+  // Distances `spread` standard deviations of their noise apart; targets are given by rank, -1 and `count` stand for
+  // themselves.
+  Problem(int64_t g, double v, double d, double spread, std::vector<int64_t> ranks, double nearest = 1)
+      : squared(ranks.size() / 2 * g), targets(ranks), count(g), variance(v), dims(d), truth(ranks.size()) {
+    const double deviation = 2 * variance * std::sqrt(dims + 2 * nearest / variance);
+    for (double& s : squared) s = double(float(nearest + deviation * spread * std::abs(check::normal())));
+    for (size_t i = 0; i < ranks.size(); ++i) {
+      const double* row = &squared[i / 2 * count];
+      std::vector<int64_t> order(count);
+      for (int64_t j = 0; j < count; ++j) order[j] = j;
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row[a] < row[b]; });
+      const bool none = ranks[i] < 0 || ranks[i] >= count;
+      targets[i] = none ? ranks[i] : order[ranks[i]];
+      truth[i] = ranks[i] == -1 ? 0 : none ? NAN : probability(row, count, targets[i], variance, dims);
+    }
+  }
+
+  template <class T>
+  double run() const {
+    const std::vector<T> distances(squared.begin(), squared.end());
+    std::vector<double> out = check::poisoned<double>(targets.size());
+    simt::launch(unsigned(targets.size()), kExactThreads, stays_nearest<T>, distances.data(), count, targets.data(),
+                 int64_t(2), variance, dims, out.data());
+    return check::error(out, truth, 1e-3);
+  }
+};
+
+void exact(const std::string& name, double tolerance, const std::vector<Problem>& problems) {
+  for (const Problem& p : problems) {
+    double most = 0, all = 0;
+    for (const double chance : p.truth) most = chance > most ? chance : most, all += std::isnan(chance) ? 0 : chance;
+    check::report(most > 1e-3, name, "a chance of " + std::to_string(most) + " among " + std::to_string(all));
+  }
+  check::kernel("exact " + name, tolerance, [&] {
+    double worst = 0;
+    for (const Problem& p : problems) worst = check::largest({worst, p.run<float>(), p.run<double>()});
+    return worst;
+  });
+}
+
+// Launches what a search is made of and returns the largest error.
+template <class T, bool packed>
+std::function<double()> nearest(int64_t q, int64_t g, int64_t d, int64_t parts) {
+  std::vector<T> gallery = check::random<T>(g * d), queries = check::random<T>(q * d);
+  const std::vector<float> centre = check::random<float>(d);
+  // Ties of the nearest row, before and after it and in another tile, for the first queries.
+  for (int64_t i = 0; i < q && g > 140; i += 2)
+    for (int64_t c = 0; c < d; ++c) {
+      gallery[(g - 1) * d + c] = gallery[130 * d + c] = gallery[7 * d + c];
+      queries[i * d + c] = gallery[7 * d + c];
+    }
+  // The row that lies furthest out.
+  if (g > 13)
+    for (int64_t c = 0; c < d; ++c) from_wide(3 * to_wide(gallery[13 * d + c]), &gallery[13 * d + c]);
+  std::vector<double> row(q), best(q), second(q), slack(q);
+  double reach = 0;
+  for (int64_t i = 0; i < q; ++i) {
+    best[i] = second[i] = INFINITY;
+    for (int64_t j = 0; j < g; ++j) {
+      double squared = 0, far = 0;
+      for (int64_t c = 0; c < d; ++c) {
+        const double x = double(to_wide(gallery[j * d + c]));
+        squared += (double(to_wide(queries[i * d + c])) - x) * (double(to_wide(queries[i * d + c])) - x);
+        far += (x - double(centre[c])) * (x - double(centre[c]));
+      }
+      reach = std::max(reach, std::sqrt(far));
+      second[i] = squared < best[i] ? best[i] : std::min(second[i], squared);
+      if (squared < best[i]) best[i] = squared, row[i] = double(j);
+    }
+  }
+  for (int64_t i = 0; i < q; ++i) {
+    double own = 0;
+    for (int64_t c = 0; c < d; ++c) own += std::pow(double(to_wide(queries[i * d + c])) - double(centre[c]), 2);
+    slack[i] = 8 * 0x1p-23 * std::pow(std::sqrt(own) + reach, 2);
+  }
+  return [=] {
+    const unsigned blocks = 3, tiles = unsigned((q + kTile - 1) / kTile);
+    std::vector<float> norms = check::poisoned<float>(g), own = check::poisoned<float>(q);
+    std::vector<float> largest = check::poisoned<float>(blocks), unused = largest;
+    std::vector<Found> found = check::poisoned<Found>(parts * q);
+    std::vector<int64_t> rows = check::poisoned<int64_t>(q);
+    std::vector<float> ours = check::poisoned<float>(q), next = ours, width = ours;
+    simt::launch(blocks, kNormWarps * kWarp, centred_norms<T>, gallery.data(), g, d, centre.data(), norms.data(),
+                 largest.data());
+    simt::launch(blocks, kNormWarps * kWarp, centred_norms<T>, queries.data(), q, d, centre.data(), own.data(),
+                 unused.data());
+    simt::launch(dim3(tiles, unsigned(parts)), kNearestThreads, nearest_tiles<T, packed>, queries.data(), q,
+                 gallery.data(), g, d, centre.data(), norms.data(), found.data());
+    simt::launch(tiles, kTile, nearest_combine, found.data(), parts, q, own.data(), largest.data(), int(blocks),
+                 rows.data(), ours.data(), next.data(), width.data());
+    // Rows within the slack of each other are decided later, in float64; those of equal bits here already.
+    double worst =
+        check::largest({check::error(ours, best, 1), check::error(next, second, 1), check::error(width, slack, 1e-3)});
+    for (int64_t i = 0; i < q; ++i)
+      if (rows[i] != int64_t(row[i]) && (second[i] - best[i] > slack[i] || second[i] == best[i])) worst = INFINITY;
+    return worst;
+  };
+}
+
+int main() {
+  exact("with few rivals", 2e-6,
+        {Problem(12, 1e-2, 512, 1, {0, 5, 11, -1}), Problem(60, 1e-3, 64, 8, {0, 1, 59, 2}),
+         Problem(1, 1e-2, 128, 1, {0, 1})});
+  exact("over a grid", 1.5e-4,
+        {Problem(300, 0.3, 64, 1.5, {0, 1, 299, -1}), Problem(2500, 1e-3, 300, 2, {0, 3}),
+         Problem(250, 1e-2, 128, 0, {5, 249})});
+  exact("with few degrees of freedom", 1e-6,
+        {Problem(30, 2e-2, 3, 1, {0, 1, 17, -1}), Problem(400, 1e-1, 8, 3, {0, 2}), Problem(9, 1, 2, 0, {4, 8}, 0)});
+  const std::vector<std::function<double()>> searches{
+      nearest<float, true>(130, 300, 20, 2),  // two tiles of queries, three of the gallery, ties between them
+      nearest<float, false>(5, 129, 7, 2),    // one ragged slab
+      nearest<BFloat16, true>(140, 257, 24, 3), nearest<Half, false>(3, 150, 9, 5),  // more parts than tiles
+      nearest<float, true>(4, 1, 8, 1)};
+  check::kernel("nearest", 2e-5, [&] {
+    double worst = 0;
+    for (const auto& search : searches) worst = check::largest({worst, search()});
+    return worst;
+  });
+  return check::result();
+}
