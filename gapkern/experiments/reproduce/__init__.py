@@ -6,9 +6,9 @@ PNG, PDF and CSV, for each target a JSON, and for all of them `report.html`.
 
 from dataclasses import dataclass
 
-from gapkern.experiments.reproduce.claims import Claim, Context, Figure, Result
+from gapkern.experiments.reproduce.claims import Claim, Context, Figure, Result, Table
 
-__all__ = ["TARGETS", "Claim", "Context", "Figure", "Result", "Target"]
+__all__ = ["TARGETS", "Claim", "Context", "Figure", "Result", "Table", "Target"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a reproduction hands over: claims that were put to the test, figures with the numbers drawn, and what they need.
+"""What a reproduction hands over: claims that were put to the test, figures with the numbers drawn, tables.
 
 A target (a figure, a theorem, the baselines) is a function `(Context) -> Result`, named in `TARGETS` of this package.
 """
@@ -66,12 +66,28 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Numbers for the report below the figures.
+
+    Args:
+        heading: what they are.
+        columns: key of a row to the heading of its column, the first one naming the row.
+        rows: dictionaries; None and NaN are shown as a dash.
+    """
+
+    heading: str
+    columns: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class Result:
     """What one target found.
 
     Args:
         claims: at least one.
         figures: may be empty.
+        tables: may be empty.
         numbers: anything else worth keeping, for the JSON; plain values, tensors or arrays. Same seed, same numbers: no
             times in here.
         text: a paragraph or two for the report, above the figures; `backquotes` mark code, a blank line parts them.
@@ -79,6 +95,7 @@ class Result:
 
     claims: Sequence[Claim]
     figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
 
