@@ -30,9 +30,10 @@ table.sortable th button:focus-visible { outline: 2px solid #0b6e99; }
 table.sortable th button::after { content: " ↕"; color: #a0aec0; }
 table.sortable th[aria-sort=ascending] button::after { content: " ↑"; color: #0b6e99; }
 table.sortable th[aria-sort=descending] button::after { content: " ↓"; color: #0b6e99; }
-table.sortable .entry { display: block; } table.sortable .entry span { color: #4a5568; }
+table.sortable .entry { display: block; min-width: 11.5rem; } table.sortable .entry span { color: #4a5568; }
 .yes, .no, .unknown { font-weight: 600; white-space: nowrap; }
 .yes { color: #0f7b6c; } .no { color: #b42318; } .unknown { color: #64748b; }
+dt { font-weight: 600; margin-top: .5rem; } dd { margin-left: 1.2rem; max-width: 46rem; }
 pre { background: #f1f5f9; border-radius: .4rem; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre code { background: none; padding: 0; }
 @media (max-width: 640px) {

@@ -49,8 +49,8 @@ def baselines(context: Context) -> Result:
     text = (
         "Each method learns from the texts and half of the images and is judged on the other half; `procrustes` is "
         "also told which text belongs to which image. The noise is Gaussian, so strong that 70 % of the neighbours "
-        "survive with the gap open; where a method rescales the texts, it is rescaled with them. “Does it help?” asks what the "
-        "paper's Figure 2 asks: are the answers as good as before, and do more of them survive?"
+        "survive with the gap open; where a method rescales the texts, it is rescaled with them. “Does it help?” asks "
+        "what the paper's Figure 2 asks: are the answers as good as before, and do more of them survive?"
     )
     if skipped:
         text += f" `procrustes` needs right answers, which {', '.join(skipped)} lacks."
@@ -125,7 +125,7 @@ def _claims(rows: list[dict[str, Any]]) -> list[Claim]:
         Claim(
             "No other published way to close the gap does both.",
             f"{', '.join(others)}; the same images and noise.",
-            {"other methods that do": float(len(both))},
+            {"other methods that do": len(both)},
             not both,
             "" if not both else f"{', '.join(both)} does, on these sets",
         )

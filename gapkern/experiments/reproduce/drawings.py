@@ -18,7 +18,7 @@ def plane(queries: np.ndarray, before: np.ndarray, after: np.ndarray, *, tall: b
     room = 0.06 * (high - low)
     stars = {"marker": "*", "s": 130, "edgecolors": "black", "linewidths": 0.6}
     small = {"s": 9, "alpha": 0.45, "linewidths": 0}
-    for ax, gallery, heading in zip(axes, (before, after), ("As given (α = 0)", "Gap closed (α = 1)"), strict=True):
+    for ax, gallery, heading in zip(axes, (before, after), ("As given (α = 0)", "Shifted (α = 1)"), strict=True):
         ax.scatter(*queries.T, c=COLOURS[0], label="images", **small)
         ax.scatter(*gallery.T, c=COLOURS[1], zorder=3, label="texts", **(stars if len(gallery) <= 50 else small))
         if ax is axes[0]:
@@ -29,7 +29,8 @@ def plane(queries: np.ndarray, before: np.ndarray, after: np.ndarray, *, tall: b
         ax.set_ylim(low[1] - room[1], high[1] + room[1])
         ax.set_xlabel("first principal component")
         ax.set_ylabel("second principal component")
-    _legend(figure, axes[0], 2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False,
+                  markerscale=1.0 if len(before) <= 50 else 2.5)  # fmt: skip
     return figure
 
 
@@ -80,7 +81,8 @@ def dots(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], *, tall: 
                        marker=MARKERS[i % len(MARKERS)], zorder=3)  # fmt: skip
         ax.set_yticks(range(len(methods)), methods if tall or number == 0 else [])
         ax.set_ylim(len(methods) - 0.5, -0.5)
-        ax.set_xlim(-0.04, 1.04)
+        ax.set_xlim(-0.06, 1.06)
+        ax.set_xticks([0, 0.5, 1])
         ax.set_xlabel(heading)
     _legend(figure, axes[0], 1 if tall else 3)
     return figure

@@ -64,7 +64,7 @@ def fig1(context: Context) -> Result:
             Figure(
                 f"fig1_{data.slug}",
                 f"{data.name}: images and texts in the plane of their two leading principal components, before and "
-                "after the shift. The arrow joins the two means.",
+                f"after the shift, which closes {data.shift.orthogonality_:.1%} of the gap. The arrow joins the means.",
                 partial(drawings.plane, *points),
                 [
                     {"modality": what, "first": float(a), "second": float(b)}
@@ -79,7 +79,7 @@ def fig1(context: Context) -> Result:
 
 
 def _about(sets: list[Embeddings]) -> str:
-    return "\n\n".join(f"{data.name.capitalize()}: {data.about}" for data in sets)
+    return "\n\n".join(f"{data.name}: {data.about}" for data in sets)
 
 
 def _judge(claim: str, run: str, number: dict[str, float], holds: bool, otherwise: str) -> Claim:
@@ -222,7 +222,7 @@ def _margins(data: Embeddings, naive: MeanShift, before: Tensor) -> Claim:
         "Where an image's margin (how much nearer its nearest text is than the next) exceeds what the shift can take "
         "off it, the nearest text stays.",
         f"{data.name}: whole gap and projected shift at α = 1; {promised} promises in all.",
-        {"promises broken": float(broken), "promised, whole gap": share["whole gap"], "promised, projected":
+        {"promises broken": broken, "promised, whole gap": share["whole gap"], "promised, projected":
          share["projected"]},
         broken == 0, f"{broken} images whose margin promised otherwise have another nearest text",
     )  # fmt: skip
@@ -270,7 +270,16 @@ def _points(data: Embeddings, result: SweepResult) -> list[dict[str, Any]]:
 
 def _panels(data: Embeddings, result: SweepResult) -> dict[str, Any]:
     second = ("accuracy", "Nearest text is right") if data.labels is not None else ("agreement", "… and the original")
-    return {"Nearest text survives (robustness)": result.series("robustness"), second[1]: result.series(second[0])}
+    return {
+        heading: {_short(name): curve for name, curve in result.series(value).items()}
+        for value, heading in (("robustness", "Nearest text survives (robustness)"), second)
+    }
+
+
+def _short(name: str) -> str:
+    """A perturbation's title as a legend has it."""
+    kind, what, *_ = [*name.split(), ""]
+    return {"gaussian": f"variance {what}", "quantize": f"{what} levels"}.get(kind, name)
 
 
 def _reference(result: SweepResult) -> dict[str, float]:
@@ -422,10 +431,10 @@ def fig10(context: Context) -> Result:
             _judge(
                 claim,
                 f"{data.name}: {len(names)} other wordings; the shift stays that of the first.",
-                {"gain": gain, "gap open": mean[0.0], "gap closed": mean[1.0], "wordings that gain": float(better)},
+                {"gain": gain, "gap open": mean[0.0], "gap closed": mean[1.0], "wordings that gain": better},
                 gain > 0,
-                f"{-gain:.2g} fewer neighbours survive with the gap closed: the shift is orthogonal to the first wording "
-                "only; the others vary along it, and their texts move past each other",
+                f"{-gain:.2g} fewer neighbours survive with the gap closed: the shift is orthogonal to the first "
+                "wording only; the others vary along it, and their texts move past each other",
             )
         )
         drawn.append(

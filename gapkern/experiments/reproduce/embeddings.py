@@ -91,7 +91,7 @@ def _synthetic(seed: int, count: int = 400, dims: int = 128, rank: int = 32) -> 
     for n in range(1, 5):
         reworded[f"rewording {n}"] = captions + 0.1 * draw(dims) / math.sqrt(dims) + 0.03 * draw(count, dims)
     return Embeddings(
-        "synthetic captions", images.float(), captions.float(), torch.arange(count),
+        "Synthetic captions", images.float(), captions.float(), torch.arange(count),
         f"{count} Gaussian captions in {rank} of {dims} dimensions, and an image near each, moved away by a gap of "
         "length 1.5, of which 80 % lies outside the captions' hull. A rewording moves all captions alike, and each a "
         "little further.",
@@ -116,7 +116,7 @@ def trained_digits(seed: int, quick: bool, folder: Path) -> Source:
 
         kept = _kept(folder / "digits.safetensors", facts, make)
         return Embeddings(
-            "digits", kept["images"], kept["prompts"][0], kept["labels"],
+            "Digits", kept["images"], kept["prompts"][0], kept["labels"],
             f"{len(kept['images'])} real handwritten digits scikit-learn brings and ten class prompts, embedded by a "
             f"small open_clip model (D = 128) that was trained here for {facts['steps']} steps on 1200 others.",
             dict(zip(templates, kept["prompts"], strict=True)), "exact",

@@ -45,21 +45,24 @@ def render(report: Mapping[str, Any], folder: Path) -> str:
     lead = (
         "A model that is trained to match images and texts leaves them in two separate regions: the modality gap. The "
         "paper says why training leaves it there, and that it does no harm to what is found but makes it fragile; "
-        f"closing it the right way makes it robust again. Here {len(claims)} of its claims are put to the test: "
-        f"{count[True]} hold, {count[False]} do not, and {count[None]} cannot be told from this run."
+        f"closing it the right way makes it robust again. Here its claims are put to {len(claims)} tests: "
+        f"{count[True]} hold, {count[False]} do not{', and ' + str(count[None]) + ' cannot be told' if count[None] else ''}."
     )
     parts = [
         html.numbers(
             [
-                (str(count[True]), "claims that hold"),
-                (str(count[False]), "claims that do not hold here"),
-                (str(count[None]), "claims this run cannot judge"),
+                (str(count[True]), "tests in which the claim holds"),
+                (str(count[False]), "in which it does not"),
+                (str(count[None]), "that this run cannot judge"),
                 (str(sum(len(e["figures"]) for e in report["targets"].values())), "figures"),
             ]
         ),
         html.section(
             "Claims",
-            html.paragraph("A click on a heading sorts. “Where” leads to figures and numbers."),
+            html.paragraph(
+                "One row for each claim and set of embeddings it was tried on. A click on a heading sorts; “where” leads to "
+                "the figure. The words are explained below."
+            ),
             _claims(claims),
             name="claims",
         ),
