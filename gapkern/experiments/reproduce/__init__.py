@@ -34,8 +34,8 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("fig1", "The gap, and what rewording costs", "embedding_figures", "fig1", True),
-        Target("fig2", "Closing the gap naively", "embedding_figures", "fig2", True),
+        Target("fig1", "The gap, and what rewording costs", "gap_figures", "fig1", True),
+        Target("fig2", "Closing the gap naively", "gap_figures", "fig2", True),
         Target("fig3", "Three points in the plane: loss and gradient", "dynamics_figures", "fig3"),
         Target("fig4", "Training from two tight clusters", "dynamics_figures", "fig4"),
         Target("fig5", "The toy model: what shrinks first", "dynamics_figures", "fig5"),
@@ -45,9 +45,9 @@ TARGETS = {
         Target("thm3.3", "Assumption 3.3: the gap is orthogonal to both modalities", "theorems", "thm3_3", True),
         Target("thm3.4", "Theorem 3.4: closing the gap makes neighbours robust", "theorems", "thm3_4", True),
         Target("thm3.5", "Theorem 3.5: an orthogonal shift changes no neighbour", "theorems", "thm3_5", True),
-        Target("fig8", "Robustness to Gaussian noise", "embedding_figures", "fig8", True),
-        Target("fig9", "Robustness to quantisation", "embedding_figures", "fig9", True),
-        Target("fig10", "Robustness to rewording", "embedding_figures", "fig10", True),
+        Target("fig8", "Robustness to Gaussian noise", "robustness_figures", "fig8", True),
+        Target("fig9", "Robustness to quantisation", "robustness_figures", "fig9", True),
+        Target("fig10", "Robustness to rewording", "robustness_figures", "fig10", True),
         Target("baselines", "Every published way to close the gap", "comparison", "baselines", True),
     )
 }

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gapkern.experiments.reproduce.embeddings import Embeddings
 
+KEPT = 0.99  # share of neighbours that counts as all but the same
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -46,6 +48,11 @@ class Claim:
             raise ValueError(f"reason: expected why {self.claim!r} does not hold, got nothing")
         if not self.number and self.holds is not None:
             raise ValueError(f"number: expected what {self.claim!r} is judged by, got nothing")
+
+
+def judge(claim: str, run: str, number: dict[str, float], holds: bool, otherwise: str) -> Claim:
+    """A claim that holds or not; `otherwise` is the reason where it does not."""
+    return Claim(claim, run, number, holds, "" if holds else otherwise)
 
 
 @dataclass(frozen=True)

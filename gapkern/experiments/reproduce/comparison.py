@@ -7,9 +7,8 @@ from torch import Tensor
 
 from gapkern._nearest import nearest
 from gapkern.experiments.reproduce import drawings
-from gapkern.experiments.reproduce.claims import Claim, Context, Figure, Result, Table
-from gapkern.experiments.reproduce.embedding_figures import KEPT, noise_that_keeps
-from gapkern.experiments.reproduce.embeddings import Embeddings
+from gapkern.experiments.reproduce.claims import KEPT, Claim, Context, Figure, Result, Table
+from gapkern.experiments.reproduce.embeddings import Embeddings, noise_that_keeps
 from gapkern.gap import BASELINES, MeanShift
 from gapkern.perturb import Gaussian
 from gapkern.robustness import robustness

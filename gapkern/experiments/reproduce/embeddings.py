@@ -16,6 +16,8 @@ from torch import Tensor
 from gapkern import _check, files
 from gapkern.experiments import digits
 from gapkern.gap import MeanShift
+from gapkern.perturb import Gaussian
+from gapkern.robustness import robustness
 
 # What a user might type for a class; the first is the one a gallery is made with.
 TEMPLATES = (
@@ -62,6 +64,19 @@ class Embeddings:
         return "".join(c if c.isalnum() else "_" for c in self.name.lower()).strip("_")
 
 
+def noise_that_keeps(share: float, data: Embeddings) -> Gaussian:
+    """The Gaussian noise at which `share` of the unmoved gallery's neighbours survive, to three digits."""
+    low, high = 1e-8, 1e4  # of the gallery's own spread
+    spread = float(data.gallery.double().var(0, correction=0).sum())
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        kept = robustness(data.queries, data.gallery, Gaussian(middle * spread)).robustness
+        low, high = (middle, high) if kept > share else (low, middle)
+        if high / low < 1.001:
+            break
+    return Gaussian(float(f"{(low * high) ** 0.5 * spread:.3g}"))
+
+
 @dataclass(frozen=True)
 class Source:
     """Embeddings that are not there yet: `facts` say what they will be, `load` makes or reads them."""
@@ -101,16 +116,15 @@ def _synthetic(seed: int, count: int = 400, dims: int = 128, rank: int = 32) -> 
 
 def trained_digits(seed: int, quick: bool, folder: Path) -> Source:
     """The digits' test images and prompts under a model trained here, kept in `folder`."""
-    facts = {"kind": "digits", "seed": seed, "steps": QUICK_STEPS if quick else STEPS}
+    steps = QUICK_STEPS if quick else STEPS
+    facts = {"kind": "digits", "seed": seed, "steps": steps}
 
     def load(progress: Progress) -> Embeddings:
         templates = digits.TEMPLATES + digits.UNSEEN_TEMPLATES
 
         def make() -> dict[str, Tensor]:
             data = digits.load(seed)
-            trained = digits.train(
-                data, seed=seed, steps=facts["steps"], on_step=lambda e: progress(e["step"] + 1, facts["steps"])
-            )
+            trained = digits.train(data, seed=seed, steps=steps, on_step=lambda e: progress(e["step"] + 1, steps))
             return {"images": digits.embed_images(trained, data.test_images),
                     "prompts": digits.embed_prompts(trained, templates), "labels": data.test_digits}  # fmt: skip
 
@@ -118,7 +132,7 @@ def trained_digits(seed: int, quick: bool, folder: Path) -> Source:
         return Embeddings(
             "Digits", kept["images"], kept["prompts"][0], kept["labels"],
             f"{len(kept['images'])} real handwritten digits scikit-learn brings and ten class prompts, embedded by a "
-            f"small open_clip model (D = 128) that was trained here for {facts['steps']} steps on 1200 others.",
+            f"small open_clip model (D = 128) that was trained here for {steps} steps on 1200 others.",
             dict(zip(templates, kept["prompts"], strict=True)), "exact",
         )  # fmt: skip
 

@@ -46,7 +46,7 @@ def render(report: Mapping[str, Any], folder: Path) -> str:
         "A model that is trained to match images and texts leaves them in two separate regions: the modality gap. The "
         "paper says why training leaves it there, and that it does no harm to what is found but makes it fragile; "
         f"closing it the right way makes it robust again. Here its claims are put to {len(claims)} tests: "
-        f"{count[True]} hold, {count[False]} do not{', and ' + str(count[None]) + ' cannot be told' if count[None] else ''}."
+        f"it holds in {count[True]}, not in {count[False]}, and {count[None]} cannot be told from this run."
     )
     parts = [
         html.numbers(
@@ -60,8 +60,8 @@ def render(report: Mapping[str, Any], folder: Path) -> str:
         html.section(
             "Claims",
             html.paragraph(
-                "One row for each claim and set of embeddings it was tried on. A click on a heading sorts; “where” leads to "
-                "the figure. The words are explained below."
+                "One row for each claim and set of embeddings it was tried on. A click on a heading sorts; “where” "
+                "leads to the figure. The words are explained below."
             ),
             _claims(claims),
             name="claims",
