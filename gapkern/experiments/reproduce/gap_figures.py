@@ -139,7 +139,8 @@ def fig2(context: Context) -> Result:
         if data.labels is not None:
             naive_scores = found["whole gap"]
             before_it, after_it = naive_scores[0][0], naive_scores[closed][0]
-            assert before_it is not None and after_it is not None
+            assert before_it is not None
+            assert after_it is not None
             changes[data.name] = after_it - before_it
         least = min(kept for _, kept in found["projected (the paper's method)"][: closed + 1])
         claims.append(
