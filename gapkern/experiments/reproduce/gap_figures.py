@@ -173,7 +173,24 @@ def fig2(context: Context) -> Result:
         "components allows, and says what that costs (neighbours, accuracy) and buys (robustness, at the noise at "
         "which 70 % of the neighbours survive with the gap open)."
     )
+    text += "".join(f"\n\n{_in_words(data.name, table)}" for data in sets)
     return Result(claims, [figure], [Table("What closing costs and buys", columns, table)], {"changes": changes}, text)
+
+
+def _in_words(name: str, table: list[dict[str, Any]]) -> str:
+    """For one set: how orthogonal the gap is, and what closing it costs and buys."""
+    exact, auto, whole = (
+        next(r for r in table if r["embeddings"] == name and r["components"] == c) for c in ("exact", "auto", "0")
+    )
+    lost = f"{1 - whole['kept']:.1%} of the neighbours"
+    if whole["accuracy"] is not None:
+        lost += f", and accuracy goes from {exact['accuracy']:.3f} to {whole['accuracy']:.3f}"
+    return (
+        f"{name}: {exact['closed']:.1%} of the gap is orthogonal to the texts. Closing that much changes "
+        f"{1 - exact['kept']:.1%} of the neighbours and takes robustness from {exact['open']:.3f} to "
+        f"{exact['robust']:.3f}. Where 1 % of the neighbours may change, {auto['closed']:.1%} of the gap can be closed, "
+        f"and robustness is {auto['robust']:.3f}. Closing all of it changes {lost}."
+    )
 
 
 def _inconsistent(changes: dict[str, float]) -> Claim:

@@ -46,7 +46,7 @@ def render(report: Mapping[str, Any], folder: Path) -> str:
         "A model that is trained to match images and texts leaves them in two separate regions: the modality gap. The "
         "paper says why training leaves it there, and that it does no harm to what is found but makes it fragile; "
         f"closing it the right way makes it robust again. Here its claims are put to {len(claims)} tests: "
-        f"it holds in {count[True]}, not in {count[False]}, and {count[None]} cannot be told from this run."
+        f"{count[True]} hold, {count[False]} do not, and {count[None]} cannot be told from this run."
     )
     parts = [
         html.numbers(
@@ -87,7 +87,7 @@ def _claims(claims: list[dict[str, Any]]) -> str:
         )
         reason = f": {html.inline(claim['reason'])}" if claim["reason"] else ""
         first = next((v for v in claim["number"].values() if v is not None), "")
-        link = f'<a href="#{escaping.escape(claim["target"])}">{escaping.escape(claim["target"])}</a>'
+        link = f'<a href="#{escaping.escape(claim["target"])}">{_short(claim["target"])}</a>'
         rows.append(
             [
                 (link, place),
@@ -98,6 +98,11 @@ def _claims(claims: list[dict[str, Any]]) -> str:
             ]
         )
     return html.sortable(["where", "claim", "what was run", "number", "holds?"], rows)
+
+
+def _short(target: str) -> str:
+    kind = {"fig": "Figure ", "thm": "Theorem "}.get(target[:3])
+    return target.capitalize() if kind is None else (kind + target[3:]).replace("Theorem 3.3", "Assumption 3.3")
 
 
 def _words() -> str:
