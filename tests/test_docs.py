@@ -13,11 +13,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-EXAMPLES = [(name, i, code) for name, text in PAGES.items()
-            for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))]  # fmt: skip
-LINES = sorted({line.split("#")[0].strip() for text in (*PAGES.values(), (ROOT / "README.md").read_text())
-                for block in re.findall(r"^```\n(.*?)^```", text, re.S | re.M)
-                for line in block.splitlines() if line.strip()})  # fmt: skip
+BLOCKS = [(name, *block) for name, text in (*PAGES.items(), ("README.md", (ROOT / "README.md").read_text()))
+          for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)]  # fmt: skip
+EXAMPLES = [(name, i, code) for i, (name, kind, code) in enumerate(BLOCKS) if kind == "python" and name in PAGES]
+LINES = sorted(
+    {line.split("#")[0].strip() for _, kind, code in BLOCKS if not kind for line in code.splitlines()} - {""}
+)
 OURS = [line for line in LINES if line.startswith("gapkern ")]
 # Too long for a test; that they parse is tested, and what they do elsewhere.
 LONG = ("reproduce all",)

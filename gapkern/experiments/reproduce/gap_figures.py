@@ -188,8 +188,8 @@ def _in_words(name: str, table: list[dict[str, Any]]) -> str:
     return (
         f"{name}: {exact['closed']:.1%} of the gap is orthogonal to the texts. Closing that much changes "
         f"{1 - exact['kept']:.1%} of the neighbours and takes robustness from {exact['open']:.3f} to "
-        f"{exact['robust']:.3f}. Where 1 % of the neighbours may change, {auto['closed']:.1%} of the gap can be closed, "
-        f"and robustness is {auto['robust']:.3f}. Closing all of it changes {lost}."
+        f"{exact['robust']:.3f}. Where 1 % of the neighbours may change, {auto['closed']:.1%} of the gap can be "
+        f"closed, and robustness is {auto['robust']:.3f}. Closing all of it changes {lost}."
     )
 
 
