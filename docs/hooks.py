@@ -28,11 +28,14 @@ def count(report: dict) -> str:
 
 
 def filled(markdown: str) -> str:
-    """A page with its `<!-- claims -->` and `<!-- count -->` replaced."""
+    """A page with its `<!-- claims -->`, `<!-- count -->` and `<!-- command -->` replaced."""
     if "<!-- c" not in markdown:
         return markdown
     report = json.loads((FOLDER / "report.json").read_text())
-    return markdown.replace("<!-- claims -->", claims(report)).replace("<!-- count -->", count(report))
+    parts = {"claims": claims(report), "count": count(report), "command": report["command"]}
+    for name, text in parts.items():
+        markdown = markdown.replace(f"<!-- {name} -->", text)
+    return markdown
 
 
 def on_page_markdown(markdown: str, **_) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from gapkern.experiments.reproduce import TARGETS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 BLOCKS = [(name, *block) for name, text in (*PAGES.items(), ("README.md", (ROOT / "README.md").read_text()))
@@ -96,7 +98,8 @@ def test_the_claims_are_those_of_the_result_file():
     assert "<!--" not in page
     for claim in report["claims"]:
         assert claim["claim"].replace("|", "\\|") in page
-    assert report["settings"]["quick"] is False
+    assert f"`{report['command']}`" in page
+    assert {claim["target"] for claim in report["claims"]} == set(TARGETS), "of all targets"
 
 
 @pytest.mark.slow
