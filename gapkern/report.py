@@ -14,6 +14,7 @@ body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: 
 h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: .2rem 0 .6rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .5rem; padding-top: .8rem; border-top: 1px solid #e2e8f0; }
 p, li, figcaption { max-width: 46rem; }
+.question { font-style: italic; color: #2d3748; }
 .lead { font-size: 1.1rem; color: #2d3748; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
 .numbers div { border: 1px solid #e2e8f0; border-radius: .5rem; padding: .6rem .8rem; }

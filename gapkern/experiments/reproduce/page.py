@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import report as html
+from gapkern.experiments.reproduce import TARGETS
 
 PAPER = (
     "Chowers, Naparstek, Barzelay and Weiss, “Is the Modality Gap a Bug or a Feature? A Robustness Perspective”, "
@@ -24,6 +25,8 @@ WORDS = (
      "leading principal components, so that no text moves past another"),
     ("robustness", "share of images whose nearest text stays the same once the texts are disturbed (by noise, by "
      "rounding, by rewording)"),
+    ("hull", "all points that texts can be mixed into; what is orthogonal to it is at right angles to every difference "
+     "between two texts"),
     ("accuracy", "share of images whose nearest text is the right one"),
 )  # fmt: skip
 
@@ -111,7 +114,9 @@ def _words() -> str:
 
 
 def _target(name: str, entry: Mapping[str, Any], folder: Path) -> str:
-    parts = [html.paragraph(text) for text in entry["text"].split("\n\n") if text]
+    question = TARGETS[name].question
+    parts = [html.paragraph(question, "question")] if question else []
+    parts += [html.paragraph(text) for text in entry["text"].split("\n\n") if text]
     for figure in entry["figures"]:
         wide, tall = (folder / f"{figure['name']}.png").read_bytes(), narrow(folder, figure["name"]).read_bytes()
         parts.append(html.picture(wide, tall, figure["caption"]))
