@@ -70,7 +70,7 @@ TARGETS = {
             "The toy model: what shrinks first",
             "dynamics_figures",
             "fig5",
-            "What does training take first from two round clouds? S is the softmax mass that a text receives from all images.",
+            "What does training take first from two round clouds? S is the softmax mass a text receives in all.",
         ),
         Target(
             "fig6",
