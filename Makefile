@@ -17,13 +17,14 @@ SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(orig
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint mypy format bench build clean distclean FORCE
+.PHONY: help demo test lint mypy format bench docs build clean distclean FORCE
 
 help:
 	@echo "make demo    train on handwritten digits, measure the modality gap, close it, write a report"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
 	@echo "make bench   time the kernels against plain PyTorch and open_clip"
+	@echo "make docs    the documentation as a site, in build/docs; warnings are errors"
 	@echo "make build   set up $(VENV) and build the native libraries there"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
 
@@ -35,6 +36,10 @@ test: $(STAMPS)/test
 
 bench: $(STAMPS)/test
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "docs: build/docs/index.html"
 
 build: $(STAMPS)/build
 
@@ -53,7 +58,7 @@ format: $(STAMPS)/lint
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info gapkern/lib gapkern/_core*.so $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test
+	rm -rf build dist *.egg-info gapkern/lib gapkern/_core*.so $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find gapkern tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -84,7 +89,7 @@ $(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/setti
 	@sed -n 's/^-- \(gapkern: \)/\1/p' build/cmake-*/build.log
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test: pyproject.toml | $(STAMPS)/build
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs: pyproject.toml | $(STAMPS)/build
 	@echo "Installing what 'make $(@F)' needs ..."
 	$(PIP) --no-build-isolation -e '.[$(@F)]'
 	@touch $@

@@ -142,3 +142,30 @@ def templates(rows: Sequence[Mapping[str, Any]], *, tall: bool = False) -> Any:
     ax.set_xlabel("accuracy on test images")
     _legend(figure, ax, 2)
     return figure
+
+
+def trajectory(path: Any, *, tall: bool = False) -> Any:
+    """A `Trajectory` over steps: loss and gradient, the gap, variance along and across it, softmax sums."""
+    figure, axes = _figure(4, tall=tall, width=4.0, height=3.4)
+    panels = (
+        ("loss and gradient", {"loss": "contrastive loss", "gradient_norm": "gradient norm"}, True),
+        ("gap norm  ‖μ(texts) − μ(images)‖", {"gap_norm": "gap norm"}, False),
+        ("variance within modalities", {"variance_along_images": "images, along g", "variance_along_texts":
+         "texts, along g", "variance_across_images": "images, across g", "variance_across_texts": "texts, across g"},
+         True),
+        ("max |S − 1|", {"residual_images": "images", "residual_texts": "texts"}, True),
+    )  # fmt: skip
+    for ax, (heading, names, logarithmic) in zip(axes, panels, strict=True):
+        for i, (name, label) in enumerate(names.items()):
+            steps, values = path.series(name)
+            shown = np.maximum(values, 1e-30) if logarithmic else values
+            ax.plot(steps, shown, label=label, color=COLOURS[i], linewidth=1.6)
+        if logarithmic:
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(bottom=0)
+        if len(names) > 1:
+            ax.legend(fontsize=8, frameon=False)
+        ax.set_title(heading, fontsize=10)
+        ax.set_xlabel("step")
+    return figure

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-VERBS = ("demo", "gap", "shift", "robust", "doctor")
+VERBS = ("demo", "gap", "shift", "robust", "reproduce", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,27 @@
+"""Does the paper's guarantee apply to these embeddings, and how tightly? Theorems 3.1 to 3.5 as functions."""
+
+from gapkern.theory.assess import Verdict, assess
+from gapkern.theory.gradients import Freeze, LeadingGradient, freeze, leading_gradient
+from gapkern.theory.neighbours import (
+    Orthogonality,
+    Preservation,
+    RobustnessCurve,
+    orthogonality,
+    preservation,
+    robustness_curve,
+)
+
+__all__ = [
+    "Freeze",
+    "LeadingGradient",
+    "Orthogonality",
+    "Preservation",
+    "RobustnessCurve",
+    "Verdict",
+    "assess",
+    "freeze",
+    "leading_gradient",
+    "orthogonality",
+    "preservation",
+    "robustness_curve",
+]

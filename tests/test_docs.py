@@ -1,0 +1,120 @@
+"""The documentation: examples run, command lines work, numbers are those measured, links lead somewhere."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gapkern.experiments.reproduce import TARGETS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+BLOCKS = [(name, *block) for name, text in (*PAGES.items(), ("README.md", (ROOT / "README.md").read_text()))
+          for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)]  # fmt: skip
+EXAMPLES = [(name, i, code) for i, (name, kind, code) in enumerate(BLOCKS) if kind == "python" and name in PAGES]
+LINES = sorted(
+    {line.split("#")[0].strip() for _, kind, code in BLOCKS if not kind for line in code.splitlines()} - {""}
+)
+OURS = [line for line in LINES if line.startswith("gapkern ")]
+# Too long for a test; that they parse is tested, and what they do elsewhere.
+LONG = ("reproduce all",)
+
+
+def test_there_is_something_to_test():
+    assert set(PAGES) == {"index.md", "science.md", "kernels.md", "faq.md", "api.md"}
+    assert len(EXAMPLES) >= 7
+    assert len(OURS) >= 9
+
+
+@pytest.mark.parametrize(("name", "number", "code"), EXAMPLES, ids=[f"{n}-{i}" for n, i, _ in EXAMPLES])
+def test_examples_run(name, number, code):
+    torch.manual_seed(0)
+    exec(compile(code, f"{name}, example {number}", "exec"), {})
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the files that the pages' command lines name."""
+    folder = tmp_path_factory.mktemp("work")
+    generator = np.random.default_rng(0)
+    texts = generator.standard_normal((40, 8)) @ np.eye(8, 24)
+    images = texts + 0.1 * generator.standard_normal((40, 24)) + np.eye(24)[20]
+    for name, array in (("texts", texts), ("images", images)):
+        np.save(folder / f"{name}.npy", array.astype(np.float32))
+    return folder
+
+
+def test_the_command_lines_run_in_their_order(workplace, monkeypatch, capsys):
+    from gapkern.cli import main, parser
+
+    monkeypatch.chdir(workplace)
+    # "shift fit" writes what "shift apply" reads, and that writes what "robust" reads.
+    order = sorted(OURS, key=lambda line: ["fit" in line, "apply" in line].index(True) if "shift f" in line
+                   or "shift a" in line else 2)  # fmt: skip
+    for line in order:
+        words = shlex.split(line)[1:]
+        parser().parse_args(words)
+        if not any(" ".join(words).startswith(long) for long in LONG):
+            assert main(words) == 0, (line, capsys.readouterr().err)
+    assert (workplace / "mine" / "report.html").exists()
+
+
+def test_other_command_lines_are_known():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for line in LINES:
+        if not line.startswith("gapkern "):
+            words = shlex.split(line)
+            assert words[0] == "pip" or (words[0] == "make" and words[1] in targets), line
+
+
+def test_links_and_pictures_are_there():
+    for name, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not target.startswith("http"):
+                assert (ROOT / "docs" / target).exists(), f"{name}: {target}"
+
+
+def test_everything_public_is_in_the_reference():
+    import gapkern
+
+    named = {line.rsplit(".", 1)[-1] for line in re.findall(r"^::: (\S+)", PAGES["api.md"], re.M)}
+    assert set(gapkern.__all__) - {"__version__"} <= named
+
+
+def test_the_claims_are_those_of_the_result_file():
+    import json
+
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    report = json.loads((ROOT / "docs" / "reproduction" / "report.json").read_text())
+    page = hooks.filled(PAGES["science.md"])
+    assert "<!--" not in page
+    for claim in report["claims"]:
+        assert claim["claim"].replace("|", "\\|") in page
+    assert f"`{report['command']}`" in page
+    assert {claim["target"] for claim in report["claims"]} == set(TARGETS), "of all targets"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert {name.replace(".md", ".html") for name in PAGES} <= pages
+    api = (tmp_path / "site" / "api.html").read_text()
+    for name in ("ClipLoss", "MeanShift", "gap_metrics", "RobustnessResult"):
+        assert (
+            f'id="gapkern.{ {"ClipLoss": "losses", "RobustnessResult": "robustness"}.get(name, "gap") }.{name}"' in api
+        )
+    assert not list((tmp_path / "site").rglob("hooks*"))
