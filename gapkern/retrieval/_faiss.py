@@ -1,5 +1,6 @@
 """FAISS, imported when it is first needed, and its errors in our words."""
 
+import ctypes
 import os
 import re
 import sys
@@ -52,3 +53,20 @@ def one_warning(name: str) -> Iterator[None]:
                     print(line, file=sys.stderr)
     if advice:
         warnings.warn(f"{name}: FAISS: {advice[0].removeprefix('WARNING ')}", stacklevel=4)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what FAISS prints on stdout from there: --json promises nothing else."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            libc.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check
 from gapkern.gap import MeanShift
 from gapkern.retrieval import exact, store
 from gapkern.retrieval._faiss import errors, faiss, one_warning
@@ -95,6 +95,12 @@ class GapIndex:
     def exact(self) -> bool:
         """Whether every distance is compared: a Flat index."""
         return self._index is not None and self._flat() is not None
+
+    @property
+    def lists(self) -> int:
+        """Number of inverted lists, 0 where there are none."""
+        ivf = faiss().try_extract_index_ivf(self._index) if self._index is not None else None
+        return int(ivf.nlist) if ivf is not None else 0
 
     @property
     def bytes_per_vector(self) -> float:
@@ -327,18 +333,14 @@ class GapIndex:
         """
         if self._index is None:
             raise ValueError("GapIndex: train or add before save")
-        folder = files.folder(path, name="path")
-        if not (folder / store.MANIFEST).exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            known = {p for kind, end in store.SUFFIXES.items() for p in folder.glob(f"{kind}-*{end}")}
-            if any(p not in known for p in folder.iterdir() if not p.name.startswith(".")):
-                raise ValueError(f"path: expected an empty folder or one with an index, got {folder}")
+        folder = store.claim(path)
         module = faiss()
         data = {}
         lists = self._on_disk()
         if lists is not None:
             source = lists.filename
             data["lists"] = store.put(folder, "lists", lambda temporary: shutil.copyfile(source, temporary))
-            lists.filename = str(folder / data["lists"]["name"])
+            lists.filename = data["lists"]["name"]  # the folder may move
         try:
             data["index"] = store.put(folder, "index", lambda temporary: module.write_index(self._index, temporary))
         finally:

@@ -123,17 +123,27 @@ def _finite(name: str, x: Tensor) -> None:
 
 def _index_hits(queries: Tensor, asking: Tensor, wanted: Tensor, k: int, index: Any) -> Tensor:
     """Place of each query's first positive among the k found, k where there is none."""
-    places = []
+    parts = []
+    for first in range(0, len(queries), QUERIES_AT_HAND):
+        ids = torch.as_tensor(index.search(queries[first : first + QUERIES_AT_HAND], k)[1]).cpu()
+        parts.append(places(ids, first, asking, wanted))
+    return torch.cat(parts)
+
+
+def places(ids: Tensor, first: int, asking: Tensor, wanted: Tensor) -> Tensor:
+    """Place of each query's first positive among the ids (n, k) found for the queries from `first` on; k for none.
+
+    Example:
+        >>> places(torch.tensor([[5, 3], [3, 5]]), 0, *pairs([3, 4], 2, None)).tolist()
+        [1, 2]
+    """
     low, high = int(wanted.min()), int(wanted.max())
     width = high - low + 1
     keys = asking * width + (wanted - low)
-    for first in range(0, len(queries), QUERIES_AT_HAND):
-        ids = torch.as_tensor(index.search(queries[first : first + QUERIES_AT_HAND], k)[1]).cpu()
-        inside = (ids >= low) & (ids <= high)
-        mine = (torch.arange(first, first + len(ids))[:, None] * width + (ids - low)).where(inside, -1)
-        hit = keys[torch.searchsorted(keys, mine.contiguous()).clamp_max(len(keys) - 1)] == mine
-        places.append(torch.where(hit.any(1), hit.int().argmax(1), k))
-    return torch.cat(places)
+    mine = torch.arange(first, first + len(ids))[:, None] * width + (ids - low)
+    mine = mine.where((ids >= low) & (ids <= high), -1).contiguous()
+    hit = keys[torch.searchsorted(keys, mine).clamp_max(len(keys) - 1)] == mine
+    return torch.where(hit.any(1), hit.int().argmax(1), ids.shape[1])
 
 
 def ranks_of_positives(

@@ -17,6 +17,23 @@ MANIFEST = "manifest.json"
 SUFFIXES = {"index": ".faiss", "lists": ".ivfdata", "shift": ".safetensors"}
 
 
+def claim(path: str | os.PathLike) -> Path:
+    """A folder that an index may be written to.
+
+    Raises:
+        ValueError: it cannot be written, or holds files that are no index's.
+    """
+    folder = files.folder(path, name="path")
+    if not (folder / MANIFEST).exists():
+        ours = {p for kind, suffix in SUFFIXES.items() for p in folder.glob(f"{kind}-*{suffix}")}
+        foreign = [p.name for p in folder.iterdir() if p not in ours and p.name != "unfinished" and p.name[0] != "."]
+        if foreign:
+            raise ValueError(
+                f"path: expected an empty folder or one with an index, got {folder}, which holds {min(foreign)}"
+            )
+    return folder
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
