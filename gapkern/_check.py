@@ -18,7 +18,7 @@ def tensor(name: str, value: Any) -> torch.Tensor:
         TypeError: not a tensor or array, or not of a floating-point dtype.
     """
     if isinstance(value, np.ndarray):
-        if value.dtype not in (np.float16, np.float32, np.float64):
+        if value.dtype.newbyteorder("=") not in (np.float16, np.float32, np.float64):
             raise TypeError(f"{name}: expected float16, float32 or float64, got an array of {value.dtype}")
         if not value.dtype.isnative:
             value = value.astype(value.dtype.newbyteorder("="))

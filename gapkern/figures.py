@@ -169,3 +169,21 @@ def trajectory(path: Any, *, tall: bool = False) -> Any:
         ax.set_title(heading, fontsize=10)
         ax.set_xlabel("step")
     return figure
+
+
+def quantisers(result: Any) -> Any:
+    """A `QuantiserResult`: for each factory string two bars, before and after the gap is closed."""
+    names = [n for n, v in result.rows[0].items() if n.startswith(("agreement", "overlap", "recall")) and v is not None]
+    factories = list(dict.fromkeys(row["factory"] for row in result.rows))
+    figure, axes = _figure(len(names), width=3.6, height=0.42 * len(factories) + 1.6)
+    size = {row["factory"]: row["bytes_per_vector"] for row in result.rows}
+    for ax, name in zip(axes, names, strict=True):
+        for shift, label in ((False, "as it is"), (True, "gap closed")):
+            values = [next(r[name] for r in result.rows if (r["factory"], r["shift"]) == (f, shift)) for f in factories]
+            places = np.arange(len(factories)) + (0.2 if shift else -0.2)
+            ax.barh(places, values, 0.38, color=COLOURS[0] if shift else "0.7", label=label)
+        ax.set_xlabel(name)
+        ax.set_yticks(range(len(factories)), [f"{f}, {size[f]:.0f} B" for f in factories] if ax is axes[0] else [])
+        ax.invert_yaxis()
+    _legend(figure, axes[0], 2)
+    return figure

@@ -1,0 +1,85 @@
+"""`gapkern index`: an index of embedding files, or what each quantiser would cost and keep."""
+
+from pathlib import Path
+
+from gapkern import files
+from gapkern.cli import common
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser(
+        "index",
+        help="build a FAISS index of embedding files, or compare quantisers",
+        description="Builds a FAISS index of GALLERY, with the gap closed where a shift is given, block by block: the "
+        "same command again goes on where it was interrupted. With inverted lists (--factory IVF...) it may be larger "
+        "than memory. --compare shows instead what quantisers keep of the neighbours, before and after the shift.",
+    )
+    parser.add_argument("gallery", help="embeddings that are searched, (G, D), a file or a folder of shards")
+    parser.add_argument("--out", help="folder of the index; with --compare of quantisers.json, .csv and .png")
+    parser.add_argument("--factory", nargs="+", metavar="STRING",
+                        help="FAISS factory string, several with --compare (default: Flat)")  # fmt: skip
+    parser.add_argument("--metric", choices=("l2", "ip"), default="l2", help="(default: %(default)s)")
+    parser.add_argument("--shift", help="a file from 'gapkern shift fit'")
+    parser.add_argument("--ids", help="a .npy of integers, one for each row (default: 0, 1, ...)")
+    parser.add_argument("--model", help="what made the embeddings")
+    parser.add_argument("--sample", type=int, help="rows to learn lists and codes from (default: 131072)")
+    parser.add_argument("--block", type=int, help="rows of a block (default: 67 million numbers)")
+    parser.add_argument("--compare", metavar="QUERIES", help="embeddings that ask: compare quantisers by them")
+    parser.add_argument("--k", type=int, default=10, help="neighbours that --compare looks at (default: %(default)s)")
+    common.add_labels(parser)
+    common.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    from gapkern import MeanShift
+
+    shift = MeanShift.load(arguments.shift) if arguments.shift else None
+    if arguments.compare:
+        return _compare(arguments, shift)
+    if not arguments.out:
+        raise ValueError("out: expected a folder for the index, got none")
+    if len(arguments.factory or []) > 1:
+        raise ValueError(f"factory: expected one without --compare, got {len(arguments.factory)}")
+    from gapkern.retrieval import disk
+
+    stages = {"train": "learning", "add": "adding vectors", "merge": "merging"}
+    with common.progress(stages) as step:
+        manifest = disk.build(
+            arguments.gallery, arguments.out, (arguments.factory or ["Flat"])[0], arguments.metric, shift,
+            ids=arguments.ids, model=arguments.model, sample=arguments.sample or disk.SAMPLE, block=arguments.block,
+            progress=step,
+        )  # fmt: skip
+    if arguments.json:
+        common.print_json(manifest)
+    else:
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        print(f"index: {manifest['count']} x {manifest['dims']}, {manifest['factory']}, {size / 2**20:.1f} MiB "
+              f"in {arguments.out}")  # fmt: skip
+    return 0
+
+
+def _compare(arguments, shift) -> int:
+    from gapkern.retrieval import compare_quantisers
+
+    gallery = files.load_embeddings(arguments.gallery, name="gallery")
+    queries = files.load_embeddings(arguments.compare, name="queries")
+    with common.progress({"compare": "quantisers"}) as step:
+        result = compare_quantisers(
+            queries, gallery, arguments.factory, shift=shift, positives=common.labels(arguments.labels, len(queries)),
+            k=arguments.k, progress=lambda done, total: step("compare", done, total),
+        )  # fmt: skip
+    if arguments.out:
+        out = files.folder(arguments.out)
+        result.to_json(out / "quantisers.json")
+        result.to_csv(out / "quantisers.csv")
+        result.plot(out / "quantisers.png")
+    if arguments.json:
+        common.print_json(result.to_dict())
+        return 0
+    common.table(list(result.rows[0]), [list(row.values()) for row in result.rows])
+    for factory, reason in result.left_out.items():
+        print(f"left out: {factory} ({reason})")
+    if arguments.out:
+        print(f"written: {Path(arguments.out)}/quantisers.json, .csv, .png")
+    return 0
