@@ -66,3 +66,22 @@ def test_the_stages_fit_into_nine_minutes():
     limits = [int(n) for n in re.findall(r'stage [\w"$]+ (\d+) ', script)]
     sanitizers = len(re.findall(r"^sanitize \w+", script, re.M))
     assert sum(limits) + (sanitizers - 1) * 60 < 540
+
+
+_BARE = """
+import sys
+from importlib.machinery import PathFinder
+absent = {"pandas", "pyarrow", "open_clip", "faiss", "sklearn", "expecttest", "hypothesis", "scipy", "matplotlib"}
+real = PathFinder.find_spec
+PathFinder.find_spec = classmethod(lambda c, n, *rest: None if n.partition(".")[0] in absent else real(n, *rest))
+import pytest
+sys.exit(pytest.main(["tests", "-m", "cuda", "-q", "--collect-only", "-p", "no:cacheprovider"]))
+"""
+
+
+def test_the_cuda_tests_are_collected_without_optional_packages():
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", _BARE], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    for capability in ("contrastive", "meanshift", "perturb", "robustness", "losses"):
+        assert f"tests/test_{capability}.py::" in done.stdout
