@@ -105,9 +105,7 @@ def check_tensor_cores(log, build):
         (build / name).unlink(missing_ok=True)
     if found:
         name, line = next(iter(found.items()))
-        fail(
-            f"{name}: {line.strip()}; a kernel that waits for its tensor cores is refused"
-        )
+        fail(f"{name}: {line.strip()}; a kernel that waits for its tensor cores is refused")
 
 
 class CMakeBuild(build_ext):

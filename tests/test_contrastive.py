@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gapkern.ops import chunked
 from gapkern.ops.contrastive import lse_pair, sigmoid_sum
@@ -192,12 +190,7 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    n=st.integers(1, 60), extra=st.integers(0, 30), d=st.integers(1, 40), log_scale=st.floats(-3, 4),
-    dtype=st.sampled_from(DTYPES), similarity=st.sampled_from(["dot", "sqeuclidean"]), seed=st.integers(0, 2**20),
-)  # fmt: skip
-def test_properties_of_any_shape(n, extra, d, log_scale, dtype, similarity, seed):
+def check_any_shape(n, extra, d, log_scale, dtype, similarity, seed):
     x, y = pair(n, n + extra, d, dtype, scale=1 / math.sqrt(d), seed=seed)
     scale = torch.tensor(10.0**log_scale, dtype=torch.float64)
     ours = value_and_gradients(lse_pair, x, y, scale, similarity=similarity)
@@ -211,6 +204,16 @@ def test_properties_of_any_shape(n, extra, d, log_scale, dtype, similarity, seed
         assert float((a.double() - c).abs().max()) <= float((b.double() - c).abs().max()) + rounding * max(size, 1), (
             name
         )
+
+
+def test_properties_of_any_shape():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    given = hypothesis.given(
+        n=st.integers(1, 60), extra=st.integers(0, 30), d=st.integers(1, 40), log_scale=st.floats(-3, 4),
+        dtype=st.sampled_from(DTYPES), similarity=st.sampled_from(["dot", "sqeuclidean"]), seed=st.integers(0, 2**20),
+    )  # fmt: skip
+    hypothesis.settings(max_examples=40, deadline=None)(given(check_any_shape))()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -93,6 +94,14 @@ def test_a_real_spill_is_seen(found, tmp_path, monkeypatch):
     clean = {**row, "stack": 0, "local_stores": 0}
     table = {"nvcc": "", "ptx": [], "kernels": {"sm_80": {"planted": clean}}}
     assert any("stack" in f for f in kernel_gates.faults({**table, "kernels": {"sm_80": {"planted": row}}}, table))
+
+
+def test_the_library_loads_without_a_driver_and_the_doctor_says_so(found):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "gapkern", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "loaded  libgapkern_cuda: loaded; no CUDA device is visible" in done.stdout
 
 
 def test_a_build_whose_tensor_cores_wait_fails(tmp_path, monkeypatch):

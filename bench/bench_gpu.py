@@ -1,0 +1,392 @@
+"""The CUDA kernels against their limits: `bash bench/gpu.sh` runs this, each section in a process of its own.
+
+python bench/bench_gpu.py SECTION --out FOLDER [--device cpu] [--quick] [--seconds 60]
+python bench/bench_gpu.py collect --out FOLDER      one gpu.json of all sections, and a short table
+
+Limits are measured in the same run: bytes over the rate of a device copy, 2 operations a product over the rate of an
+8192^3 matrix product in the inputs' dtype. Before each timed call a buffer larger than the cache is written.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import gapkern  # noqa: E402
+from bench import harness  # noqa: E402
+from bench.harness import Case, Contender  # noqa: E402
+from gapkern import Gaussian, contrastive_loss, files  # noqa: E402
+from gapkern._nearest import nearest  # noqa: E402
+from gapkern.robustness import robustness  # noqa: E402
+from gapkern.testing import compare  # noqa: E402
+
+SCALE = 50.0
+COMPARED = 4096  # rows of a result, so that a check costs little beside the timing
+
+
+def rows(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Random rows of unit length, made on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, device=device)
+    return torch.nn.functional.normalize(x, dim=-1).to(dtype)
+
+
+def _near(results: dict[str, Any], name: str, expected: str, tolerance: float) -> None:
+    for i, (a, b) in enumerate(zip(results[name], results[expected], strict=True)):
+        found = compare(*(v[:COMPARED] if v.dim() > 1 else v for v in (a, b)))
+        assert not found.mismatched, f"{name}, result {i}: {found}"
+        assert found.relative_l2 < tolerance, f"{name}, result {i}: {found}"
+
+
+def ceilings(device: str, quick: bool) -> Iterator[Case]:
+    size = 2**20 if quick else 2**31
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = Contender("limit: copy", lambda: target.copy_(source), "limit")
+    yield Case({"ceiling": "copy", "bytes": 2 * size}, [copy], lambda r: None, traffic=2 * size)
+    n = 256 if quick else 8192
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        product = Contender("limit: product", lambda a=a, b=b: a @ b, "limit")
+        yield Case({"ceiling": str(dtype)[6:], "operations": 2 * n**3}, [product])
+
+
+def _eager(x, y, scale):
+    logits = scale * (x @ y.T).float()
+    labels = torch.arange(len(x), device=x.device)
+    return (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
+
+
+def _others(compiled: bool) -> Iterator[tuple[str, Callable]]:
+    yield "eager, one logit matrix", _eager
+    if compiled:
+        yield "torch.compile", torch.compile(_eager)
+    for name in ("open_clip", "inf_cl"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            print(f"{name} is not installed: left out", flush=True)
+            continue
+        if name == "open_clip":
+            yield name, module.ClipLoss()
+        else:  # one direction a call; unit rows and the scale as its arguments
+            loss = module.cal_inf_loss
+            yield name, lambda x, y, s, loss=loss: (loss(x, y, scale=s) + loss(y, x, scale=s)) / 2
+
+
+def _gradients(loss: Callable, inputs: list[torch.Tensor]) -> Callable[[], tuple]:
+    def once():
+        value = loss(*inputs)
+        return value.detach(), *torch.autograd.grad(value, inputs[:2])
+
+    return once
+
+
+def _pair(n: int, d: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    x, y = (rows(n, d, device=device, seed=s) for s in (0, 1))
+    y = torch.nn.functional.normalize(y + 0.15 * x, dim=1)
+    return [*(t.to(dtype).requires_grad_() for t in (x, y)), torch.tensor(SCALE, device=device)]
+
+
+def _largest(device: str, quick: bool) -> Case:
+    """A batch whose logits no device could hold; checked for being finite only."""
+    n, d = (128, 32) if quick else (262_144, 512)
+    inputs = _pair(n, d, device, torch.bfloat16)
+    ours = _gradients(lambda x, y, s: contrastive_loss(x, y, s, memory="recompute"), inputs)
+    about = {"N": n, "D": d, "dtype": "bfloat16", "operations": 8 * n * n * d}
+
+    def finite(results):
+        assert all(t.isfinite().all() and t.abs().sum() > 0 for t in results["gapkern, recompute"])
+
+    return Case(about, [Contender("gapkern, recompute", ours)], finite)
+
+
+def contrastive(device: str, quick: bool) -> Iterator[Case]:
+    batches, widths = ((64,), (32,)) if quick else ((4096, 16384, 32768), (768, 512, 1024))
+    for d in widths:
+        for n in batches:
+            for dtype in (torch.bfloat16, torch.float32):
+                inputs = _pair(n, d, device, dtype)
+                torch.compiler.reset()
+                # Compilation takes longer than all else: only at the first width.
+                others = list(_others(compiled=d == widths[0] and not quick))
+                contenders = [Contender(name, _gradients(f, inputs), "baseline") for name, f in others]
+                for memory in ("recompute", "keep"):
+                    loss = lambda x, y, s, memory=memory: contrastive_loss(x, y, s, memory=memory)  # noqa: E731
+                    contenders.append(Contender(f"gapkern, {memory}", _gradients(loss, inputs)))
+
+                def check(results, dtype=dtype):
+                    for name in results:
+                        _near(results, name, "eager, one logit matrix", 3e-2 if dtype == torch.bfloat16 else 1e-4)
+
+                about = {"N": n, "D": d, "dtype": str(dtype)[6:], "operations": 8 * n * n * d}
+                yield Case(about, contenders, check, "eager, one logit matrix")
+        if d == widths[0]:
+            yield _largest(device, quick)
+
+
+def memory(device: str, quick: bool) -> Iterator[dict[str, Any]]:
+    """Peak bytes above what was there before the call: gradients and whatever the loss works with."""
+    if device == "cpu":
+        return
+    for n in (4096,) if quick else (4096, 16384, 32768):
+        inputs = _pair(n, 768, device, torch.bfloat16)
+        row: dict[str, Any] = {"N": n, "D": 768, "dtype": "bfloat16"}
+        contenders = [("eager, one logit matrix", _eager)]
+        for kind in ("recompute", "keep"):
+            contenders.append((f"gapkern, {kind}", lambda x, y, s, kind=kind: contrastive_loss(x, y, s, memory=kind)))
+        for name, loss in contenders:
+            call = _gradients(loss, inputs)
+            call()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            row[name] = torch.cuda.max_memory_allocated() - before
+        yield row
+
+
+def rowwise(device: str, quick: bool) -> Iterator[Case]:
+    """Column sums, shifts and noise: bound by memory."""
+    ops = torch.ops.gapkern
+
+    def normal(t):
+        return torch.nn.functional.normalize(t, dim=1)
+
+    n, d = (64, 32) if quick else (1_000_000, 768)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = rows(n, d, device=device, dtype=dtype)
+        shift64 = torch.linspace(-0.1, 0.1, d, dtype=torch.float64, device=device)
+        shift, size = shift64.to(dtype), x.numel() * x.element_size()
+        close = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        pairs: list[tuple[str, int, Callable, Callable]] = [
+            ("column sum", size, lambda x=x: x.sum(0, dtype=torch.float64), lambda x=x: ops.meanshift_sum(x)),
+            ("shift", 2 * size, lambda x=x, s=shift: x + s, lambda x=x, s=shift64: ops.meanshift_apply(x, s, False)),
+            ("shift + normalize", 2 * size, lambda x=x, s=shift: normal(x + s),
+             lambda x=x, s=shift64: ops.meanshift_apply(x, s, True)),
+            ("gaussian noise", 2 * size, lambda x=x: x + 0.1 * torch.randn_like(x),
+             lambda x=x: ops.perturb_noise(x, "gaussian", 0.1, 1, 0, 0)),
+            ("shift + normalize + noise", 2 * size, lambda x=x, s=shift: normal(x + s) + 0.1 * torch.randn_like(x),
+             lambda x=x, s=shift64: ops.perturb_noisy_gallery(x, s, "gaussian", 0.1, 1, 0, 0, True, "after")),
+        ]  # fmt: skip
+        for name, traffic, plain, ours in pairs:
+
+            def check(results, name=name, x=x, close=close):
+                a, b = (results[k] for k in ("gapkern", "PyTorch"))
+                if "noise" in name:  # other draws: their spread must be that of the law
+                    spread = [float((r[:COMPARED].double() - x[:COMPARED].double()).std()) for r in (a, b)]
+                    assert abs(spread[0] / spread[1] - 1) < (0.1 if len(x) < COMPARED else 0.01), spread
+                else:
+                    _near({"gapkern": [a], "PyTorch": [b]}, "gapkern", "PyTorch", close)
+
+            about = {"operation": name, "N": n, "D": d, "dtype": str(dtype)[6:]}
+            both = [Contender("PyTorch", plain, "baseline"), Contender("gapkern", ours)]
+            yield Case(about, both, check, "PyTorch", traffic)
+
+
+def search(device: str, quick: bool) -> Iterator[Case]:
+    """Nearest rows, and the exact robustness of a large query set."""
+    q, g, d = (40, 12, 16) if quick else (50_000, 1000, 768)
+    gallery = rows(g, d, device=device, seed=1)
+    queries = gallery[torch.arange(q, device=device) % g] + 0.3 * rows(q, d, device=device, seed=2)
+
+    def plain():
+        return (gallery.square().sum(1) - 2 * queries @ gallery.T).argmin(1)
+
+    def same(results):
+        a, b = results["gapkern"], results["PyTorch"]
+        assert float((a == b).double().mean()) > 0.999
+
+    about = {"Q": q, "G": g, "D": d, "dtype": "float32", "operations": 2 * q * g * d}
+    both = [Contender("PyTorch", plain, "baseline"), Contender("gapkern", lambda: nearest(queries, gallery))]
+    yield Case({"operation": "nearest", **about}, both, same, "PyTorch")
+    variance, trials = 1e-3, 20 if quick else 100
+
+    def sampled():
+        clean, kept = plain(), []
+        for _ in range(trials):
+            noisy = gallery + variance**0.5 * torch.randn_like(gallery)
+            kept.append(((noisy.square().sum(1) - 2 * queries @ noisy.T).argmin(1) == clean).double().mean())
+        return torch.stack(kept)
+
+    def exact():
+        return robustness(queries, gallery, Gaussian(variance, "per_coordinate")).per_query
+
+    def agree(results):
+        means = results[f"PyTorch, {trials} trials"]
+        error = float(results["gapkern, exact"].mean() - means.mean())
+        assert abs(error) <= 4 * float(means.std()) / trials**0.5 + 1e-3, error
+
+    both = [Contender(f"PyTorch, {trials} trials", sampled, "baseline"), Contender("gapkern, exact", exact)]
+    yield Case({"operation": "robustness", **about}, both, agree, both[0].name)
+
+
+def operators(device: str) -> dict[str, Callable[[], Any]]:
+    """Every CUDA operator once on small odd shapes, for the sanitizer; `smoke` compares them with the CPU's."""
+    ops = torch.ops.gapkern
+    x, y = (rows(77, 36, device="cpu", seed=s).to(device) for s in (3, 4))
+    t, scale, bias = (x @ y.T).contiguous(), torch.tensor(10.0, device=device), torch.tensor(-3.0, device=device)
+    none = x.new_empty(0)
+    row, col = ((10 * t).double().logsumexp(i) / 0.6931471805599453 for i in (1, 0))
+    grad = torch.linspace(0.1, 1, 77, device=device, dtype=torch.float64)
+    shift = torch.linspace(-1, 1, 36, device=device, dtype=torch.float64)
+    squared = (torch.cdist(x.cpu().double(), y.cpu().double()) ** 2).to(device)
+    targets = torch.arange(77, device=device).reshape(77, 1)
+    return {
+        "contrastive_chunk_lse": lambda: [v.double().logsumexp(0) if v.dim() > 1 else v for v in
+                                          ops.contrastive_chunk_lse(t, none, none, scale)],
+        "contrastive_chunk_gradient": lambda: ops.contrastive_chunk_gradient(
+            t, none, none, scale, row, col, grad, grad, -grad, 0, x)[0],
+        "contrastive_chunk_sigmoid": lambda: ops.contrastive_chunk_sigmoid(t, scale, bias, 0, x)[1],
+        "meanshift_sum": lambda: ops.meanshift_sum(x),
+        "meanshift_apply": lambda: ops.meanshift_apply(x, shift, True),
+        "perturb_bits": lambda: ops.perturb_bits(x, 1, 2, 3),
+        "perturb_noise": lambda: ops.perturb_noise(x, "gaussian", 0.1, 1, 2, 3),
+        "perturb_noisy_gallery": lambda: ops.perturb_noisy_gallery(
+            x, shift, "gaussian", 0.1, 1, 2, 3, True, "after"),
+        "perturb_quantize": lambda: ops.perturb_quantize(x, x.amin(0), x.amax(0), 32),
+        "robustness_exact": lambda: ops.robustness_exact(squared, targets, 0.01, 36),
+        "robustness_nearest": lambda: ops.robustness_nearest(x, y, y.mean(0))[:3],
+    }  # fmt: skip
+
+
+def smoke(device: str) -> None:
+    ours, expected = operators(device), operators("cpu")
+    for name in ours:
+        a, b = (v if isinstance(v, (list, tuple)) else [v] for v in (ours[name](), expected[name]()))
+        for left, right in zip(a, b, strict=True):
+            found = compare(left, right)
+            assert found.relative_l2 < 1e-4, f"{name}: {found}"
+            assert not found.mismatched, f"{name}: {found}"
+        print(f"passed {name}", flush=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        results = []
+        for place in (device, "cpu"):
+            x, y = (rows(77, 40, device="cpu", seed=s).to(place, dtype).requires_grad_() for s in (3, 4))
+            loss = contrastive_loss(x, y, 10.0)
+            results.append([loss.detach(), *torch.autograd.grad(loss, (x, y))])
+        _near({"a": results[0], "b": results[1]}, "a", "b", 2e-2 if dtype.itemsize == 2 else 1e-4)
+        print(f"passed contrastive_loss {dtype}", flush=True)
+
+
+SECTIONS: dict[str, Callable[[str, bool], Iterator[Any]]] = {
+    "ceilings": ceilings,
+    "contrastive": contrastive,
+    "memory": memory,
+    "rowwise": rowwise,
+    "search": search,
+}
+
+
+def run(section: str, device: str, quick: bool, seconds: float, out: Path | None) -> list[dict[str, Any]]:
+    """Times a section's cases; what fails is recorded beside the rest. Written after every case to `out`."""
+    done: list[dict[str, Any]] = []
+    begin = time.monotonic()
+    for case in SECTIONS[section](device, quick):
+        if isinstance(case, dict):
+            result = case
+        else:
+            try:
+                result = harness.time_case(case, seconds=0.05 if quick else 1.0, most=20, device=device)
+                harness.print_case(result)
+            except (AssertionError, RuntimeError) as error:
+                result = {**case.parameters, "error": f"{type(error).__name__}: {error}"}
+                print(result, flush=True)
+        done.append(result)
+        if out is not None:
+            files.write_json(out / f"section-{section}.json", done)
+        if time.monotonic() - begin > seconds:
+            print(f"{section}: its {seconds:.0f} s are over", flush=True)
+            break
+    return done
+
+
+def _floor(case: dict[str, Any], rates: dict[str, float]) -> float | None:
+    """Seconds the case takes at least: 8NMD or bytes, at the measured rate."""
+    if case.get("traffic"):
+        return case["traffic"] / rates["copy"] if "copy" in rates else None
+    dtype = case.get("dtype")
+    return case["operations"] / rates[dtype] if case.get("operations") and dtype in rates else None
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """One result of every section's file in `out`, with each contender's time over its floor."""
+    found = {p.stem.partition("-")[2]: json.loads(p.read_text()) for p in sorted(out.glob("section-*.json"))}
+    rates = {}
+    for case in found.get("ceilings", []):
+        for r in case.get("results", {}).values():
+            rates[case["ceiling"]] = (case["traffic"] or case["operations"]) / r["median"]
+    for cases in found.values():
+        for case in cases:
+            floor = _floor(case, rates)
+            for name, r in case.get("results", {}).items() if floor else ():
+                # Kept exponentials save one product of four.
+                part = 0.75 if name == "gapkern, keep" else 1.0
+                r["floor"], r["over_floor"] = part * floor, r["median"] / (part * floor)
+    stages = out / "stages.txt"
+    return {
+        "benchmark": "gpu",
+        "commit": harness.commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "version": gapkern.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "rates": rates,
+        "stages": [line.split("\t") for line in stages.read_text().splitlines()] if stages.exists() else [],
+        "sections": found,
+    }
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    for stage in result["stages"]:
+        yield "stage  " + "  ".join(stage)
+    for rate, value in result["rates"].items():
+        yield f"limit  {rate:<10} {value / 1e12:8.2f} " + ("TB/s" if rate == "copy" else "TFLOP/s")
+    for section, cases in result["sections"].items():
+        for case in cases:
+            about = " ".join(str(case[k]) for k in ("operation", "N", "Q", "D", "dtype") if k in case)
+            if "error" in case:
+                yield f"{section} {about}: {case['error'][:90]}"
+            base = case.get("results", {}).get(case.get("baseline"), {}).get("median")
+            for name, r in case.get("results", {}).items():
+                if r["role"] == "ours":
+                    faster = f"{base / r['median']:7.2f}x" if base else ""
+                    over = f"{r['over_floor']:6.2f} of floor" if "over_floor" in r else ""
+                    yield f"{section} {about:<36} {name:<20} {1e3 * r['median']:10.3f} ms {faster} {over}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("section", choices=[*SECTIONS, "smoke", "collect"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--also", type=Path, help="collect: write gpu.json into this folder too")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seconds", type=float, default=60)
+    arguments = parser.parse_args()
+    if arguments.section == "smoke":
+        smoke(arguments.device)
+    elif arguments.section == "collect":
+        result = collect(arguments.out)
+        for folder in filter(None, (harness.RESULTS, arguments.also)):
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_json(folder / "gpu.json", result)
+        print("\n".join(table(result)))
+    else:
+        done = run(arguments.section, arguments.device, arguments.quick, arguments.seconds, arguments.out)
+        return 1 if any("error" in case for case in done) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
