@@ -159,15 +159,20 @@ def trajectory(path: Any, *, tall: bool = False) -> Any:
         for i, (name, label) in enumerate(names.items()):
             steps, values = path.series(name)
             shown = np.maximum(values, 1e-30) if logarithmic else values
-            ax.plot(steps, shown, label=label, color=COLOURS[i], linewidth=1.6)
+            # The two modalities' lines often lie on each other.
+            style = "--" if label.startswith("texts") else "-"
+            ax.plot(steps, shown, label=label, color=COLOURS[i], linewidth=1.6, linestyle=style)
         if logarithmic:
             ax.set_yscale("log")
         else:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.15 * max(shown))
         if len(names) > 1:
             ax.legend(fontsize=8, frameon=False)
         ax.set_title(heading, fontsize=10)
         ax.set_xlabel("step")
+        if steps[-1] >= 100:
+            ax.set_xscale("symlog", linthresh=10)  # most happens at the beginning
+            ax.set_xlim(left=0)
     return figure
 
 

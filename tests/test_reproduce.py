@@ -213,7 +213,7 @@ def counted():
         def __call__(self, context):
             return target(self.name)(context)
 
-    fakes = {name: Fake(name, "a title", "", "", name == "fig2") for name in ("fig1", "fig2")}
+    fakes = {name: Fake(name, "a title", "", "", uses_embeddings=name == "fig2") for name in ("fig1", "fig2")}
     before = dict(reproduce.TARGETS)
     reproduce.TARGETS.clear()
     reproduce.TARGETS.update(fakes)

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 import gapkern
+import gapkern.dynamics
+import gapkern.theory
 
 NAMES = {
     "gapkern": ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "contrastive_loss", "sigmoid_loss",
@@ -13,6 +15,8 @@ NAMES = {
                 "best_alpha"],
     "gapkern.losses": ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "contrastive_loss", "sigmoid_loss",
                        "patch_open_clip"],
+    "gapkern.dynamics": ["Trajectory", "descend", "evaluate", "isotropic_gaussians", "measure", "tight_clusters"],
+    "gapkern.theory": ["assess", "freeze", "leading_gradient", "orthogonality", "preservation", "robustness_curve"],
     "gapkern.gap": ["BASELINES", "MeanShift", "gap_metrics"],
     "gapkern.perturb": ["Chain", "Gaussian", "Quantize", "Replace", "Uniform", "perturb"],
     "gapkern.robustness": ["RobustnessResult", "SweepResult", "best_alpha", "robustness", "sweep"],

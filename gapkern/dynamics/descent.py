@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._threads import threads
 from gapkern.dynamics.measures import Evaluation, evaluate_unchecked, measure, pairs
 from gapkern.dynamics.trajectory import COLUMNS, Snapshot, Trajectory
 
@@ -130,7 +130,7 @@ def descend(
     batches = _batches(len(images), size, seed)
     rows: list[dict[str, Any]] = []
     kept: dict[int, Snapshot] = {}
-    with _threads(1 if len(images) ** 2 * images.shape[1] < SMALL else torch.get_num_threads()):
+    with threads(1 if len(images) ** 2 * images.shape[1] < SMALL else torch.get_num_threads()):
         for step in range(steps + 1):
             recorded = step % every == 0 or step == steps or step in wanted
             chosen = slice(None) if size == len(images) or recorded else next(batches)
@@ -180,17 +180,6 @@ def _batches(pairs: int, size: int, seed: int) -> Iterator[Tensor]:
     while True:
         order = torch.randperm(pairs, generator=generator)
         yield from order.split(size)[: pairs // size]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """PyTorch's threads for the while; on a busy machine those of a small step mostly wait for each other."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _unit(name: str, x: Tensor) -> Tensor:

@@ -202,6 +202,8 @@ class RobustnessCurve:
         per_query: (A, Q) float64.
         worst_fall: the largest fall of any query between neighbouring alphas in [0, 1]; 0 where 3.4 applies, to within
             the integral's 1e-5.
+        worst_fall_to_peak: the same, of each query before its own peak. Where the shift is orthogonal to the gallery's
+            hull it is 0 whatever the queries' shape: all distances of a query shrink by the same.
         rising: share of the queries that fall nowhere in [0, 1] by more than 2e-5.
         peaks: (Q,) float64, where each query is predicted to be safest: the alpha at which the gallery's mean meets it
             along v; 1 on average, and exactly where the queries are constant along g.
@@ -212,6 +214,7 @@ class RobustnessCurve:
     robustness: list[float]
     per_query: Tensor = field(repr=False)
     worst_fall: float
+    worst_fall_to_peak: float
     rising: float
     peaks: Tensor = field(repr=False)
     orthogonality: Orthogonality
@@ -222,6 +225,7 @@ class RobustnessCurve:
             "alphas": self.alphas,
             "robustness": self.robustness,
             "worst_fall": self.worst_fall,
+            "worst_fall_to_peak": self.worst_fall_to_peak,
             "rising": self.rising,
             "mean_peak": float(self.peaks.mean()),
             "orthogonality": vars(self.orthogonality),
@@ -266,16 +270,19 @@ def robustness_curve(
     v, _ = _vector(shift)
     results = [robustness(queries, gallery, noise, shift=shift.at(a), method="exact") for a in alphas]
     per_query = torch.stack([r.per_query for r in results])
-    inside = per_query[[0 <= a <= 1 for a in alphas]]
-    falls = (-inside.diff(dim=0)).clamp_min(0)
+    peaks = ((queries.double() - gallery.double().mean(0)) @ v) / v.square().sum()
+    inside = torch.tensor([0 <= a <= 1 for a in alphas])
+    falls = (-per_query[inside].diff(dim=0)).clamp_min(0)
+    before = torch.tensor(alphas, dtype=torch.float64)[inside][1:, None] <= peaks
     worst = falls.amax(0) if len(falls) else torch.zeros(len(queries), dtype=torch.float64)
     return RobustnessCurve(
         alphas=alphas,
         robustness=[r.robustness for r in results],
         per_query=per_query,
         worst_fall=float(worst.max()),
+        worst_fall_to_peak=float((falls * before).amax()) if len(falls) else 0.0,
         rising=float((worst <= 2e-5).double().mean()),
-        peaks=((queries.double() - gallery.double().mean(0)) @ v) / v.square().sum(),
+        peaks=peaks,
         orthogonality=orthogonality(queries, gallery),
     )
 
