@@ -1,0 +1,263 @@
+"""`gapkern eval`: zero-shot classification, retrieval, multiple choice and templates, before and after the shift."""
+
+import itertools
+import os
+import sys
+import time
+from typing import Any
+
+from gapkern.cli import common
+
+TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser(
+        "eval",
+        help="zero-shot classification, retrieval, multiple choice; with and without the shift and perturbations",
+        description="Evaluates embeddings (--images, --texts), or a model on a data set (--dataset, --model, "
+        "--pretrained). Metrics, files of templates and class names and the result files are CLIP_benchmark's. Start "
+        "it as `torchrun --nproc_per_node=K -m gapkern eval ...` to spread images and texts over K ranks.",
+    )  # fmt: skip
+    parser.add_argument("--images", help="image embeddings (N, D): a file or a folder of shards")
+    parser.add_argument("--texts", help="text embeddings: class vectors (C, D), prompts (templates, C, D), captions, "
+                        "or the choices of all questions in order")  # fmt: skip
+    parser.add_argument("--labels", help="the images' classes, a .npy; for retrieval each text's image: a .npy, "
+                        "'paired' or the number of captions per image")  # fmt: skip
+    parser.add_argument("--dataset", nargs="+", default=[], help="data sets by name; with --images the name that the "
+                        "result bears")  # fmt: skip
+    parser.add_argument("--dataset_root", default=".", help="where it lies; {dataset} stands for the name")
+    parser.add_argument("--split", default="test", help="default: %(default)s")
+    parser.add_argument("--annotation_file", help="captions (COCO's JSON) or questions (A-OKVQA's JSON)")
+    parser.add_argument("--model", nargs="+", default=[], help="open_clip's name")
+    parser.add_argument("--pretrained", nargs="+", default=[], help="open_clip's tag, or a checkpoint")
+    parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: by the data set")
+    parser.add_argument("--recall_k", type=int, nargs="+", default=[5], help="k of recall@k (default: 5)")
+    parser.add_argument("--custom_template_file", help="JSON: templates with {c}, a list or by data set")
+    parser.add_argument("--custom_classname_file", help="JSON: class names, a list or by data set")
+    parser.add_argument("--choice_template", default="{q} {a}", help="text of a question and an answer "
+                        "(default: '%(default)s')")  # fmt: skip
+    parser.add_argument("--language", default="en", help="what the result bears (default: %(default)s)")
+    parser.add_argument("--shift", help="close the gap: a file of 'gapkern shift fit TEXTS IMAGES', or auto, exact, or "
+                        "components, fitted here; everything is measured without it too")  # fmt: skip
+    parser.add_argument("--gaussian", type=float, nargs="+", default=[], metavar="VARIANCE",
+                        help="Gaussian noise on what is searched")  # fmt: skip
+    parser.add_argument("--uniform", type=float, nargs="+", default=[], metavar="VARIANCE", help="uniform noise")
+    parser.add_argument("--scale", choices=("total", "per_coordinate"), default="total",
+                        help="what the variances are of: the whole noise vector or one coordinate")  # fmt: skip
+    parser.add_argument("--quantize", type=int, nargs="+", default=[], metavar="BINS", help="quantisation")
+    parser.add_argument("--range", choices=("per_dimension", "global"), default="per_dimension",
+                        help="of the quantisation (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise; metrics are their means")
+    parser.add_argument("--output", help="result files, one per setting: a path with {dataset}, {pretrained}, {model}, "
+                        "{language}, {task} and {variant} (shift and perturbation)")  # fmt: skip
+    parser.add_argument("--out", help="a folder, for --output DIR/{dataset}_{pretrained}_{model}_{language}_{task}"
+                        "{variant}.json")  # fmt: skip
+    parser.add_argument("--skip_existing", action="store_true", help="leave result files that are there as they are")
+    parser.add_argument("--dump_classnames", action="store_true", help="class names in the result files")
+    parser.add_argument("--dump_templates", action="store_true", help="templates in the result files")
+    parser.add_argument("--batch_size", type=int, default=64, help="for a model (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=4, help="that read images (default: %(default)s)")
+    parser.add_argument("--no_amp", action="store_false", dest="amp", help="no mixed precision on a GPU")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS",
+                        help="after which a rank no longer waits for another (default: %(default)s)")  # fmt: skip
+    common.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    import torch
+
+    from gapkern.evaluation.ranks import Ranks
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device
+    settings = _settings(arguments)
+    runs = _runs(arguments)
+    try:
+        with Ranks(arguments.timeout, device) as ranks:
+            records = [_one(arguments, facts, settings, ranks) for facts in runs]
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or not _lost(error):
+            raise
+        # Another rank has gone or is late; it says itself why. Nothing is left that this one could do in order.
+        print(f"gapkern eval: rank {os.environ.get('RANK')}: lost another rank "
+              f"({str(error).strip().splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)
+    if ranks.rank == 0:
+        _show(arguments, [record for some in records for record in some])
+    return 0
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether it comes from a collective; not an error of the arithmetic, or of memory."""
+    import torch.distributed as dist
+
+    marks = ("gloo", "nccl", "timed out", "timeout", "connection", "peer", "store")
+    return isinstance(error, dist.DistError) or any(mark in str(error).lower() for mark in marks)
+
+
+def _settings(arguments) -> Any:
+    from gapkern import Gaussian, MeanShift, Quantize, Uniform
+    from gapkern.cli.shift import components
+    from gapkern.evaluation.tasks import Settings
+
+    perturbations = [
+        *(Gaussian(v, arguments.scale) for v in arguments.gaussian),
+        *(Uniform(v, arguments.scale) for v in arguments.uniform),
+        *(Quantize(b, arguments.range) for b in arguments.quantize),
+    ]
+    shift, label = arguments.shift, arguments.shift
+    if shift is not None and (os.path.exists(shift) or shift.endswith(".safetensors")):
+        shift, label = MeanShift.load(shift), os.path.basename(shift).removesuffix(".safetensors")
+    elif shift is not None:
+        try:
+            shift = components(shift)
+        except Exception:
+            raise ValueError(f"shift: expected a file, 'auto', 'exact' or components, got {shift!r}") from None
+    return Settings(shift, perturbations, arguments.seeds, label)
+
+
+def _runs(arguments) -> list[dict[str, str]]:
+    """Data set, model and the rest of what names each run."""
+    from gapkern.evaluation import datasets
+    from gapkern.evaluation.tasks import TASKS
+
+    stored = arguments.images is not None or arguments.texts is not None
+    if stored and (arguments.images is None or arguments.texts is None):
+        raise ValueError("images and texts: expected both, got one")
+    if stored:
+        for name in ("dataset", "model", "pretrained"):
+            if len(getattr(arguments, name)) > 1:
+                raise ValueError(f"{name}: expected one with --images, got {len(getattr(arguments, name))}")
+    elif not (arguments.dataset and arguments.model):
+        raise ValueError("expected --images and --texts, or --dataset and --model")
+    result = []
+    names = itertools.product(
+        arguments.dataset or ["embeddings"], arguments.model or ["embeddings"], arguments.pretrained or ["none"]
+    )
+    for dataset, model, pretrained in names:
+        if not stored:
+            datasets.check(dataset)
+        task = arguments.task
+        if task == "auto":
+            task = datasets.DATASETS[dataset][0] if dataset in datasets.DATASETS else TASKS[0]
+        result.append({"dataset": dataset, "model": model, "pretrained": pretrained, "language": arguments.language,
+                       "task": task})  # fmt: skip
+    return result
+
+
+def _one(arguments, facts: dict[str, str], settings, ranks) -> list[dict[str, Any]]:
+    """The records of one run; read back where they were there already."""
+    from gapkern import files
+    from gapkern.evaluation import inputs, records
+    from gapkern.experiments import environment
+    from gapkern.gap import MeanShift
+
+    if isinstance(settings.shift, MeanShift):
+        inputs.same_model(settings.shift, facts["model"] if arguments.model else None)
+    targets = _targets(arguments, facts, settings)
+    there = ranks.first([os.path.exists(t) for t in targets] if targets and arguments.skip_existing else [])
+    if there and all(there):
+        return [records.read(target) for target in targets] if ranks.rank == 0 else []
+    if arguments.out and ranks.rank == 0:
+        files.folder(arguments.out)
+    started = time.perf_counter()
+    given, more = _inputs(arguments, facts, ranks)
+    outcomes = inputs.measure(facts["task"], given, settings, ranks, arguments.recall_k)
+    env = environment.describe() | {"ranks": ranks.world, "device": str(ranks.device),
+                                    "seconds": time.perf_counter() - started}  # fmt: skip
+    result = [records.record(facts, outcome, env, **more) for outcome in outcomes]
+    if ranks.rank == 0:
+        for i, target in enumerate(targets):
+            if not (there and there[i]):
+                files.write_json(target, result[i])
+    return result
+
+
+def _targets(arguments, facts, settings) -> list[Any]:
+    from gapkern.evaluation import records
+
+    template = arguments.output
+    if template is None and arguments.out is None:
+        if arguments.skip_existing:
+            raise ValueError("skip_existing: expected --out or --output beside it")
+        return []
+    template = template or records.NAME
+    if arguments.out:
+        template = os.path.join(arguments.out.replace("{", "{{").replace("}", "}}"), template)
+    variants = [
+        records.variant(transform, perturbation and perturbation.describe())
+        for transform in ([None] if settings.shift is None else [None, settings.label or str(settings.shift)])
+        for perturbation in (None, *settings.perturbations)
+    ]
+    targets = [records.path(template, facts, variant, len(variants) > 1) for variant in variants]
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"output: expected a file for each setting, got {targets[0]} twice")
+    return targets
+
+
+def _inputs(arguments, facts, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the task takes, and what --dump_* adds to the records."""
+    from gapkern.evaluation import datasets, encode, inputs, prompts
+
+    dataset, task = facts["dataset"], facts["task"]
+    templates: Any = list(prompts.DEFAULT)
+    if arguments.custom_template_file:
+        templates = prompts.load_templates(arguments.custom_template_file, dataset)
+    names = None
+    if arguments.custom_classname_file:
+        names = prompts.load_classnames(arguments.custom_classname_file, dataset)
+    if arguments.images is not None:
+        known = list(templates) if arguments.custom_template_file else None
+        given = inputs.from_files(
+            task, arguments.images, arguments.texts, ranks, arguments.labels, arguments.annotation_file, known
+        )
+        dumped = {"classnames": names, "templates": templates if known else None}
+    else:
+        with common.progress({"images": "embedding images", "texts": "embedding texts"}) as step:
+            data = datasets.load(dataset, arguments.dataset_root, arguments.split, arguments.annotation_file)
+            encoder = _encoder(arguments, facts, ranks, step)
+            given = encode.from_model(task, encoder, data, templates, names, arguments.choice_template)
+        dumped = {"classnames": names or getattr(data, "classes", None), "templates": templates}
+    kept = {key: value for key, value in dumped.items() if getattr(arguments, f"dump_{key}") and value}
+    return given, kept
+
+
+def _encoder(arguments, facts, ranks, step) -> Any:
+    from gapkern import _check
+    from gapkern.evaluation.encode import Encoder
+
+    open_clip = _check.extra("open_clip", "open_clip_torch", "demo")
+    pretrained = None if facts["pretrained"] == "none" else facts["pretrained"]
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(facts["model"], pretrained=pretrained)
+        tokenizer = open_clip.get_tokenizer(facts["model"])
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"model: cannot load {facts['model']} ({facts['pretrained']}): {error}") from None
+    amp = arguments.amp and ranks.device.type == "cuda"
+    quiet = step if ranks.rank == 0 else lambda *_: None
+    return Encoder(model, preprocess, tokenizer, ranks, arguments.batch_size, arguments.num_workers, amp, quiet)
+
+
+def _show(arguments, results: list[dict[str, Any]]) -> None:
+    from gapkern.evaluation import records
+
+    if arguments.json:
+        common.print_json({"results": results})
+        return
+    for (dataset, model, pretrained, task), some in itertools.groupby(
+        results, lambda r: (r["dataset"], r["model"], r["pretrained"], r["task"])
+    ):
+        group = list(some)
+        rows = [records.row(record) for record in group]
+        names = list(group[0]["metrics"])
+        common.table(["shift", "perturbation", *names],
+                     [[r["transform"], r["perturbation"], *(r[name] for name in names)] for r in rows],
+                     f"{task}: {dataset}, {model} {pretrained}")  # fmt: skip
+        worst = [
+            min(r["details"]["templates"], key=lambda t: t["acc1"]) for r in group if r["details"].get("templates")
+        ]
+        for row, template in zip(rows, worst, strict=False):
+            print(f"worst template, {row['transform']}, {row['perturbation']}: {template['template']!r} "
+                  f"{template['acc1']:.4f}")  # fmt: skip

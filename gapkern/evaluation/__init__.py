@@ -1,0 +1,31 @@
+"""Zero-shot classification, retrieval, multiple choice, templates; with and without the shift, on one rank or more."""
+
+from gapkern.evaluation.encode import Encoder, from_model
+from gapkern.evaluation.inputs import from_files
+from gapkern.evaluation.ranks import Ranks, Rows
+from gapkern.evaluation.tasks import (
+    TASKS,
+    Outcome,
+    Settings,
+    classification,
+    classifier,
+    multiple_choice,
+    retrieval,
+    templates,
+)
+
+__all__ = [
+    "TASKS",
+    "Encoder",
+    "Outcome",
+    "Ranks",
+    "Rows",
+    "Settings",
+    "classification",
+    "classifier",
+    "from_files",
+    "from_model",
+    "multiple_choice",
+    "retrieval",
+    "templates",
+]

@@ -1,0 +1,161 @@
+"""Inputs of a task from a model and a data set: each rank encodes its share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapkern import _check
+from gapkern.evaluation import datasets, prompts
+from gapkern.evaluation.inputs import integers, whole
+from gapkern.evaluation.ranks import Ranks, Rows
+from gapkern.evaluation.tasks import TASKS, classifier
+
+CHOICE = "{q} {a}"
+Tick = Callable[[str, int, int], None]
+
+
+class Encoder:
+    """A model that embeds images and texts, in batches that do not depend on the number of ranks.
+
+    Args:
+        model: with encode_image and encode_text, as open_clip's.
+        preprocess: of a PIL image.
+        tokenizer: of a list of strings.
+        batch_size: images or texts at a time.
+        workers: processes that read images; 0 reads them here.
+        amp: mixed precision, as the device has it.
+        tick: called with a stage, how much of it is done, and of how much.
+    """
+
+    def __init__(
+        self, model: Any, preprocess: Callable[[Any], Tensor], tokenizer: Callable[[list[str]], Tensor],
+        ranks: Ranks, batch_size: int = 64, workers: int = 0, amp: bool = False, tick: Tick = lambda *_: None,
+    ):  # fmt: skip
+        self.model, self.preprocess, self.tokenizer, self.ranks = (
+            model.to(ranks.device).eval(),
+            preprocess,
+            tokenizer,
+            ranks,
+        )
+        self.batch_size = _check.integer("batch_size", batch_size, low=1)
+        self.workers = _check.integer("num_workers", workers, low=0)
+        self.amp, self.tick = amp, tick
+
+    def images(self, image: Callable[[int], Any], count: int) -> Rows:
+        """This rank's rows of the embeddings (count, D) of image(0), image(1), ..."""
+
+        def batches(whole: range) -> Iterator[Tensor]:
+            data = _Images(image, self.preprocess, whole)
+            workers = min(self.workers, -(-len(whole) // self.batch_size))
+            yield from torch.utils.data.DataLoader(data, self.batch_size, num_workers=workers)
+
+        return self._rows("images", count, batches, self.model.encode_image)
+
+    def texts(self, texts: Sequence[str]) -> Rows:
+        """This rank's rows of the embeddings (len(texts), D)."""
+
+        def batches(whole: range) -> Iterator[Tensor]:
+            for start in range(whole.start, whole.stop, self.batch_size):
+                yield self.tokenizer(list(texts[start : min(whole.stop, start + self.batch_size)]))
+
+        return self._rows("texts", len(texts), batches, self.model.encode_text)
+
+    @torch.no_grad()
+    def _rows(self, stage: str, count: int, batches: Callable[[range], Iterator[Tensor]], encode: Any) -> Rows:
+        mine, size = self.ranks.share(count), self.batch_size
+        # Whole batches as one rank would take them, even where a neighbour has some of their rows: a row's embedding
+        # then is the same to the bit.
+        start, stop = mine.start // size * size, min(count, -(-mine.stop // size) * size)
+        parts, done = [], 0
+        with torch.autocast(self.ranks.device.type, enabled=self.amp):
+            # At least one batch, which tells a rank without rows how wide they are.
+            for batch in batches(range(start, stop) if stop > start else range(min(size, count))):
+                parts.append(encode(batch.to(self.ranks.device)).float())
+                done += len(batch)
+                self.tick(stage, done, max(stop - start, done))
+        values = torch.cat(parts)[mine.start - start : mine.stop - start] if stop > start else parts[0][:0]
+        return Rows(_check.finite(stage, values), mine.start, count)
+
+
+class _Images(torch.utils.data.Dataset):
+    def __init__(self, image, preprocess, rows: range):
+        self.image, self.preprocess, self.rows = image, preprocess, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.preprocess(self.image(self.rows[i]))
+
+
+def from_model(
+    task: str, encoder: Encoder, data: Any, templates: prompts.Templates | None = None,
+    classnames: Sequence[str] | None = None, choice: str = CHOICE,
+) -> dict[str, Any]:  # fmt: skip
+    """Inputs of a task from a model and a data set.
+
+    Args:
+        task: one of `TASKS`.
+        encoder: the model.
+        data: from `datasets.load`.
+        templates: see `prompts.load_templates`; `prompts.DEFAULT` where there are none.
+        classnames: instead of the data set's.
+        choice: how a question and an answer make a text, with {q} and {a}.
+
+    Raises:
+        ValueError: the task is not one of this data set, labels or names that do not fit.
+    """
+    _check.choice("task", task, TASKS)
+    templates = list(prompts.DEFAULT) if templates is None else templates
+    kinds: dict[str, Any] = {"zeroshot_retrieval": datasets.Captioned, "multiple_choice": datasets.Questions}
+    kind = kinds.get(task, datasets.Labelled)
+    if not isinstance(data, kind):
+        raise ValueError(f"task: expected for {task} a data set of kind {kind.__name__}, got {type(data).__name__}")
+    ranks = encoder.ranks
+    if task == "multiple_choice":
+        texts = [
+            choice_text(choice, q, a) for q, offered in zip(data.questions, data.choices, strict=True) for a in offered
+        ]
+        sizes = torch.tensor([len(offered) for offered in data.choices])
+        return {"images": encoder.images(data.image, len(data)), "choices": encoder.texts(texts),
+                "question_of": torch.arange(len(data)).repeat_interleave(sizes),
+                "answers": torch.tensor(data.answers)}  # fmt: skip
+    if task == "zeroshot_retrieval":
+        return {"images": encoder.images(data.image, len(data)), "texts": encoder.texts(data.captions),
+                "image_of": torch.tensor(data.image_of)}  # fmt: skip
+    names = list(classnames or data.classes)
+    labels = integers("labels", torch.tensor(data.labels), len(data), "image")
+    if bool((labels >= len(names)).any()):
+        raise ValueError(f"classnames: expected at least {int(labels.max()) + 1}, got {len(names)}")
+    filled = prompts.fill(templates, names)
+    if task == "template_robustness" and isinstance(templates, dict):
+        raise ValueError("templates: expected a list with {c} for template_robustness, got prompts of each class")
+    vectors = whole(encoder.texts([text for texts in filled for text in texts]), ranks)
+    images = encoder.images(data.image, len(data))
+    if task == "template_robustness":
+        by_template = vectors.view(len(names), len(templates), -1).transpose(0, 1).contiguous()
+        return {"images": images, "labels": labels, "prompts": by_template, "names": list(templates)}
+    parts = vectors.split([len(texts) for texts in filled])
+    return {"images": images, "labels": labels, "classes": torch.cat([classifier(part[:, None]) for part in parts])}
+
+
+def choice_text(template: str, question: str, answer: str) -> str:
+    """A question and an answer as one text.
+
+    Raises:
+        ValueError: a template without {a}, or with other places than {q} and {a}.
+
+    Example:
+        >>> choice_text("{q} {a}", "What colour?", "red")
+        'What colour? red'
+    """
+    try:
+        if "{a}" not in template:
+            raise KeyError("no {a}")
+        return template.format(q=question, a=answer)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"choice_template: expected a string with {{q}} and {{a}}, got {template!r} ({error})"
+        ) from None

@@ -1,0 +1,122 @@
+"""Class names and prompt templates from JSON files in CLIP_benchmark's formats, whose own files can be named too."""
+
+import importlib.util
+import json
+import os
+import string
+from pathlib import Path
+from typing import Any
+
+DEFAULT = ("a photo of a {c}.",)
+Templates = list[str] | dict[str, list[str]]
+
+
+def read_json(name: str, path: str | os.PathLike) -> Any:
+    """What a JSON file holds. A name without a folder is looked for among CLIP_benchmark's files too, if installed.
+
+    Raises:
+        ValueError: no such file, or no JSON.
+    """
+    file = Path(path)
+    if not file.exists() and file.name == os.fspath(path):
+        found = importlib.util.find_spec("clip_benchmark")
+        for folder in (found.submodule_search_locations or []) if found else []:
+            if (Path(folder) / "datasets" / file).exists():
+                file = Path(folder) / "datasets" / file
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: expected JSON, got {path} ({error})") from None
+
+
+def load_templates(path: str | os.PathLike, dataset: str) -> Templates:
+    """Templates with {c} for the class, or each class's own prompts.
+
+    The file holds a list; or, by dataset, a list or a dictionary of prompts by class. A dataset that it lacks takes
+    those of imagenet1k, as in CLIP_benchmark.
+
+    Raises:
+        ValueError: not such a file, nothing for this dataset, a template without {c}.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "templates.json"
+        >>> _ = file.write_text('{"digits": ["the digit {c}"]}')
+        >>> load_templates(file, "digits")
+        ['the digit {c}']
+    """
+    found = read_json("templates", path)
+    if isinstance(found, dict):
+        chosen = next((found[key] for key in (*_keys(dataset), "imagenet1k") if key in found), None)
+        if chosen is None:
+            raise ValueError(f"templates: expected {dataset!r} or 'imagenet1k' in {path}, got {_some(found)}")
+        found = chosen
+    if isinstance(found, dict):
+        for name, prompts in found.items():
+            _strings(f"templates of {name!r}", prompts)
+        return found
+    return check_templates(found)
+
+
+def check_templates(templates: Any) -> list[str]:
+    """Raises ValueError unless all templates are strings with {c} and no other place."""
+    for template in _strings("templates", templates):
+        try:
+            places = [place for _, place, _, _ in string.Formatter().parse(template) if place is not None]
+        except ValueError as error:
+            raise ValueError(f"templates: expected a string with {{c}}, got {template!r} ({error})") from None
+        if not places or any(place != "c" for place in places):
+            raise ValueError(f"templates: expected a string with {{c}} for the class, got {template!r}")
+    return list(templates)
+
+
+def load_classnames(path: str | os.PathLike, dataset: str) -> list[str]:
+    """Class names in the order of the labels: a list, or lists by dataset.
+
+    Raises:
+        ValueError: not such a file, or nothing for this dataset.
+    """
+    found = read_json("classnames", path)
+    if isinstance(found, dict):
+        chosen = next((found[key] for key in _keys(dataset) if key in found), None)
+        if chosen is None:
+            raise ValueError(f"classnames: expected {dataset!r} in {path}, got {_some(found)}")
+        found = chosen
+    return _strings("classnames", found)
+
+
+def fill(templates: Templates, classnames: list[str]) -> list[list[str]]:
+    """The prompts of every class.
+
+    Example:
+        >>> fill(["a {c}", "one {c}"], ["cat", "dog"])
+        [['a cat', 'one cat'], ['a dog', 'one dog']]
+
+    Raises:
+        ValueError: class-specific prompts lack a class.
+    """
+    if isinstance(templates, dict):
+        missing = [name for name in classnames if not templates.get(name)]
+        if missing:
+            raise ValueError(f"templates: expected prompts of every class, got none of {missing[0]!r}")
+        return [templates[name] for name in classnames]
+    return [[template.format(c=name) for template in templates] for name in classnames]
+
+
+def _keys(dataset: str) -> tuple[str, ...]:
+    """vtab/x, tfds/x and wds/x are found as x too."""
+    prefix, _, short = dataset.partition("/")
+    return (dataset, short) if short and prefix in ("vtab", "tfds", "wds") else (dataset,)
+
+
+def _strings(name: str, value: Any) -> list[str]:
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{name}: expected a list of strings, got {_some(value)}")
+    return list(value)
+
+
+def _some(value: Any) -> str:
+    text = ", ".join(map(repr, list(value)[:5])) if isinstance(value, dict) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
