@@ -340,7 +340,7 @@ def test_quantisers_on_synthetic_pairs_and_their_files(tmp_path):
     result, rows = check_quantisers(images, texts)
     assert rows["SQ4", True]["overlap@10"] > rows["SQ4", False]["overlap@10"]
     result.to_json(tmp_path / "q.json"), result.to_csv(tmp_path / "q.csv"), result.plot(tmp_path / "q.png")
-    assert len((tmp_path / "q.csv").read_text().splitlines()) == 1 + 14
+    assert len((tmp_path / "q.csv").read_text().splitlines()) == 1 + 12
     assert json.loads((tmp_path / "q.json").read_text())["rows"] == files.plain(result.rows)
     some = compare_quantisers(images, texts, ["Flat", "PQ7"], k=3)
     assert list(some.left_out) == ["PQ7"]
