@@ -99,6 +99,7 @@ def test_the_claims_are_those_of_the_result_file():
     for claim in report["claims"]:
         assert claim["claim"].replace("|", "\\|") in page
     assert f"`{report['command']}`" in page
+    assert report["command"].startswith("gapkern reproduce all ")
     assert {claim["target"] for claim in report["claims"]} == set(TARGETS), "of all targets"
 
 
