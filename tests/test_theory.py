@@ -5,8 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gapkern import Gaussian, MeanShift, contrastive_loss
 from gapkern._nearest import nearest
@@ -15,6 +13,9 @@ from gapkern.dynamics import descend, isotropic_gaussians, tight_clusters
 from gapkern.gap import BASELINES
 from gapkern.robustness import robustness
 from gapkern.theory import assess, freeze, leading_gradient, orthogonality, preservation, robustness_curve
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 
 def on_sphere(n, dims, radius, seed=0):

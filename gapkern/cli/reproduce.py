@@ -100,8 +100,8 @@ def run(arguments) -> int:
         return 0
     verdicts = {True: "holds", False: "does not hold", None: "cannot tell"}
     for claim in report["claims"]:
-        reason = f" ({claim['reason']})" if claim["reason"] else ""
-        print(f"{claim['target']:<9}  {verdicts[claim['holds']]:<13}  {claim['claim']}{reason}")
+        print(f"{claim['target']:<9}  {verdicts[claim['holds']]:<13}  {claim['claim']}")
+        print(f"{'':<26}{claim['run']}{' Why: ' + claim['reason'] + '.' if claim['reason'] else ''}")
     counts = [sum(c["holds"] is verdict for c in report["claims"]) for verdict in verdicts]
     print(f"{counts[0]} claims hold, {counts[1]} do not, {counts[2]} cannot be told from this run")
     print(f"report: {Path(arguments.out).resolve() / 'report.html'}")
