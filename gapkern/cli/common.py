@@ -32,6 +32,28 @@ def labels(text: str | None, count: int) -> Any:
         raise ValueError(f"labels: expected 'paired' or a .npy file of integers, got {text} ({error})") from None
 
 
+def add_perturbations(parser: argparse.ArgumentParser, of: str = "") -> None:
+    noise: dict[str, Any] = {"type": float, "nargs": "+", "default": [], "metavar": "VARIANCE"}
+    parser.add_argument("--gaussian", **noise, help=f"Gaussian noise{of}")
+    parser.add_argument("--uniform", **noise, help=f"uniform noise{of}")
+    parser.add_argument("--scale", choices=("total", "per_coordinate"), default="total",
+                        help="what the variances are of: the whole noise vector or one coordinate")  # fmt: skip
+    parser.add_argument("--quantize", type=int, nargs="+", default=[], metavar="BINS", help=f"quantisation{of}")
+    parser.add_argument("--range", choices=("per_dimension", "global"), default="per_dimension",
+                        help="of the quantisation (default: %(default)s)")  # fmt: skip
+
+
+def perturbations(arguments: argparse.Namespace) -> list[Any]:
+    """What the options of `add_perturbations` ask for, in the order of their help."""
+    from gapkern import Gaussian, Quantize, Uniform
+
+    return [
+        *(Gaussian(v, arguments.scale) for v in arguments.gaussian),
+        *(Uniform(v, arguments.scale) for v in arguments.uniform),
+        *(Quantize(b, arguments.range) for b in arguments.quantize),
+    ]
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(files.plain(value), indent=2, allow_nan=False))
 

@@ -1,5 +1,6 @@
 """`gapkern eval`: zero-shot classification, retrieval, multiple choice and templates, before and after the shift."""
 
+import argparse
 import itertools
 import os
 import sys
@@ -40,14 +41,7 @@ def add(verbs) -> None:
     parser.add_argument("--language", default="en", help="what the result bears (default: %(default)s)")
     parser.add_argument("--shift", help="close the gap: a file of 'gapkern shift fit TEXTS IMAGES', or auto, exact, or "
                         "components, fitted here; everything is measured without it too")  # fmt: skip
-    parser.add_argument("--gaussian", type=float, nargs="+", default=[], metavar="VARIANCE",
-                        help="Gaussian noise on what is searched")  # fmt: skip
-    parser.add_argument("--uniform", type=float, nargs="+", default=[], metavar="VARIANCE", help="uniform noise")
-    parser.add_argument("--scale", choices=("total", "per_coordinate"), default="total",
-                        help="what the variances are of: the whole noise vector or one coordinate")  # fmt: skip
-    parser.add_argument("--quantize", type=int, nargs="+", default=[], metavar="BINS", help="quantisation")
-    parser.add_argument("--range", choices=("per_dimension", "global"), default="per_dimension",
-                        help="of the quantisation (default: %(default)s)")  # fmt: skip
+    common.add_perturbations(parser, of=" on what is searched")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise; metrics are their means")
     parser.add_argument("--output", help="result files, one per setting: a path with {dataset}, {pretrained}, {model}, "
                         "{language}, {task} and {variant} (shift and perturbation)")  # fmt: skip
@@ -98,24 +92,19 @@ def _lost(error: RuntimeError) -> bool:
 
 
 def _settings(arguments) -> Any:
-    from gapkern import Gaussian, MeanShift, Quantize, Uniform
+    from gapkern import MeanShift
     from gapkern.cli.shift import components
     from gapkern.evaluation.tasks import Settings
 
-    perturbations = [
-        *(Gaussian(v, arguments.scale) for v in arguments.gaussian),
-        *(Uniform(v, arguments.scale) for v in arguments.uniform),
-        *(Quantize(b, arguments.range) for b in arguments.quantize),
-    ]
     shift, label = arguments.shift, arguments.shift
     if shift is not None and (os.path.exists(shift) or shift.endswith(".safetensors")):
         shift, label = MeanShift.load(shift), os.path.basename(shift).removesuffix(".safetensors")
     elif shift is not None:
         try:
             shift = components(shift)
-        except Exception:
+        except argparse.ArgumentTypeError:
             raise ValueError(f"shift: expected a file, 'auto', 'exact' or components, got {shift!r}") from None
-    return Settings(shift, perturbations, arguments.seeds, label)
+    return Settings(shift, common.perturbations(arguments), arguments.seeds, label)
 
 
 def _runs(arguments) -> list[dict[str, str]]:

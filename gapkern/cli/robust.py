@@ -18,13 +18,7 @@ def add(verbs) -> None:
     parser.add_argument("gallery", help="embeddings that are searched, (G, D)")
     parser.add_argument("--alphas", type=common.alphas, default=common.alphas("0:1.5:7"),
                         help="FIRST:LAST:COUNT, or values between commas (default: 0:1.5:7)")  # fmt: skip
-    parser.add_argument("--gaussian", type=float, nargs="+", default=[], metavar="VARIANCE", help="Gaussian noise")
-    parser.add_argument("--uniform", type=float, nargs="+", default=[], metavar="VARIANCE", help="uniform noise")
-    parser.add_argument("--scale", choices=("total", "per_coordinate"), default="total",
-                        help="what the variances are of: the whole noise vector or one coordinate")  # fmt: skip
-    parser.add_argument("--quantize", type=int, nargs="+", default=[], metavar="BINS", help="quantisation")
-    parser.add_argument("--range", choices=("per_dimension", "global"), default="per_dimension",
-                        help="of the quantisation (default: %(default)s)")  # fmt: skip
+    common.add_perturbations(parser)
     parser.add_argument("--replace", nargs="+", default=[], metavar="FILE", help="another gallery: paraphrases")
     common.add_labels(parser)
     parser.add_argument("--components", type=components, default="auto", help="as for gapkern shift fit")
@@ -45,15 +39,13 @@ def add(verbs) -> None:
 def run(arguments) -> int:
     import sys
 
-    from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, sweep
+    from gapkern import MeanShift, Replace, sweep
     from gapkern.perturb import title
 
     queries = files.load_embeddings(arguments.queries, name="queries")
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     perturbations = [
-        *(Gaussian(v, arguments.scale) for v in arguments.gaussian),
-        *(Uniform(v, arguments.scale) for v in arguments.uniform),
-        *(Quantize(b, arguments.range) for b in arguments.quantize),
+        *common.perturbations(arguments),
         *(Replace(files.load_embeddings(f, name="replace"), label=f) for f in arguments.replace),
     ]
     if not perturbations:
