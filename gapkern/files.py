@@ -136,6 +136,15 @@ def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:
     return rows, dims
 
 
+def digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def fingerprint(x: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values, a piece at a time.
 

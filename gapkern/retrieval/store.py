@@ -3,7 +3,6 @@
 The manifest is replaced last and at once, so that a run which is killed leaves the index of before or the new one.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -34,19 +33,13 @@ def claim(path: str | os.PathLike) -> Path:
     return folder
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def put(folder: Path, kind: str, save: Callable[[str], Any]) -> dict[str, Any]:
     """Has `save` write a data file and gives it its name; returns what the manifest says of it."""
     temporary = folder / f".{kind}.tmp{SUFFIXES[kind]}"
     temporary.unlink(missing_ok=True)
     try:
         save(str(temporary))
-        found = digest(temporary)
+        found = files.digest(temporary)
         name = f"{kind}-{found[:16]}{SUFFIXES[kind]}"
         os.replace(temporary, folder / name)
     finally:
@@ -98,6 +91,6 @@ def checked(folder: str | os.PathLike, found: Mapping[str, Any], verify: bool) -
             raise ValueError(f"path: expected the file {path}, which the manifest names and which does not exist")
         if path.stat().st_size != entry["bytes"]:
             raise ValueError(f"path: expected {entry['bytes']} bytes in {path}, got {path.stat().st_size}")
-        if verify and (got := digest(path)) != entry["sha256"]:
+        if verify and (got := files.digest(path)) != entry["sha256"]:
             raise ValueError(f"path: expected SHA-256 {entry['sha256']} of {path}, got {got}: it was changed")
     return paths
