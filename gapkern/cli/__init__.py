@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-VERBS = ("demo", "gap", "shift", "robust", "index", "search", "eval", "build", "doctor")
+VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

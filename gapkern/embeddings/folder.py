@@ -12,7 +12,7 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +201,16 @@ def differences(found: Mapping[str, Any], shards: Iterable[str], mapped: Iterabl
     return result
 
 
-def write_shard(folder: Path, name: str, x: Tensor) -> dict[str, Any]:
-    """Writes a shard to disk, whole or not at all; returns its entry in the manifest."""
+def write_shard(
+    folder: Path, name: str, x: Tensor, before: Callable[[dict[str, Any]], Any] = lambda entry: None
+) -> dict[str, Any]:
+    """Writes a shard to disk, whole or not at all; returns its entry in the manifest, which `before` is given first."""
     with files.replacing(folder / name) as temporary:
         files.save(temporary, x)
         files.sync(temporary)
-        return {"name": name, "rows": len(x), "bytes": temporary.stat().st_size, "sha256": digest(temporary)}
+        entry = {"name": name, "rows": len(x), "bytes": temporary.stat().st_size, "sha256": digest(temporary)}
+        before(entry)
+    return entry
 
 
 def write_manifest(folder: Path, entries: list[dict[str, Any]], dims: int, dtype: torch.dtype, **facts: Any) -> dict:
