@@ -59,6 +59,12 @@ def write(path: str | os.PathLike, save: Callable[[Path], Any]) -> Path:
     return Path(path)
 
 
+def sync(path: str | os.PathLike) -> None:
+    """Waits until the file's bytes are on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def plain(value: Any) -> Any:
     """`value` with tensors, arrays, paths and non-finite numbers as JSON has them (NaN and infinity become null).
 
@@ -121,8 +127,17 @@ def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
     if len(kinds) != 1:
         got = " and ".join(sorted(kinds)) or "neither"
         raise ValueError(f"{name}: expected .npy or .safetensors files in the folder {path}, got {got}")
-    return [str(p) for p in sorted(found, key=lambda p: [(not t.isdigit(), int(t) if t.isdigit() else 0, t)
-                                                         for t in re.split(r"(\d+)", p.name)])]  # fmt: skip
+    return [str(p) for p in sorted(found, key=lambda p: natural(p.name))]
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts numbers within names by their value.
+
+    Example:
+        >>> sorted(["x_10", "x_2"], key=natural)
+        ['x_2', 'x_10']
+    """
+    return [(not t.isdigit(), int(t) if t.isdigit() else 0, t) for t in re.split(r"(\d+)", name)]
 
 
 def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:
@@ -236,7 +251,7 @@ def convert(
             done += len(part)
             yield done
         if mapped is None:
-            _save(temporary, torch.cat(parts))
+            save(temporary, torch.cat(parts))
         else:
             mapped.flush()
 
@@ -296,11 +311,12 @@ def _load_safetensors(file: Path, key: str | None, name: str) -> Tensor:
 def save_embeddings(path: str | os.PathLike, x: Tensor) -> Path:
     """Writes (N, D) embeddings as `.npy` or `.safetensors`, by the name's ending; bfloat16 needs the latter."""
     with replacing(path) as temporary:
-        _save(temporary, x)
+        save(temporary, x)
     return Path(path)
 
 
-def _save(path: Path, x: Tensor) -> None:
+def save(path: Path, x: Tensor) -> None:
+    """Writes (N, D) embeddings to `path` itself, by its ending."""
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-VERBS = ("demo", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
+VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

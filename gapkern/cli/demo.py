@@ -15,6 +15,8 @@ def add(verbs) -> None:
     parser.add_argument("--out", default="demo-report", help="folder for the report (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, weights and batches (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--export", action="store_true",
+                        help="also write the model, images, captions and class names, for 'gapkern embed'")  # fmt: skip
     common.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -24,7 +26,9 @@ def run(arguments) -> int:
     from gapkern.perturb import title
 
     with common.progress({"train": "training", "sweep": "sweeping α"}) as step:
-        report = demo.run(arguments.out, seed=arguments.seed, steps=arguments.steps, on_progress=step)
+        report = demo.run(
+            arguments.out, seed=arguments.seed, steps=arguments.steps, export=arguments.export, on_progress=step
+        )
     if arguments.json:
         common.print_json(report)
         return 0

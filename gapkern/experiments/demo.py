@@ -24,8 +24,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def run(
-    out: str | Path, *, seed: int = 0, steps: int = 300, on_progress: Progress = lambda stage, done, total: None
-) -> dict[str, Any]:
+    out: str | Path, *, seed: int = 0, steps: int = 300, export: bool = False,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:  # fmt: skip
     """Trains, embeds, measures, sweeps, and writes the report into the folder `out`.
 
     Args:
@@ -33,6 +34,7 @@ def run(
             and report.html.
         seed: of the data's split, the weights and the batches; all numbers but times repeat for a seed.
         steps: training steps.
+        export: also write the model, the test images and their words, for `gapkern embed`: see `digits.export`.
         on_progress: called with a stage, how much of it is done, and of how much.
 
     Returns:
@@ -52,6 +54,8 @@ def run(
         data, seed=seed, steps=steps, on_step=lambda entry: on_progress("train", entry["step"] + 1, steps)
     )
     trained_after = time.perf_counter() - started
+    if export:
+        digits.export(trained, data, folder, seed)
 
     templates = digits.TEMPLATES + digits.UNSEEN_TEMPLATES
     images = digits.embed_images(trained, data.test_images)

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gapkern import _check
+from gapkern import _check, files
 from gapkern.losses import ClipLoss
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -22,6 +23,11 @@ UNSEEN_TEMPLATES = (
     "the figure shows {}", "a pencil sketch of number {}",
 )  # fmt: skip
 CONTEXT = 16
+CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 8, "patch_size": 2, "layers": 2, "width": 128, "head_width": 32},
+    "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
+}  # the vocabulary is that of open_clip's SimpleTokenizer
 TRAIN = 1200
 BATCH = 256
 
@@ -80,13 +86,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = open_clip.model.CLIP(
-            embed_dim=128,
-            vision_cfg={"image_size": 8, "patch_size": 2, "layers": 2, "width": 128, "head_width": 32},
-            text_cfg={"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": 128, "heads": 4,
-                      "layers": 2},
-            init_logit_scale=math.log(scale),
-        )  # fmt: skip
+        model = open_clip.model.CLIP(**CONFIG, init_logit_scale=math.log(scale))
     model.logit_scale.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2), pct_start=0.2)
@@ -111,6 +111,33 @@ def train(
             on_step(entry)
     model.eval()
     return Trained(model, tokenizer, history)
+
+
+def export(trained: Trained, data: Data, folder: str | Path, seed: int = 0) -> None:
+    """Writes what `gapkern embed` takes: the model as a folder for local-dir:, the test images, and their words.
+
+    `model/`; `images/<digit>/<number>.png`; `captions.txt`, a caption per image in the images' order, in templates
+    drawn by the seed; `classnames.json`; `templates.json` with {c}.
+    """
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    folder = files.folder(folder)
+    config = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3}}
+    files.write_json(files.folder(folder / "model") / "open_clip_config.json", config)
+    weights = {name: tensor.contiguous() for name, tensor in trained.model.state_dict().items()}
+    files.write(folder / "model" / "open_clip_model.safetensors", lambda p: save_file(weights, p))
+    order = sorted(range(len(data.test_digits)), key=lambda i: (int(data.test_digits[i]), i))
+    drawn = torch.randint(len(TEMPLATES), (len(order),), generator=torch.Generator().manual_seed(seed)).tolist()
+    captions = []
+    for i, template in zip(order, drawn, strict=True):
+        digit = int(data.test_digits[i])
+        picture = Image.fromarray((data.test_images[i] * 255).round().byte().permute(1, 2, 0).numpy())
+        files.write(files.folder(folder / "images" / str(digit)) / f"{i:04d}.png", picture.save)
+        captions.append(TEMPLATES[template].format(NAMES[digit]))
+    files.write(folder / "captions.txt", lambda p: p.write_text("\n".join(captions) + "\n"))
+    files.write_json(folder / "classnames.json", NAMES)
+    files.write_json(folder / "templates.json", [template.format("{c}") for template in TEMPLATES])
 
 
 def _in_batch(images: Tensor, texts: Tensor, digits: Tensor) -> dict[str, float]:

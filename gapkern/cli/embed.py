@@ -1,0 +1,128 @@
+"""`gapkern embed`: images and texts to a folder of embeddings, and `--verify` of one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from gapkern.cli import common
+
+
+def add(verbs) -> None:
+    parser = verbs.add_parser(
+        "embed",
+        help="embed images and texts with a model of open_clip; verify a folder of embeddings",
+        description="Embeds images and texts into a folder as clip-retrieval writes it: img_emb, text_emb, metadata "
+        "and a manifest with hashes. After an interruption the same command goes on with what is missing. Start it as "
+        "`torchrun --nproc_per_node=K -m gapkern embed ...` to use K devices or processes.",
+    )  # fmt: skip
+    parser.add_argument("--model", help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, or a configuration's JSON")
+    parser.add_argument("--pretrained", help="open_clip's tag, or a local checkpoint")
+    parser.add_argument("--images", nargs="+", help="a folder of images or of webdataset tars, or tars")
+    parser.add_argument("--texts", help="a file of texts, one per line")
+    parser.add_argument("--captions", help="COCO's captions JSON; image_of.npy says which image each belongs to")
+    parser.add_argument("--dataset", help="instead of --images: a data set by name, as for 'gapkern eval', such as "
+                        "cifar10, imagefolder or mscoco_captions (with --annotation_file)")  # fmt: skip
+    parser.add_argument("--root", default=".", help="where the data set lies (default: %(default)s)")
+    parser.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
+    parser.add_argument("--annotation_file", help="captions of the data set (COCO's JSON)")
+    parser.add_argument("--classnames", help="class names, JSON or one per line: classes.npy is written, their vectors")
+    parser.add_argument("--templates", help="JSON or one per line, with {c} for the class (default: a photo of a {c}.)")
+    parser.add_argument("--out", help="the folder of embeddings")
+    parser.add_argument("--verify", metavar="DIR", help="embed nothing: read all of DIR, compare it with its manifest")
+    parser.add_argument("--batch_size", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--shard_rows", type=int, default=16384, help="rows of a file (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=4, help="that read images (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--raw", action="store_true", help="store embeddings as they come, not L2-normalised")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="of products (default: float32 on the CPU, bfloat16 on CUDA)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="default: %(default)s")
+    parser.add_argument("--no_metadata", action="store_true", help="no Parquet files")
+    parser.add_argument("--no_resume", action="store_true", help="replace what is there instead of going on")
+    parser.add_argument("--timeout", type=float, default=86400, metavar="SECONDS",
+                        help="that a rank waits for the others (default: %(default)s)")  # fmt: skip
+    common.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    from gapkern import embeddings
+
+    if arguments.verify is not None:
+        found = embeddings.verify(arguments.verify)
+        if arguments.json:
+            common.print_json(found)
+        else:
+            columns = ["rows", "dims", "dtype", "shards", "model", "manifest", "metadata"]
+            common.table(["verified", *columns], [[kind, *map(str, facts.values())] for kind, facts in found.items()])
+        return 0
+    for name in ("model", "out"):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"{name}: expected --{name}, got none")
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with common.progress({"img_emb": "embedding images", "text_emb": "embedding texts"}) as step:
+            found = embeddings.embed(
+                arguments.model, arguments.pretrained, **_sources(arguments), out=arguments.out,
+                batch_size=arguments.batch_size, resume=not arguments.no_resume, shard_rows=arguments.shard_rows,
+                dtype=arguments.dtype, normalize=not arguments.raw, metadata=not arguments.no_metadata,
+                workers=arguments.num_workers, device=arguments.device, precision=arguments.precision,
+                timeout=arguments.timeout, on_progress=step if rank == 0 else lambda *_: None,
+            )  # fmt: skip
+    except embeddings.RankLost as error:
+        print(f"gapkern embed: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # The process group waits for the lost rank when it is taken down.
+    if rank == 0:
+        _show(arguments, found)
+    return 0
+
+
+def _sources(arguments) -> dict[str, Any]:
+    from gapkern.embeddings import sources
+
+    if arguments.dataset and arguments.images:
+        raise ValueError("images: expected --images or --dataset, got both")
+    if arguments.texts and arguments.captions:
+        raise ValueError("texts: expected --texts or --captions, got both")
+    given: dict[str, Any] = {"images": arguments.images, "texts": arguments.texts}
+    if arguments.images and len(arguments.images) == 1:
+        given["images"] = arguments.images[0]
+    if arguments.captions:
+        given["texts"] = sources.captions(arguments.captions)
+    if arguments.dataset:
+        given["images"], captions = sources.dataset(
+            arguments.dataset, arguments.root, arguments.split, arguments.annotation_file
+        )
+        given["texts"] = captions if given["texts"] is None else given["texts"]
+    if arguments.templates and not arguments.classnames:
+        raise ValueError("templates: expected --classnames beside them, got none")
+    for name in ("classnames", "templates"):
+        if getattr(arguments, name):
+            given[name] = _strings(name, getattr(arguments, name))
+    return given
+
+
+def _strings(name: str, path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        found = json.loads(text) if path.endswith(".json") else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: cannot read {path} ({error})") from None
+    if not isinstance(found, list) or not found or not all(isinstance(entry, str) for entry in found):
+        raise ValueError(f"{name}: expected a list of strings in {path}")
+    return found
+
+
+def _show(arguments, found: dict[str, Any]) -> None:
+    if arguments.json:
+        common.print_json({"out": arguments.out, **found})
+        return
+    for kind, computed in found["computed"].items():
+        facts = found[kind]
+        kept = f" ({facts['rows'] - computed} rows were there already)" if computed < facts["rows"] else ""
+        print(f"{kind}: {facts['rows']} x {facts['dims']} {facts['dtype']} in {len(facts['shards'])} shards{kept}")
+    if "classes" in found:
+        print(f"classes.npy: {found['classes'][0]} x {found['classes'][1]}")
+    print(f"{found['model']}: {arguments.out}")

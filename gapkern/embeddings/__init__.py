@@ -1,0 +1,17 @@
+"""Folders of embeddings: shards, their manifest and metadata; `embed` writes them, `verify` checks them."""
+
+from typing import Any
+
+from gapkern.embeddings.folder import Embeddings, manifest, model_of, write_folder
+from gapkern.embeddings.verification import verify
+
+__all__ = ["Embeddings", "RankLost", "embed", "manifest", "model_of", "verify", "write_folder"]
+
+
+def __getattr__(name: str) -> Any:
+    # `run` stands above `gapkern.models`, which reads hashes from here.
+    if name in ("embed", "RankLost"):
+        from gapkern.embeddings import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,246 @@
+"""Folders of embeddings as clip-retrieval writes them, and the manifest that says what they hold.
+
+    OUT/img_emb/img_emb_0.npy ...     OUT/metadata/metadata_0.parquet ...
+    OUT/text_emb/text_emb_0.npy ...   OUT/text_metadata/metadata_0.parquet ...
+    OUT/<kind>/manifest.json          model, rows, D, dtype, and each shard's rows, bytes and SHA-256
+
+Shards are in natural order (2 before 10). Where clip-retrieval wrote the folder, `metadata` belongs to both kinds and
+there is no manifest.
+"""
+
+import bisect
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapkern import _check, files
+
+FORMAT, VERSION = "gapkern.embeddings", 1
+MANIFEST = "manifest.json"
+KINDS = ("img_emb", "text_emb")
+METADATA = {"img_emb": ("metadata",), "text_emb": ("text_metadata", "metadata")}
+
+
+def place(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> Path:
+    """The file or folder of shards that `path` means: itself, or the `img_emb` or `text_emb` in it.
+
+    Raises:
+        ValueError: nothing is there, or both kinds are and `kind` does not say which.
+    """
+    path = Path(path)
+    if kind is not None:
+        _check.choice("kind", kind, KINDS)
+        if (path / kind).is_dir():
+            return path / kind
+    inside = [path / k for k in KINDS if (path / k).is_dir()]
+    if len(inside) == 1 and kind is None:
+        return inside[0]
+    if inside:
+        expected = " or ".join(KINDS) if kind is None else kind
+        raise ValueError(f"{name}: expected {expected} in {path}, got {' and '.join(p.name for p in inside)}")
+    return path
+
+
+def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] | None:
+    """The manifest of a folder of shards; None where there is none.
+
+    Raises:
+        ValueError: it is no manifest, or one of another version.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{name}: expected JSON in {file}, got {error}") from None
+    got = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
+    if got != (FORMAT, VERSION):
+        raise ValueError(f"{name}: expected {FORMAT} of version {VERSION}, got {got[0]!r}, {got[1]!r} in {file}")
+    fields = {"rows": int, "dims": int, "dtype": str, "shards": list}
+    wrong = [key for key, kind in fields.items() if not isinstance(found.get(key), kind)]
+    entries = found["shards"] if not wrong else []
+    if wrong or not all(isinstance(e, dict) and {"name", "rows", "bytes", "sha256"} <= e.keys() for e in entries):
+        raise ValueError(f"{name}: expected {', '.join(fields)} with each shard's hash in {file}, got {list(found)}")
+    return found
+
+
+def model_of(path: str | os.PathLike) -> str | None:
+    """The id of the model that made a folder's embeddings, from its manifest; None where nothing says it."""
+    found = manifest(place(path)) if os.path.isdir(path) else None
+    return None if found is None else found.get("model")
+
+
+class Embeddings:
+    """Embeddings (N, D) of a file or a folder of shards, mapped: rows are read when they are asked for.
+
+    Args:
+        path: `.npy`, `.safetensors`, a folder of either, or one that holds `img_emb` or `text_emb`.
+        kind: "img_emb" or "text_emb", where the folder holds both.
+
+    Attributes: shards (paths in natural order), counts (rows of each), dims, dtype, manifest (or None), model.
+
+    Raises:
+        ValueError: what is there cannot be read, shards differ in D or dtype, or names, rows, D or dtype are not those
+            of the manifest. Values are compared by `verify`.
+
+    Example:
+        >>> import tempfile
+        >>> out = tempfile.mkdtemp()
+        >>> _ = write_folder(out, "img_emb", [torch.zeros(3, 4), torch.ones(2, 4)], model="mine")
+        >>> x = Embeddings(out)
+        >>> len(x), x.dims, x.model, x[2:4].sum(1).tolist()
+        (5, 4, 'mine', [0.0, 4.0])
+    """
+
+    def __init__(self, path: str | os.PathLike, kind: str | None = None, *, name: str = "path"):
+        self.path = place(path, kind, name=name)
+        self.kind = self.path.name if self.path.name in KINDS else None
+        self.manifest = manifest(self.path, name=name)
+        self.shards = files.shards(self.path, name=name)
+        self._name = name
+        mapped = [files.load_embeddings(shard, name=name) for shard in self.shards]
+        self.counts = [len(part) for part in mapped]
+        self.dims, self.dtype = mapped[0].shape[1], mapped[0].dtype
+        for shard, part in zip(self.shards, mapped, strict=True):
+            if (part.shape[1], part.dtype) != (self.dims, self.dtype):
+                raise ValueError(
+                    f"{name}: expected D = {self.dims} and {self.dtype} as in {self.shards[0]}, got "
+                    f"{tuple(part.shape)} and {part.dtype} in {shard}"
+                )
+        self._starts = [sum(self.counts[:i]) for i in range(len(self.counts))]
+        if self.manifest is not None and (found := differences(self.manifest, self.shards, mapped)):
+            raise ValueError(f"{name}: {self.path} differs from its manifest: {'; '.join(found)}")
+
+    @property
+    def model(self) -> str | None:
+        return None if self.manifest is None else self.manifest.get("model")
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, rows: int | slice) -> Tensor:
+        """A row (D,), or the rows (n, D) of a slice without a step, read into memory."""
+        if isinstance(rows, slice):
+            first, last, step = rows.indices(len(self))
+            if step != 1:
+                raise ValueError(f"rows: expected a slice without a step, got {rows}")
+            parts = list(self.chunks(first=first, last=last))
+            return torch.cat(parts) if parts else torch.empty(0, self.dims, dtype=self.dtype)
+        row = rows + len(self) if rows < 0 else rows
+        if not 0 <= row < len(self):
+            raise IndexError(f"rows: expected a row of {len(self)}, got {rows}")
+        return self[row : row + 1][0]
+
+    def chunks(self, rows: int | None = None, *, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+        """The rows from `first` to `last`, some at a time, in memory; never across two shards."""
+        last = len(self) if last is None else min(last, len(self))
+        step = rows or max(1, files.CHUNK // self.dims)
+        i = max(0, bisect.bisect_right(self._starts, first) - 1)
+        while first < last:
+            start, end = self._starts[i], self._starts[i] + self.counts[i]
+            while first < min(last, end):
+                until = min(first + step, last, end)
+                mapped = files.load_embeddings(self.shards[i], name=self._name)
+                yield mapped[first - start : until - start].clone()
+                first = until
+            i += 1
+
+    def metadata(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """What the Parquet files say of each row, in the rows' order; read a group of rows at a time.
+
+        Raises:
+            ValueError: there is no metadata, or not one entry per row.
+            ImportError: pyarrow is not installed.
+        """
+        parquet = _check.extra("pyarrow.parquet", "pyarrow", "tables")
+        parts = metadata_files(self.path)
+        counts = [parquet.read_metadata(part).num_rows for part in parts]
+        if sum(counts) != len(self):
+            raise ValueError(f"{self._name}: expected metadata of {len(self)} rows for {self.path}, got {sum(counts)}")
+        for part in parts:
+            for batch in parquet.ParquetFile(part).iter_batches(columns=columns):
+                yield from batch.to_pylist()
+
+
+def metadata_files(shards: Path) -> list[Path]:
+    """The Parquet files that belong to a folder of shards, in natural order; none where there are none."""
+    for folder in METADATA.get(shards.name, ()):
+        found = [p for p in (shards.parent / folder).glob("*.parquet") if not p.name.startswith(".")]
+        if found:
+            return sorted(found, key=lambda p: files.natural(p.name))
+    return []
+
+
+def differences(found: Mapping[str, Any], shards: Iterable[str], mapped: Iterable[Tensor]) -> list[str]:
+    """How shards differ from a manifest in what can be seen without reading them."""
+    result = []
+    known = {entry["name"]: entry for entry in found["shards"]}
+    there = {Path(shard).name: part for shard, part in zip(shards, mapped, strict=True)}
+    result += [f"{name} is missing" for name in known if name not in there]
+    result += [f"{name} is not in it" for name in there if name not in known]
+    for name, part in there.items():
+        if name in known and len(part) != known[name]["rows"]:
+            result.append(f"{name}: expected {known[name]['rows']} rows, got {len(part)}")
+        if part.shape[1] != found["dims"]:
+            result.append(f"{name}: expected D = {found['dims']}, got {part.shape[1]}")
+        if (dtype := str(part.dtype).removeprefix("torch.")) != found["dtype"]:
+            result.append(f"{name}: expected {found['dtype']}, got {dtype}")
+    return result
+
+
+def write_shard(
+    folder: Path, name: str, x: Tensor, before: Callable[[dict[str, Any]], Any] = lambda entry: None
+) -> dict[str, Any]:
+    """Writes a shard to disk, whole or not at all; returns its entry in the manifest, which `before` is given first."""
+    with files.replacing(folder / name) as temporary:
+        files.save(temporary, x)
+        files.sync(temporary)
+        entry = {"name": name, "rows": len(x), "bytes": temporary.stat().st_size, "sha256": files.digest(temporary)}
+        before(entry)
+    return entry
+
+
+def write_manifest(folder: Path, entries: list[dict[str, Any]], dims: int, dtype: torch.dtype, **facts: Any) -> dict:
+    """Writes the manifest of a folder's shards and returns it."""
+    found = {
+        "format": FORMAT, "version": VERSION, "kind": folder.name, **facts, "rows": sum(e["rows"] for e in entries),
+        "dims": dims, "dtype": str(dtype).removeprefix("torch."), "shards": entries,
+    }  # fmt: skip
+    files.write_json(folder / MANIFEST, found)
+    return found
+
+
+def write_folder(
+    out: str | os.PathLike, kind: str, parts: Iterable[Tensor], *, model: str | None = None, suffix: str = ".npy"
+) -> dict[str, Any]:
+    """Writes matrices (n, D) as the shards of `out/kind`, and their manifest, which it returns.
+
+    Args:
+        kind: "img_emb" or "text_emb".
+        parts: one shard each, alike in D and dtype.
+        model: the id of what made them.
+        suffix: ".npy" or ".safetensors".
+
+    Raises:
+        ValueError: the folder holds shards already, parts differ or there are none, or hold NaN or infinity.
+    """
+    folder = files.folder(Path(out) / _check.choice("kind", kind, KINDS))
+    if there := [p.name for p in folder.iterdir() if p.suffix in (".npy", ".safetensors")]:
+        raise ValueError(f"out: expected a folder without shards, got {folder} with {there[0]}")
+    entries: list[dict[str, Any]] = []
+    shape: Any = None
+    for i, part in enumerate(parts):
+        part = _check.finite(f"parts[{i}]", _check.matrix(f"parts[{i}]", part))
+        if shape not in (None, (part.shape[1], part.dtype)):
+            raise ValueError(f"parts[{i}]: expected D and dtype {shape}, got {(part.shape[1], part.dtype)}")
+        shape = (part.shape[1], part.dtype)
+        entries.append(write_shard(folder, f"{kind}_{i}{suffix}", part.detach().cpu()))
+    if not entries:
+        raise ValueError("parts: expected at least one, got none")
+    return write_manifest(folder, entries, *shape, model=model)
