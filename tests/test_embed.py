@@ -197,6 +197,22 @@ def test_a_bad_image_is_named(place, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def test_embeddings_that_are_not_finite_are_named(place, tmp_path):
+    model = models.load(f"local-dir:{place / 'model'}", device="cpu")
+    texts = [f"word {i}" for i in range(40)]
+    tokenizer = model.tokenizer
+    dark = tokenizer(texts[21:22])[0]
+
+    class Spoilt(torch.nn.Module):
+        def encode_text(self, tokens):
+            return torch.where((tokens == dark).all(1)[:, None], torch.inf, torch.ones(len(tokens), 16))
+
+    spoilt = models.Model(Spoilt(), model.preprocess, tokenizer, "spoilt", model.device)
+    with pytest.raises(ValueError, match=r"text_emb: expected finite .*, got NaN or infinity in row 21, 'word 21'"):
+        embed(spoilt, texts=texts, out=tmp_path, shard_rows=16, batch_size=8)
+    assert shards(tmp_path) == 1
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -359,10 +375,11 @@ def test_the_demos_export_embeds_as_the_demo_does(tmp_path):
     data = digits.load(0)
     trained = digits.train(data, steps=2)
     digits.export(trained, data, tmp_path)
-    model = f"local-dir:{tmp_path / 'model'}"
-    assert main(["embed", "--model", model, "--images", str(tmp_path / "images"), "--texts",
-                 str(tmp_path / "captions.txt"), "--classnames", str(tmp_path / "classnames.json"), "--templates",
-                 str(tmp_path / "templates.json"), "--out", str(tmp_path / "out"), "--num_workers", "0"]) == 0  # fmt: skip
+    there = {"model": "model", "images": "images", "texts": "captions.txt", "classnames": "classnames.json",
+             "templates": "templates.json", "out": "out"}  # fmt: skip
+    arguments = [part for key, name in there.items() for part in (f"--{key}", str(tmp_path / name))]
+    arguments[1] = f"local-dir:{arguments[1]}"
+    assert main(["embed", *arguments, "--num_workers", "0"]) == 0
     found = Embeddings(tmp_path / "out", "img_emb")
     names = [row["image_path"] for row in found.metadata()]
     rows = [int(Path(name).stem) for name in names]
