@@ -16,13 +16,10 @@ NAMES = {
                 "best_alpha"],
     "gapkern.losses": ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "contrastive_loss", "sigmoid_loss",
                        "patch_open_clip"],
-<<<<<<< HEAD
     "gapkern.dynamics": ["Trajectory", "descend", "evaluate", "isotropic_gaussians", "measure", "tight_clusters"],
     "gapkern.theory": ["assess", "freeze", "leading_gradient", "orthogonality", "preservation", "robustness_curve"],
-=======
     "gapkern.embeddings": ["Embeddings", "RankLost", "embed", "manifest", "model_of", "verify", "write_folder"],
     "gapkern.models": ["Model", "load", "zero_shot_classifier"],
->>>>>>> w6
     "gapkern.gap": ["BASELINES", "MeanShift", "gap_metrics"],
     "gapkern.perturb": ["Chain", "Gaussian", "Quantize", "Replace", "Uniform", "perturb"],
     "gapkern.robustness": ["RobustnessResult", "SweepResult", "best_alpha", "robustness", "sweep"],
