@@ -4,6 +4,7 @@ A bare `allclose` says yes or no. These say relative L2 error, cosine, bias and 
 our error with the error that plain PyTorch makes in the same dtype against a float64 truth.
 """
 
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -202,3 +203,8 @@ def clip_like(count: int, dims: int = 512, seed: int = 0) -> tuple[torch.Tensor,
     direction = angle * axis + (1 - angle**2) ** 0.5 * other
     images = within_images**0.5 * direction + (1 - within_images) ** 0.5 * of_images
     return unit(images), unit(texts)
+
+
+def hears_interrupts() -> None:
+    """For `subprocess`'s preexec_fn: what is started from a shell's background job ignores SIGINT otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from gapkern import files
-from gapkern.testing import peak_memory
+from gapkern.testing import hears_interrupts, peak_memory
 
 
 def test_npy_and_safetensors_round_trip(tmp_path):
@@ -141,7 +141,10 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, sent):
     path = tmp_path / "x.txt"
     path.write_text("old")
     with subprocess.Popen(
-        [sys.executable, "-c", _KILLED, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", _KILLED, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=hears_interrupts,
     ) as run:
         assert run.stdout.readline() == b"writing\n"
         run.send_signal(sent)

@@ -20,6 +20,7 @@ from gapkern.experiments import reproduce
 from gapkern.experiments.reproduce import Claim, Context, Figure, Result, Target
 from gapkern.experiments.reproduce import embeddings as sources
 from gapkern.robustness import robustness
+from gapkern.testing import hears_interrupts
 
 OURS = ("fig1", "fig2", "fig8", "fig9", "fig10", "baselines")
 
@@ -273,7 +274,9 @@ def test_an_interrupt_leaves_no_half_file(counted, tmp_path, capsys, monkeypatch
 
 def test_a_signal_from_outside(pair, tmp_path):
     command = [sys.executable, "-m", "gapkern", "reproduce", *OURS, *map(str, given(pair)), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
+    )
     until = time.monotonic() + 60
     while not (tmp_path / "fig1.json").exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)

@@ -105,6 +105,7 @@ def compare_quantisers(
         TypeError, ValueError: what `GapIndex` and `recall` raise; no factory string that can be built.
 
     Example:
+        >>> import torch
         >>> gallery = torch.nn.functional.normalize(torch.randn(300, 16), dim=1)
         >>> queries = gallery + 0.05 * torch.randn(300, 16) + torch.ones(16)
         >>> result = compare_quantisers(queries, gallery, ["Flat", "SQ8"], shift=MeanShift(components="auto"))
