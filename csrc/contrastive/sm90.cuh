@@ -11,7 +11,7 @@
 #pragma once
 #include "common/cuda.cuh"
 #include "contrastive/epilogue.cuh"
-#include "contrastive/kernels.cuh"
+#include "contrastive/exponents.cuh"
 
 namespace gapkern::contrastive::sm90 {
 

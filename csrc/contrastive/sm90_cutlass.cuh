@@ -30,36 +30,50 @@ inline constexpr auto kRounding = cutlass::FloatRoundStyle::round_to_nearest;
 
 using Scalar = fusion::Sm90ScalarBroadcast<float>;
 
-// T: bfloat16 or float16; Out: what the epilogue stores, or void; Visitor: its tree.
-template <class T, class Out, class Visitor>
-struct Gemm {
+// A Design has the type of the inputs, Input, what the epilogue stores, Out (or void), and its tree, Visitor.
+template <class Design>
+struct Parts {
+  using T = typename Design::Input;
   using RowMajor = cutlass::layout::RowMajor;
   using ColumnMajor = cutlass::layout::ColumnMajor;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, Out, RowMajor, 8,
-      cutlass::epilogue::TmaWarpSpecializedCooperative, Visitor>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, typename Design::Out, RowMajor,
+      8, cutlass::epilogue::TmaWarpSpecializedCooperative, typename Design::Visitor>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, RowMajor, 8, T, ColumnMajor, 8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue,
                                                       cutlass::gemm::PersistentScheduler>;
-  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+};
 
-  static cudaError_t run(const Problem& p, const typename Visitor::Arguments& visitor, Out* out, int64_t pitch,
+// A class of its own for the sake of its name: a line in a profile, and not the page that CUTLASS's types fill.
+template <class Design>
+struct Kernel : Parts<Design>::Kernel {
+  static_assert(sizeof(typename Parts<Design>::Kernel::SharedStorage) <= 232448);
+};
+
+template <class Design>
+struct Gemm {
+  using T = typename Design::Input;
+  using Out = typename Design::Out;
+  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel<Design>>;
+
+  static cudaError_t run(const Problem& p, const typename Design::Visitor::Arguments& visitor, Out* out, int64_t pitch,
                          cudaStream_t stream) {
     const auto packed = [&](auto stride, int rows) {
       return cutlass::make_cute_packed_stride(stride, {rows, p.depth, 1});
     };
-    typename Kernel::StrideD stride_out{};
+    typename Kernel<Design>::StrideD stride_out{};
     cute::get<0>(stride_out) = pitch;
-    typename Device::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
-                                         {p.rows, p.columns, p.depth, 1},
-                                         {static_cast<const T*>(p.x), packed(typename Kernel::StrideA{}, p.rows),
-                                          static_cast<const T*>(p.y), packed(typename Kernel::StrideB{}, p.columns)},
-                                         {visitor, nullptr, {}, out, stride_out},
-                                         {p.device, p.multiprocessors}};
+    typename Device::Arguments arguments{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {p.rows, p.columns, p.depth, 1},
+        {static_cast<const T*>(p.x), packed(typename Kernel<Design>::StrideA{}, p.rows), static_cast<const T*>(p.y),
+         packed(typename Kernel<Design>::StrideB{}, p.columns)},
+        {visitor, nullptr, {}, out, stride_out},
+        {p.device, p.multiprocessors}};
     if (Device::get_workspace_size(arguments) != 0) return cudaErrorNotSupported;
     Device device;
     if (device.initialize(arguments, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;

@@ -3,7 +3,6 @@
 #include "contrastive/sm90_cutlass.cuh"
 
 namespace gapkern::contrastive::sm90 {
-namespace {
 
 template <class T>
 struct Exponential;
@@ -31,28 +30,34 @@ struct ColumnSumsRoot : ColumnSums {
   using ColumnSums::ColumnSums;
 };
 using OverRows = fusion::Sm90EVT<RowSums, Exponentials>;
-using Sums = fusion::Sm90EVT<ColumnSumsRoot, OverRows>;
-template <class T>
-using Rounded = fusion::Sm90EVT<fusion::Sm90Compute<cutlass::epilogue::thread::Identity, T, float, kRounding>,
-                                fusion::Sm90EVT<ColumnSums, OverRows>>;
 
-OverRows::Arguments over_rows(const float* control, float* row_part) {
+template <class T>
+struct Sums {
+  using Input = T;
+  using Out = void;
+  using Visitor = fusion::Sm90EVT<ColumnSumsRoot, OverRows>;
+};
+struct KeptSums {
+  using Input = cutlass::bfloat16_t;
+  using Out = Input;
+  using Visitor = fusion::Sm90EVT<fusion::Sm90Compute<cutlass::epilogue::thread::Identity, Out, float, kRounding>,
+                                  fusion::Sm90EVT<ColumnSums, OverRows>>;
+};
+
+static OverRows::Arguments over_rows(const float* control, float* row_part) {
   return {{{}, {{0.f}, {control}}, {{0.f}, {control + 1}}, {}}, {row_part, 0.f, {}}};
 }
-
-}  // namespace
 
 cudaError_t launch_sums(const Problem& p, const float* control, float* row_part, float* column_part, void* kept,
                         int64_t pitch, cudaStream_t stream) {
   if (kept) {
-    using T = cutlass::bfloat16_t;
     if (p.element != Element::bfloat16) return cudaErrorNotSupported;
-    return Gemm<T, T, Rounded<T>>::run(p, {{over_rows(control, row_part), {column_part, 0.f, {}}}, {}},
-                                       static_cast<T*>(kept), pitch, stream);
+    return Gemm<KeptSums>::run(p, {{over_rows(control, row_part), {column_part, 0.f, {}}}, {}},
+                               static_cast<KeptSums::Out*>(kept), pitch, stream);
   }
-  const Sums::Arguments visitor{over_rows(control, row_part), {column_part, 0.f, {}}};
-  if (p.element == Element::bfloat16) return Gemm<cutlass::bfloat16_t, void, Sums>::run(p, visitor, nullptr, 0, stream);
-  return Gemm<cutlass::half_t, void, Sums>::run(p, visitor, nullptr, 0, stream);
+  const Sums<cutlass::bfloat16_t>::Visitor::Arguments visitor{over_rows(control, row_part), {column_part, 0.f, {}}};
+  if (p.element == Element::bfloat16) return Gemm<Sums<cutlass::bfloat16_t>>::run(p, visitor, nullptr, 0, stream);
+  return Gemm<Sums<cutlass::half_t>>::run(p, visitor, nullptr, 0, stream);
 }
 
 }  // namespace gapkern::contrastive::sm90

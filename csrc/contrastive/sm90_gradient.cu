@@ -2,7 +2,6 @@
 #include "contrastive/sm90_cutlass.cuh"
 
 namespace gapkern::contrastive::sm90 {
-namespace {
 
 template <class T>
 struct Gradient;
@@ -21,19 +20,21 @@ struct Gradient<cutlass::Array<float, count>> {
 using RowWeight = fusion::Sm90ColBroadcast<0, Tile, float, float, cute::Stride<cute::_1, cute::_0, cute::_0>>;
 using ColumnWeight = fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, cute::_1, cute::_0>>;
 template <class T>
-using Gradients = fusion::Sm90EVT<fusion::Sm90Compute<Gradient, T, float, kRounding>, fusion::Sm90AccFetch, Scalar,
+struct Gradients {
+  using Input = T;
+  using Out = T;
+  using Visitor = fusion::Sm90EVT<fusion::Sm90Compute<Gradient, T, float, kRounding>, fusion::Sm90AccFetch, Scalar,
                                   Scalar, Scalar, RowWeight, ColumnWeight>;
+};
 
 template <class T>
-cudaError_t launch(const Problem& p, const float* control, const float* apart, const float* row_weight,
-                   const float* column_weight, void* ds, int64_t pitch, cudaStream_t stream) {
-  const typename Gradients<T>::Arguments visitor{
+static cudaError_t launch(const Problem& p, const float* control, const float* apart, const float* row_weight,
+                          const float* column_weight, void* ds, int64_t pitch, cudaStream_t stream) {
+  const typename Gradients<T>::Visitor::Arguments visitor{
       {}, {{0.f}, {control}}, {{0.f}, {control + 1}}, {{0.f}, {apart}}, {row_weight, 0.f, {}}, {column_weight, 0.f, {}},
       {}};
-  return Gemm<T, T, Gradients<T>>::run(p, visitor, static_cast<T*>(ds), pitch, stream);
+  return Gemm<Gradients<T>>::run(p, visitor, static_cast<T*>(ds), pitch, stream);
 }
-
-}  // namespace
 
 cudaError_t launch_gradient(const Problem& p, const float* control, const float* apart, const float* row_weight,
                             const float* column_weight, void* ds, int64_t pitch, cudaStream_t stream) {
