@@ -29,6 +29,23 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def(
       "contrastive_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, int label_offset, Tensor like)"
       " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
+  // The softmax losses' steps on Hopper (contrastive/sm90.cuh; gapkern/ops/hopper.py has them in PyTorch's operations).
+  // control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up to 8] receives them, unless empty.
+  m.def("contrastive_sm90_shift(Tensor row_norms, Tensor col_norms, Tensor logit_scale) -> Tensor");
+  m.def(
+      "contrastive_sm90_sums(Tensor images, Tensor texts, Tensor control, Tensor(a!) kept)"
+      " -> (Tensor row_sums, Tensor col_sums)");
+  m.def(
+      "contrastive_sm90_lse(Tensor row_sums, Tensor col_sums, Tensor images, Tensor texts, Tensor control)"
+      " -> (Tensor row_lse, Tensor col_lse)");
+  m.def("contrastive_sm90_positive(Tensor images, Tensor texts, int label_offset) -> Tensor");
+  m.def(
+      "contrastive_sm90_weights(Tensor row_lse2, Tensor col_lse2, Tensor grad_row, Tensor grad_col, Tensor control)"
+      " -> (Tensor row_weight, Tensor col_weight, Tensor apart)");
+  m.def(
+      "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor logit_scale, Tensor control, Tensor apart,"
+      " Tensor row_weight, Tensor col_weight, Tensor kept, Tensor positive, Tensor row_lse2, Tensor col_lse2,"
+      " Tensor grad_row, Tensor grad_col, Tensor grad_positive, int label_offset) -> Tensor");
   // Counter-based noise and quantisation of rows; perturb/perturb.h.
   m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
   m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");

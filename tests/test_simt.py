@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parent / "simt"
-CAPABILITIES = ["contrastive", "meanshift", "perturb", "robustness"]
+CAPABILITIES = ["contrastive", "meanshift", "perturb", "robustness", "sm90"]
+FOLDERS = {"sm90": "contrastive"}  # where not named as the capability
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,26 @@ PLANTED = {
         ("tile + 1 : tile", "tile + 2 : tile"),
         ("most = largest[b] > most ? largest[b] : most;", "most = largest[0];"),
     ],
+    "sm90": [
+        ("fmaf(k, acc, shift)", "fmaf(k, acc, -shift)"),
+        ("| uint32_t(g < 0)", ""),
+        ("log2(magnitude) - lse2", "log2(magnitude) + lse2"),
+        ("encoded_term(v, a) + encoded_term(v, b)", "encoded_term(v, a) + encoded_term(v, a)"),
+        ("kCeiling - log2(terms)", "kCeiling + 50"),
+        ("terms * 0x1p-102 &&", "0 &&"),
+        ("t * stride + i]", "t * count + i]"),
+        ("first + d < p.depth;", "true;"),
+        ("o = kAcross / 2", "o = kAcross / 4"),
+        ("column0 + tx * kPart + j >= p.columns", "false"),
+        ("lse[row] != lse[row]) lse", "lse[row] == lse[row]) lse"),
+        ("if (*w.apart != 0) return;", ""),
+        ("if (*w.apart == 0) return;\n  const", "const"),
+        ("(row + label_offset) * p.depth", "row * p.depth"),
+        ("ds + row * pitch + column);\n    }", "ds + row * p.columns + column);\n    }"),
+        ("found = block_max(found, room);", ""),
+        ("labels.grad_col[column] *", "labels.grad_col[row] *"),
+        ("i % packs * count;", "i % packs;"),
+    ],
 }  # fmt: skip
 
 
@@ -93,11 +114,14 @@ def test_a_planted_mistake_is_caught(built, tmp_path, capability):
     """A test of the test: an index, a sign or a barrier changed in a copy of the kernels."""
     source = SOURCES.parent.parent / "csrc"
     compiler = ["c++", "-std=c++17", "-O1", "-w", "-ffp-contract=off"]
-    texts = {path.relative_to(source): path.read_text() for path in (source / capability).glob("*.cuh")}
+    texts = {
+        path.relative_to(source): path.read_text()
+        for path in (source / FOLDERS.get(capability, capability)).glob("*.cuh")
+    }
     for number, (right, wrong) in enumerate(PLANTED[capability]):
         kernels = next(path for path, text in texts.items() if right in text)
         changed = tmp_path / str(number)
-        (changed / capability).mkdir(parents=True)
+        (changed / FOLDERS.get(capability, capability)).mkdir(parents=True)
         (changed / kernels).write_text(texts[kernels].replace(right, wrong))
         program = changed / "program"
         include = ["-I", changed, "-I", SOURCES, "-I", source]

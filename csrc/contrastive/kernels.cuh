@@ -5,29 +5,13 @@
 // A block has a tile of kTileRows x kTileColumns: a warp 8 rows of it, a thread 4 neighbouring columns.
 #pragma once
 #include "common/cuda.cuh"
+#include "contrastive/exponents.cuh"
 
 namespace gapkern::contrastive {
 
 inline constexpr int kTileWarps = 8, kWarpRows = 8, kThreadColumns = 4;
 inline constexpr int kTileRows = kTileWarps * kWarpRows, kTileColumns = kWarp * kThreadColumns;
 inline constexpr int kTileThreads = kTileWarps * kWarp;
-
-#ifdef __CUDA_ARCH__
-__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
-__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
-__device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
-__device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
-#else
-inline float exp2_of(float x) { return std::exp2(x); }
-inline double exp2_of(double x) { return std::exp2(x); }
-inline float log1p_of(float x) { return std::log1p(x); }
-inline double log1p_of(double x) { return std::log1p(x); }
-#endif
-
-inline constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
-
-template <class R>
-inline constexpr R kNothing = -std::numeric_limits<R>::infinity();
 
 // A log-sum in two parts, log2 = high + log2(sum).
 struct Partial {
@@ -67,10 +51,6 @@ struct Place {
         column(blockIdx.x * int64_t(kTileColumns) + lane * kThreadColumns) {}
 };
 
-template <class R>
-__device__ __forceinline__ R larger(R a, R b) {
-  return a > b ? a : b;
-}
 // What exponents are taken relative to: the maximum, or zero where there is nothing.
 template <class R>
 __device__ __forceinline__ R reference(R maximum) {

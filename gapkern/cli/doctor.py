@@ -22,6 +22,7 @@ def examine() -> dict:
 
     from gapkern import _core, _load, selfcheck
     from gapkern.experiments import environment
+    from gapkern.ops import hopper
 
     checks = [vars(check) for check in selfcheck.checks()]
     libraries = [vars(library) for library in _load.status()]
@@ -32,6 +33,7 @@ def examine() -> dict:
         "threads": torch.get_num_threads(),
         "kernels": _core.active_isa(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "contrastive": hopper.in_use(),
         "libraries": libraries,
         "build": _core.build_facts(),
         "checks": checks,
@@ -46,6 +48,8 @@ def run(arguments) -> int:
     print("versions   " + ", ".join(f"{name} {version or '(absent)'}" for name, version in found["versions"].items()))
     print(f"processor  {found['processor']}, {found['threads']} threads, {found['kernels']} kernels")
     print("devices    " + (", ".join(found["devices"]) or "no CUDA device is visible"))
+    for device, kernel in found["contrastive"].items():
+        print(f"contrastive {device}: {kernel}")
     print(f"built      with torch {found['build']['torch']}, {found['build']['compiler']}")
     for library in found["libraries"]:
         print(f"library    {'loaded ' if library['loaded'] else 'absent '} {library['name']}: {library['detail']}")

@@ -1,0 +1,31 @@
+# The Hopper kernels join gapkern_cuda where CUTLASS's headers are at hand (the wheel nvidia-cutlass, needed to build and
+# not to run) and 9.0a is not excluded by TORCH_CUDA_ARCH_LIST. Without them the library is whole: its other kernels
+# serve every device.
+set(sm90_reason "")
+if(GAPKERN_CUDA_ARCH_LIST AND NOT "${GAPKERN_CUDA_ARCH_LIST}" MATCHES "9\\.0a")
+  set(sm90_reason "TORCH_CUDA_ARCH_LIST has no 9.0a")
+else()
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c
+            "import importlib.util as u, pathlib; s = u.find_spec('cutlass_library'); print(pathlib.Path(s.origin).parent / 'source' if s else '', end='')"
+    OUTPUT_VARIABLE cutlass_source ERROR_QUIET)
+  if(NOT EXISTS "${cutlass_source}/include/cutlass/cutlass.h")
+    set(sm90_reason "CUTLASS was not found; run `pip install --no-deps nvidia-cutlass==4.2.0.0`")
+  endif()
+endif()
+if(sm90_reason)
+  message(STATUS "gapkern: building without the Hopper kernels (${sm90_reason})")
+  return()
+endif()
+
+add_library(gapkern_sm90 OBJECT csrc/contrastive/sm90_forward.cu csrc/contrastive/sm90_gradient.cu)
+set_target_properties(gapkern_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+target_include_directories(gapkern_sm90 PRIVATE csrc)
+target_include_directories(gapkern_sm90 SYSTEM PRIVATE "${cutlass_source}/include" "${cutlass_source}/tools/util/include")
+target_compile_definitions(gapkern_sm90 PRIVATE NDEBUG)
+target_compile_options(gapkern_sm90 PRIVATE -O3 --expt-relaxed-constexpr)
+# ptxas calls it mere information when it serialises the tensor cores' instructions.
+set_target_properties(gapkern_sm90 PROPERTIES CUDA_COMPILER_LAUNCHER
+                      "${Python_EXECUTABLE};${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_gate.py")
+target_sources(gapkern_cuda PRIVATE csrc/contrastive/sm90.cu $<TARGET_OBJECTS:gapkern_sm90>)
+message(STATUS "gapkern: building the Hopper kernels for 90a")

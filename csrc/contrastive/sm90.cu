@@ -1,0 +1,244 @@
+// The contrastive losses on Hopper, the CUDA side of gapkern/ops/hopper.py: products with their exponentials in the
+// epilogue (contrastive/sm90_gemm.h) and the small kernels around them (contrastive/sm90.cuh).
+#include "common/cuda_host.h"
+#include "contrastive/sm90.cuh"
+#include "contrastive/sm90_gemm.h"
+
+namespace gapkern::contrastive::sm90 {
+namespace {
+
+int64_t tiles(int64_t count, int64_t per_tile) { return (count + per_tile - 1) / per_tile; }
+int64_t pitch_of(int64_t columns) { return tiles(columns, 8) * 8; }
+
+Tensor doubles(const Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, {count}, ScalarType::Double);
+}
+Tensor floats(const Tensor& like, int64_t count) { return torch::stable::new_empty(like, {count}, ScalarType::Float); }
+double* out(Tensor& x) { return x.mutable_data_ptr<double>(); }
+
+void expect(const Tensor& x, int64_t count, const char* name) {
+  STD_TORCH_CHECK(x.numel() == count, name, ": expected ", count, " elements, got ", x.numel());
+}
+
+// Images and texts as the products need them.
+struct Inputs {
+  Tensor images, texts;
+  int64_t rows, columns, depth;
+
+  Inputs(const Tensor& x, const Tensor& y)
+      : images(torch::stable::contiguous(x)),
+        texts(torch::stable::contiguous(y)),
+        rows(x.size(0)),
+        columns(y.size(0)),
+        depth(x.size(1)) {
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "images and texts: expected the same dims");
+    STD_TORCH_CHECK(rows > 0 && columns > 0 && depth > 0, "images and texts: expected filled matrices");
+    STD_TORCH_CHECK(rows < int64_t(1) << 31 && columns < int64_t(1) << 31, "images and texts: too many rows");
+    STD_TORCH_CHECK((type == ScalarType::BFloat16 || type == ScalarType::Half) && y.scalar_type() == type,
+                    "images and texts: expected bfloat16 or float16");
+    STD_TORCH_CHECK(packs(images, depth) && packs(texts, depth),
+                    "images and texts: expected dims a multiple of 8 and rows at multiples of 16 bytes");
+  }
+  bool bfloat16() const { return images.scalar_type() == ScalarType::BFloat16; }
+
+  Problem problem() const {
+    const int device = images.get_device_index();
+    int multiprocessors = 0, major = 0, minor = 0;
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    STD_TORCH_CHECK(major == 9 && minor == 0, "images: expected a device of capability 9.0, got ", major, ".", minor);
+    return {images.data_ptr(),
+            texts.data_ptr(),
+            int(rows),
+            int(columns),
+            int(depth),
+            bfloat16() ? Element::bfloat16 : Element::float16,
+            device,
+            multiprocessors};
+  }
+  // Calls f with the products of images and texts, or the other way round.
+  template <class F>
+  void with(const F& f, bool transposed = false) const {
+    const Tensor& x = transposed ? texts : images;
+    const Tensor& y = transposed ? images : texts;
+    const auto call = [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      f(Products<T>{static_cast<const T*>(x.data_ptr()), static_cast<const T*>(y.data_ptr()), x.size(0), y.size(0),
+                    depth});
+    };
+    if (bfloat16())
+      call(static_cast<BFloat16*>(nullptr));
+    else
+      call(static_cast<Half*>(nullptr));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+void succeed(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, "gapkern: ", what, " on Hopper: ", cudaGetErrorString(status));
+}
+
+Tensor shift(const Tensor& row_norms, const Tensor& col_norms, const Tensor& logit_scale) {
+  const torch::stable::accelerator::DeviceGuard guard(row_norms.get_device_index());
+  expect(logit_scale, 1, "logit_scale");
+  const Tensor rows = as_type(row_norms, ScalarType::Float), columns = as_type(col_norms, ScalarType::Float);
+  const Tensor scale = as_type(logit_scale, ScalarType::Float);
+  Tensor control = floats(row_norms, 2);
+  choose_shift<<<1, kThreads, 0, stream_of(rows)>>>(rows.const_data_ptr<float>(), rows.numel(),
+                                                    columns.const_data_ptr<float>(), columns.numel(),
+                                                    scale.const_data_ptr<float>(), control.mutable_data_ptr<float>());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return control;
+}
+
+Tensor add_up(const Tensor& part, int64_t tiles, int64_t count) {
+  Tensor sum = doubles(part, count);
+  sum_parts<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(part)>>>(part.const_data_ptr<float>(), tiles,
+                                                                               part.numel() / tiles, count, out(sum));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return sum;
+}
+
+std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const Tensor& control, Tensor kept) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  const Inputs in(images, texts);
+  expect(control, 2, "control");
+  const int64_t down = tiles(in.rows, kTileM), across = tiles(in.columns, kTileN), pitch = pitch_of(in.columns);
+  if (kept.numel() > 0) {
+    expect(kept, in.rows * pitch, "kept");
+    STD_TORCH_CHECK(in.bfloat16() && kept.scalar_type() == ScalarType::BFloat16, "kept: expected bfloat16");
+    STD_TORCH_CHECK(kept.is_contiguous() && packs(kept, pitch), "kept: expected rows at multiples of 16 bytes");
+  }
+  Tensor row_part = floats(images, across * down * kTileM), column_part = floats(images, down * across * kTileN);
+  succeed(launch_sums(in.problem(), control.const_data_ptr<float>(), row_part.mutable_data_ptr<float>(),
+                      column_part.mutable_data_ptr<float>(), kept.numel() > 0 ? kept.data_ptr() : nullptr, pitch,
+                      stream_of(images)),
+          "sums");
+  return {add_up(row_part, across, in.rows), add_up(column_part, down, in.columns)};
+}
+
+std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, const Tensor& images,
+                               const Tensor& texts, const Tensor& control) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  const Inputs in(images, texts);
+  const Tensor all_sums[] = {row_sums, col_sums};
+  Tensor results[] = {doubles(images, in.rows), doubles(images, in.columns)};
+  for (int side = 0; side < 2; ++side) {
+    const int64_t count = side ? in.columns : in.rows, terms = side ? in.rows : in.columns;
+    expect(all_sums[side], count, "row_sums and col_sums");
+    finish_lse<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(images)>>>(
+        all_sums[side].const_data_ptr<double>(), count, terms, control.const_data_ptr<float>(), out(results[side]));
+    in.with(
+        [&](auto products) {
+          repair_lse<<<unsigned(tiles(count, kSide)), kThreads, 0, stream_of(images)>>>(
+              products, control.const_data_ptr<float>(), out(results[side]));
+        },
+        side == 1);
+  }
+  return {results[0], results[1]};
+}
+
+Tensor positive(const Tensor& images, const Tensor& texts, int64_t label_offset) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  const Inputs in(images, texts);
+  STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
+  Tensor result = doubles(images, in.rows);
+  in.with([&](auto products) {
+    label_products<<<unsigned(tiles(in.rows, kWarps)), kThreads, 0, stream_of(images)>>>(products, label_offset,
+                                                                                         out(result));
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> weights(const Tensor& row_lse2, const Tensor& col_lse2, const Tensor& grad_row,
+                                           const Tensor& grad_col, const Tensor& control) {
+  const torch::stable::accelerator::DeviceGuard guard(row_lse2.get_device_index());
+  const int64_t rows = row_lse2.numel(), columns = col_lse2.numel();
+  expect(grad_row, rows, "grad_row");
+  expect(grad_col, columns, "grad_col");
+  const Tensor lse[] = {as_type(row_lse2, ScalarType::Double), as_type(col_lse2, ScalarType::Double)};
+  const Tensor grad[] = {as_type(grad_row, ScalarType::Double), as_type(grad_col, ScalarType::Double)};
+  Tensor weight[] = {floats(row_lse2, rows), floats(row_lse2, columns)}, apart = floats(row_lse2, 1);
+  const cudaStream_t stream = stream_of(row_lse2);
+  choose_weights<<<1, kThreads, 0, stream>>>(lse[0].const_data_ptr<double>(), grad[0].const_data_ptr<double>(), rows,
+                                             lse[1].const_data_ptr<double>(), grad[1].const_data_ptr<double>(), columns,
+                                             control.const_data_ptr<float>(), apart.mutable_data_ptr<float>());
+  for (int side = 0; side < 2; ++side) {
+    const int64_t count = side ? columns : rows;
+    form_weights<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream>>>(
+        lse[side].const_data_ptr<double>(), grad[side].const_data_ptr<double>(), count, control.const_data_ptr<float>(),
+        apart.const_data_ptr<float>(), weight[side].mutable_data_ptr<float>());
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {weight[0], weight[1], apart};
+}
+
+Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_scale, const Tensor& control,
+                const Tensor& apart, const Tensor& row_weight, const Tensor& col_weight, const Tensor& kept,
+                const Tensor& positive, const Tensor& row_lse2, const Tensor& col_lse2, const Tensor& grad_row,
+                const Tensor& grad_col, const Tensor& grad_positive, int64_t label_offset) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  const Inputs in(images, texts);
+  const int64_t pitch = pitch_of(in.columns);
+  const cudaStream_t stream = stream_of(images);
+  STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
+  expect(control, 2, "control");
+  expect(apart, 1, "apart");
+  expect(row_weight, in.rows, "row_weight");
+  expect(col_weight, in.columns, "col_weight");
+  const Tensor vectors[] = {as_type(positive, ScalarType::Double), as_type(row_lse2, ScalarType::Double),
+                            as_type(grad_row, ScalarType::Double), as_type(grad_positive, ScalarType::Double),
+                            as_type(col_lse2, ScalarType::Double), as_type(grad_col, ScalarType::Double)};
+  for (int i = 0; i < 6; ++i) expect(vectors[i], i < 4 ? in.rows : in.columns, "lse and grad");
+  Tensor ds = torch::stable::new_empty(images, {in.rows, pitch}, images.scalar_type());
+  const Weighing weighing{control.const_data_ptr<float>(), apart.const_data_ptr<float>(),
+                          row_weight.const_data_ptr<float>(), col_weight.const_data_ptr<float>()};
+  if (kept.numel() > 0) {
+    expect(kept, in.rows * pitch, "kept");
+    STD_TORCH_CHECK(kept.scalar_type() == ScalarType::BFloat16 && kept.is_contiguous() && packs(kept, pitch),
+                    "kept: expected bfloat16 rows at multiples of 16 bytes");
+    const int64_t down = tiles(in.rows, kSide);
+    STD_TORCH_CHECK(down <= 65535, "images: expected at most ", 65535 * kSide, " kept rows");
+    in.with([&](auto products) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
+      T* to = static_cast<T*>(ds.data_ptr());
+      gradient_of_kept<<<blocks(in.rows * pitch, 8 * kThreads), kThreads, 0, stream>>>(
+          static_cast<const BFloat16*>(kept.data_ptr()), weighing, in.rows, in.columns, pitch, to);
+      gradient_apart<<<dim3(unsigned(tiles(in.columns, kSide)), unsigned(down)), kThreads, 0, stream>>>(
+          products, weighing, pitch, to);
+    });
+  } else {
+    succeed(launch_gradient(in.problem(), weighing.control, weighing.apart, weighing.row_weight, weighing.column_weight,
+                            ds.data_ptr(), pitch, stream),
+            "gradient");
+  }
+  const Tensor scale = as_type(logit_scale, ScalarType::Double);
+  expect(scale, 1, "logit_scale");
+  const Labels labels{vectors[0].const_data_ptr<double>(),
+                      vectors[1].const_data_ptr<double>(),
+                      vectors[4].const_data_ptr<double>(),
+                      vectors[2].const_data_ptr<double>(),
+                      vectors[5].const_data_ptr<double>(),
+                      vectors[3].const_data_ptr<double>(),
+                      label_offset};
+  in.with([&](auto products) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
+    patch_labels<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream>>>(
+        labels, scale.const_data_ptr<double>(), in.rows, pitch, static_cast<T*>(ds.data_ptr()));
+  });
+  return ds;
+}
+
+}  // namespace
+}  // namespace gapkern::contrastive::sm90
+
+STABLE_TORCH_LIBRARY_IMPL(gapkern, CUDA, m) {
+  m.impl("contrastive_sm90_shift", TORCH_BOX(&gapkern::contrastive::sm90::shift));
+  m.impl("contrastive_sm90_sums", TORCH_BOX(&gapkern::contrastive::sm90::sums));
+  m.impl("contrastive_sm90_lse", TORCH_BOX(&gapkern::contrastive::sm90::lse));
+  m.impl("contrastive_sm90_positive", TORCH_BOX(&gapkern::contrastive::sm90::positive));
+  m.impl("contrastive_sm90_weights", TORCH_BOX(&gapkern::contrastive::sm90::weights));
+  m.impl("contrastive_sm90_gradient", TORCH_BOX(&gapkern::contrastive::sm90::gradient));
+}

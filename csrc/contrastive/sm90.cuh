@@ -1,0 +1,267 @@
+// What surrounds the Hopper products: the choice of the exponents' shift, sums of partial sums, weights, labels, and
+// the exact repair of what a common shift could not represent. All decisions are taken on the device, so that nothing
+// waits for the host and everything can be captured in a graph.
+//
+// The shift. |k <x, y>| <= bound = k max|x| max|y|. c is the least for which a sum of `terms` exponentials stays below
+// 2^kCeiling: no sum overflows. One may be too small instead: below terms 2^kFloor more than 2^-24 of it can have been
+// flushed to zero. Such rows are marked NaN and repaired by `repair_lse`, float32 products with a running maximum. For
+// normalised embeddings c = 0 up to logit_scale 66 (32768 pairs); at 100 only rows whose best cosine is below -0.26 are
+// repaired. For embeddings of large norms most rows may be, at a tenth of the speed.
+// The gradient then weighs rows and columns apart (contrastive/epilogue.cuh), chosen by the flag of `choose_weights`.
+#pragma once
+#include "common/cuda.cuh"
+#include "contrastive/epilogue.cuh"
+#include "contrastive/exponents.cuh"
+
+namespace gapkern::contrastive::sm90 {
+
+inline constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+inline constexpr double kCeiling = 110, kFloor = -102, kWeightRange = 120;
+
+GAPKERN_HD float shift_of(float bound, double terms) {
+  const double spare = kCeiling - log2(terms);
+  return float(bound > spare ? ceil(bound - spare) : 0.0);
+}
+
+// The log-sum of `terms` exponentials relative to c in units of log 2; NaN where too much may be missing.
+GAPKERN_HD double log2_sum(double sum, double terms, float shift) {
+  const bool complete = sum >= terms * 0x1p-102 && sum < 0x1p127;
+  return complete ? log2(sum) - double(shift) : double(from_bits(0x7fc00000u));
+}
+
+__device__ __forceinline__ float block_max(float x, float* room) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarp == 0) room[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  x = room[0];
+  for (int w = 1; w < kWarps; ++w) x = larger(x, room[w]);
+  return x;
+}
+
+// control = {k, -c}; one block.
+inline __global__ void __launch_bounds__(kThreads)
+    choose_shift(const float* row_norms, int64_t rows, const float* column_norms, int64_t columns, const float* scale,
+                 float* control) {
+  GAPKERN_SHARED(float, row_room, kWarps);
+  GAPKERN_SHARED(float, column_room, kWarps);
+  float row = 0, column = 0;
+  for (int64_t i = threadIdx.x; i < rows; i += kThreads) row = larger(row, row_norms[i]);
+  for (int64_t j = threadIdx.x; j < columns; j += kThreads) column = larger(column, column_norms[j]);
+  row = block_max(row, row_room);
+  column = block_max(column, column_room);
+  if (threadIdx.x != 0) return;
+  const float k = float(kLog2e) * *scale;
+  const float bound = (k < 0 ? -k : k) * row * column * 1.001f;  // the norms are rounded
+  control[0] = k;
+  control[1] = -shift_of(bound, double(larger(rows, columns)));
+}
+
+// out[i] = the sum over tiles of part [tiles, stride], in their order.
+inline __global__ void sum_parts(const float* part, int64_t tiles, int64_t stride, int64_t count, double* out) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= count) return;
+  double sum = 0;
+  for (int64_t t = 0; t < tiles; ++t) sum += double(part[t * stride + i]);
+  out[i] = sum;
+}
+
+inline __global__ void finish_lse(const double* sums, int64_t count, int64_t terms, const float* control, double* lse) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i < count) lse[i] = kLn2 * log2_sum(sums[i], double(terms), control[1]);
+}
+
+// Products in float32 without tensor cores: a block has kSide x kSide of them, a thread kPart x kPart.
+inline constexpr int kSide = 64, kStep = 16, kPart = 4, kAcross = kSide / kPart;
+
+template <class T>
+struct Products {
+  const T* x;  // [rows, depth]
+  const T* y;  // [columns, depth]
+  int64_t rows, columns, depth;
+};
+
+template <class T>
+__device__ __forceinline__ void tile_products(const Products<T>& p, int64_t row0, int64_t column0,
+                                              float (&acc)[kPart][kPart]) {
+  GAPKERN_SHARED(float, left, kStep*(kSide + 1));
+  GAPKERN_SHARED(float, right, kStep*(kSide + 1));
+  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
+#pragma unroll
+  for (int i = 0; i < kPart; ++i)
+    for (int j = 0; j < kPart; ++j) acc[i][j] = 0;
+  for (int64_t first = 0; first < p.depth; first += kStep) {
+    __syncthreads();
+    for (int e = threadIdx.x; e < kSide * kStep; e += kThreads) {
+      const int line = e / kStep, d = e % kStep;
+      const bool deep = first + d < p.depth;
+      left[d * (kSide + 1) + line] =
+          deep && row0 + line < p.rows ? to_wide(p.x[(row0 + line) * p.depth + first + d]) : 0;
+      right[d * (kSide + 1) + line] =
+          deep && column0 + line < p.columns ? to_wide(p.y[(column0 + line) * p.depth + first + d]) : 0;
+    }
+    __syncthreads();
+    for (int d = 0; d < kStep; ++d)
+#pragma unroll
+      for (int i = 0; i < kPart; ++i)
+#pragma unroll
+        for (int j = 0; j < kPart; ++j)
+          acc[i][j] += left[d * (kSide + 1) + ty * kPart + i] * right[d * (kSide + 1) + tx * kPart + j];
+  }
+}
+
+// Replaces what is NaN among lse [rows].
+template <class T>
+__global__ void __launch_bounds__(kThreads) repair_lse(Products<T> p, const float* control, double* lse) {
+  const int64_t row0 = blockIdx.x * int64_t(kSide);
+  bool needed = false;
+  for (int r = 0; r < kSide && row0 + r < p.rows; ++r) needed = needed || lse[row0 + r] != lse[row0 + r];
+  if (!needed) return;
+  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
+  const float k = control[0], none = kNothing<float>;
+  float base[kPart], sum[kPart];
+#pragma unroll
+  for (int i = 0; i < kPart; ++i) base[i] = none, sum[i] = 0;
+  for (int64_t column0 = 0; column0 < p.columns; column0 += kSide) {
+    float acc[kPart][kPart];
+    tile_products(p, row0, column0, acc);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i)
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) {
+        if (column0 + tx * kPart + j >= p.columns) continue;
+        const float v = k * acc[i][j], high = larger(base[i], v);
+        sum[i] = (base[i] == none ? 0 : sum[i] * exp2_of(base[i] - high)) + exp2_of(v - high);
+        base[i] = high;
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < kPart; ++i) {
+    for (int o = kAcross / 2; o > 0; o /= 2) {
+      const float other_base = __shfl_xor_sync(kEveryLane, base[i], o);
+      const float other_sum = __shfl_xor_sync(kEveryLane, sum[i], o);
+      const float high = larger(base[i], other_base);
+      sum[i] = (base[i] == none ? 0 : sum[i] * exp2_of(base[i] - high)) +
+               (other_base == none ? 0 : other_sum * exp2_of(other_base - high));
+      base[i] = high;
+    }
+    const int64_t row = row0 + ty * kPart + i;
+    if (tx == 0 && row < p.rows && lse[row] != lse[row]) lse[row] = kLn2 * (double(base[i]) + log2(double(sum[i])));
+  }
+}
+
+// Whether g 2^(c - lse2) e can stand for g 2^-lse2 2^v in float32.
+GAPKERN_HD bool common_weight_is_safe(double g, double lse2, float shift, double terms) {
+  if (!(lse2 + double(shift) >= log2(terms) + kFloor)) return false;
+  if (g == 0) return true;
+  const double exponent = log2(g < 0 ? -g : g) - lse2 - double(shift);
+  return exponent >= -kWeightRange && exponent <= kWeightRange;
+}
+
+// apart = 1 where any row or column is not safe, else 0; one block.
+inline __global__ void __launch_bounds__(kThreads)
+    choose_weights(const double* row_lse2, const double* grad_row, int64_t rows, const double* col_lse2,
+                   const double* grad_col, int64_t columns, const float* control, float* apart) {
+  GAPKERN_SHARED(float, room, kWarps);
+  float found = 0;
+  for (int64_t i = threadIdx.x; i < rows; i += kThreads)
+    if (!common_weight_is_safe(grad_row[i], row_lse2[i], control[1], double(columns))) found = 1;
+  for (int64_t j = threadIdx.x; j < columns; j += kThreads)
+    if (!common_weight_is_safe(grad_col[j], col_lse2[j], control[1], double(rows))) found = 1;
+  found = block_max(found, room);
+  if (threadIdx.x == 0) *apart = found;
+}
+
+// A row's or column's weight in the form that `apart` asks for.
+inline __global__ void form_weights(const double* lse2, const double* grad, int64_t count, const float* control,
+                                    const float* apart, float* weight) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= count) return;
+  weight[i] = *apart != 0 ? encode_weight(grad[i], lse2[i]) : float(grad[i] * exp2(-lse2[i] - double(control[1])));
+}
+
+// What the gradient's kernels are told about it; ds [rows, pitch].
+struct Weighing {
+  const float* control;
+  const float* apart;
+  const float* row_weight;
+  const float* column_weight;
+};
+
+// dS from the exponentials that the forward pass kept, [rows, pitch]; nothing where the weights are apart, as the
+// exponentials may then have been flushed.
+template <class T>
+__global__ void gradient_of_kept(const BFloat16* kept, Weighing w, int64_t rows, int64_t columns, int64_t pitch,
+                                 T* ds) {
+  if (*w.apart != 0) return;
+  constexpr int count = 8;
+  const int64_t packs = pitch / count, all = rows * packs;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < all; i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t row = i / packs, column = i % packs * count;
+    const float a = w.row_weight[row];
+    const Pack<BFloat16, count> e = *reinterpret_cast<const Pack<BFloat16, count>*>(kept + i * count);
+    Pack<T, count> out;
+#pragma unroll
+    for (int c = 0; c < count; ++c) {
+      const bool inside = column + c < columns;
+      from_wide(inside ? to_wide(e.value[c]) * (a + w.column_weight[column + c]) : 0.f, out.value + c);
+    }
+    *reinterpret_cast<Pack<T, count>*>(ds + i * count) = out;
+  }
+}
+
+// And from the products formed again where they are apart; nothing where they are not.
+template <class T>
+__global__ void __launch_bounds__(kThreads) gradient_apart(Products<T> p, Weighing w, int64_t pitch, T* ds) {
+  if (*w.apart == 0) return;
+  const int64_t row0 = blockIdx.y * int64_t(kSide), column0 = blockIdx.x * int64_t(kSide);
+  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
+  float acc[kPart][kPart];
+  tile_products(p, row0, column0, acc);
+#pragma unroll
+  for (int i = 0; i < kPart; ++i)
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) {
+      const int64_t row = row0 + ty * kPart + i, column = column0 + tx * kPart + j;
+      if (row >= p.rows || column >= p.columns) continue;
+      from_wide(logit_gradient(acc[i][j], w.control[0], w.control[1], true, w.row_weight[row], w.column_weight[column]),
+                ds + row * pitch + column);
+    }
+}
+
+// positive[i] = <x_i, y_{i + label_offset}>, a warp each.
+template <class T>
+__global__ void label_products(Products<T> p, int64_t label_offset, double* positive) {
+  const int64_t row = blockIdx.x * int64_t(kWarps) + threadIdx.x / kWarp;
+  if (row >= p.rows) return;
+  const int lane = threadIdx.x % kWarp;
+  const T* x = p.x + row * p.depth;
+  const T* y = p.y + (row + label_offset) * p.depth;
+  float sum = 0;
+  for (int64_t d = lane; d < p.depth; d += kWarp) sum += to_wide(x[d]) * to_wide(y[d]);
+  sum = warp_sum(sum);
+  if (lane == 0) positive[row] = double(sum);
+}
+
+// The labels' entries of dS, summed before they are rounded: p - 1 of a rounded p would cost 2 % at logit_scale 100.
+struct Labels {
+  const double* positive;
+  const double* row_lse2;
+  const double* col_lse2;
+  const double* grad_row;
+  const double* grad_col;
+  const double* grad_positive;
+  int64_t offset;
+};
+
+template <class T>
+__global__ void patch_labels(Labels labels, const double* scale, int64_t rows, int64_t pitch, T* ds) {
+  const int64_t row = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (row >= rows) return;
+  const int64_t column = row + labels.offset;
+  const double v = kLog2e * *scale * labels.positive[row];
+  const double w = labels.grad_row[row] * exp2(v - labels.row_lse2[row]) +
+                   labels.grad_col[column] * exp2(v - labels.col_lse2[column]) + labels.grad_positive[row];
+  from_wide(float(w), ds + row * pitch + column);
+}
+
+}  // namespace gapkern::contrastive::sm90

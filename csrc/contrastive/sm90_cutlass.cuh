@@ -1,0 +1,84 @@
+// A warp-specialised, persistent, cooperative GEMM of CUTLASS 3.x for sm_90a around an epilogue visitor tree.
+// 128 x 256 x 64 tiles in clusters of two rows: 4 stages, no spills. Needs NDEBUG: an assertion between two wgmma makes
+// ptxas serialise them all (C7510). Every row and column at the edges is checked, since zero-filled ones would add
+// 2^-c.
+#pragma once
+#include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
+#include <cute/tensor.hpp>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/operations.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+#include <cutlass/util/packed_stride.hpp>
+
+#include "contrastive/epilogue.cuh"
+#include "contrastive/sm90_gemm.h"
+
+#ifndef NDEBUG
+#error "compile with -DNDEBUG: assertions serialise every wgmma"
+#endif
+
+namespace gapkern::contrastive::sm90 {
+
+namespace fusion = cutlass::epilogue::fusion;
+using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::_64>;
+using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+inline constexpr auto kRounding = cutlass::FloatRoundStyle::round_to_nearest;
+
+using Scalar = fusion::Sm90ScalarBroadcast<float>;
+
+// A Design has the type of the inputs, Input, what the epilogue stores, Out (or void), and its tree, Visitor.
+template <class Design>
+struct Parts {
+  using T = typename Design::Input;
+  using RowMajor = cutlass::layout::RowMajor;
+  using ColumnMajor = cutlass::layout::ColumnMajor;
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, typename Design::Out, RowMajor,
+      8, cutlass::epilogue::TmaWarpSpecializedCooperative, typename Design::Visitor>::CollectiveOp;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, RowMajor, 8, T, ColumnMajor, 8, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue,
+                                                      cutlass::gemm::PersistentScheduler>;
+};
+
+// A class of its own for the sake of its name: a line in a profile, and not the page that CUTLASS's types fill.
+template <class Design>
+struct Kernel : Parts<Design>::Kernel {
+  static_assert(sizeof(typename Parts<Design>::Kernel::SharedStorage) <= 232448);
+};
+
+template <class Design>
+struct Gemm {
+  using T = typename Design::Input;
+  using Out = typename Design::Out;
+  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel<Design>>;
+
+  static cudaError_t run(const Problem& p, const typename Design::Visitor::Arguments& visitor, Out* out, int64_t pitch,
+                         cudaStream_t stream) {
+    const auto packed = [&](auto stride, int rows) {
+      return cutlass::make_cute_packed_stride(stride, {rows, p.depth, 1});
+    };
+    typename Kernel<Design>::StrideD stride_out{};
+    cute::get<0>(stride_out) = pitch;
+    typename Device::Arguments arguments{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {p.rows, p.columns, p.depth, 1},
+        {static_cast<const T*>(p.x), packed(typename Kernel<Design>::StrideA{}, p.rows), static_cast<const T*>(p.y),
+         packed(typename Kernel<Design>::StrideB{}, p.columns)},
+        {visitor, nullptr, {}, out, stride_out},
+        {p.device, p.multiprocessors}};
+    if (Device::get_workspace_size(arguments) != 0) return cudaErrorNotSupported;
+    Device device;
+    if (device.initialize(arguments, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+    return device.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+  }
+};
+
+}  // namespace gapkern::contrastive::sm90

@@ -1,0 +1,239 @@
+"""The softmax losses on Hopper: their orchestration here, with PyTorch's operations as steps, and the kernels there."""
+
+import math
+
+import pytest
+import torch
+
+from gapkern import cli
+from gapkern.ops import chunked, hopper
+from gapkern.ops.contrastive import lse_pair
+from gapkern.reference import contrastive as reference
+from gapkern.testing import assert_near, assert_three_way
+
+NAMES = ("row_lse", "col_lse", "positive", "grad_images", "grad_texts", "grad_logit_scale")
+SHAPES = [(1, 1, 8), (3, 9, 16), (127, 129, 64), (128, 256, 64), (300, 517, 72), (515, 515, 136)]
+# What rounding dS and the results once costs; statistics are never rounded.
+ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
+
+
+def pair(n, m, d, dtype, device="cpu", size=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (n, m))
+    y[:n] += x[: len(y[:n])]
+    return [(size * v / v.norm(dim=1, keepdim=True)).to(dtype).to(device) for v in (x, y)]
+
+
+def weights(row, col, positive):
+    """Gradients of the three statistics that differ by element, so that no error cancels; both signs, and zeros."""
+    weighted = [torch.linspace(0.5, 1.5, len(v), dtype=torch.float64, device=v.device) * w / len(v)
+                for v, w in ((row, 1.0), (col, -0.7), (positive, -1.3))]  # fmt: skip
+    weighted[1][::3] = 0
+    return weighted
+
+
+def steps(x, y, scale, offset=0, work_bytes=0, needs=(True, True, True), module=hopper):
+    """Statistics and gradients by this module's functions, without the dispatcher's choice."""
+    row, col, positive, *stats = module.contrastive_lse(x, y, scale, "dot", offset, "highest", work_bytes)
+    gradients = module.contrastive_lse_backward(
+        *weights(row, col, positive), x, y, scale, *stats, "dot", offset, "highest", list(needs)
+    )
+    return [row, col, positive, *gradients]
+
+
+def by_autograd(function, x, y, scale, offset=0, **options):
+    inputs = [t.detach().clone().requires_grad_() for t in (x, y, scale)]
+    statistics = function(*inputs, label_offset=offset, **options)
+    total = sum((v.double() * w).sum() for v, w in zip(statistics, weights(*statistics), strict=True))
+    return [*(v.detach() for v in statistics), *torch.autograd.grad(total, inputs)]
+
+
+def check(ours, x, y, scale, offset, names=NAMES):
+    truth = by_autograd(reference.lse_pair, x.double(), y.double(), scale.double(), offset)
+    single = by_autograd(reference.lse_pair, x.float(), y.float(), scale.float(), offset)
+    for name, a, b, c in zip(NAMES, ours, single, truth, strict=True):
+        if name in names:
+            # The scale's gradient is a sum of both signs: a share of what is summed, not of the sum.
+            margin = ROUNDING[x.dtype] if name.startswith("grad") else 5e-6
+            assert_three_way(a.reshape(c.shape), b, c, margin * (10 if name == NAMES[-1] else 1), name=name)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("work_bytes", [0, 2**40])
+def test_orchestration_against_float64(poisoned, shape, dtype, work_bytes):
+    n, m, d = shape
+    x, y = pair(n, m, d, dtype)
+    scale, offset = torch.tensor(14.3), (m - n) // 2
+    check(steps(x, y, scale, offset, work_bytes), x, y, scale, offset)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+@pytest.mark.parametrize("size", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("work_bytes", [0, 2**40])
+def test_orchestration_at_any_scale_and_norm(scale, size, work_bytes):
+    x, y = pair(140, 270, 32, torch.bfloat16, size=size)
+    scale = torch.tensor(scale)
+    check(steps(x, y, scale, 3, work_bytes), x, y, scale, 3)
+
+
+def test_orchestration_in_blocks_some_of_them_kept(monkeypatch):
+    x, y = pair(700, 705, 24, torch.bfloat16)
+    scale = torch.tensor(20.0)
+    whole = steps(x, y, scale, 2)
+    monkeypatch.setattr(hopper, "SUPER_ROWS", 256)
+    monkeypatch.setattr(hopper, "GRADIENT_ELEMENTS", 150 * 705)
+    work_bytes = 200 * 4 * 705
+    kept = hopper.contrastive_lse(x, y, scale, "dot", 2, "highest", work_bytes)[-1]
+    assert kept.shape == (200, 705)
+    assert hopper._exponentials(kept, x, y).shape == (384, 712)  # three tiles of bfloat16 in 200 rows of float32
+    for name, a, b in zip(NAMES, steps(x, y, scale, 2, work_bytes), whole, strict=True):
+        assert_near(a, b, 5e-3 if name.startswith("grad") else 1e-12, name=name)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_orchestration_forms_only_what_is_needed(needs):
+    x, y = pair(40, 44, 16, torch.bfloat16)
+    scale = torch.tensor(10.0)
+    every, some = steps(x, y, scale), steps(x, y, scale, needs=needs)
+    for wanted, a, b in zip(needs, some[3:], every[3:], strict=True):
+        assert a.numel() == (b.numel() if wanted else 0)
+        if wanted:
+            assert_near(a, b, 1e-2)
+
+
+def test_rows_of_a_gradient_block():
+    assert [hopper._gradient_rows(32768, 32768, d) for d in (512, 768, 1024)] == [8448, 5632, 8448]
+    assert hopper._gradient_rows(300, 517, 72) == 300
+    assert hopper._gradient_rows(10**6, 2 * 10**6, 768) == 128
+
+
+def test_not_a_number_reaches_the_results():
+    x, y = pair(12, 12, 8, torch.bfloat16)
+    x[4, 2] = math.nan
+    row, col, *_ = steps(x, y, torch.tensor(2.0))
+    assert row.isnan().tolist() == [i == 4 for i in range(12)]
+    assert col.isnan().all()
+
+
+def test_the_environment_chooses(monkeypatch):
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    for kernel in ("auto", "chunked", "sm90"):
+        monkeypatch.setenv("GAPKERN_KERNEL", kernel)
+        hopper.asked.cache_clear()
+        assert hopper.asked() == kernel
+        assert not hopper.chosen(x, "dot")  # on the CPU its own kernels run
+    monkeypatch.setenv("GAPKERN_KERNEL", "fast")
+    hopper.asked.cache_clear()
+    with pytest.raises(ValueError, match="GAPKERN_KERNEL: expected auto, chunked or sm90, got 'fast'"):
+        hopper.chosen(x, "dot")
+    monkeypatch.undo()
+    hopper.asked.cache_clear()
+
+
+def test_reasons(monkeypatch):
+    assert "CUDA device" in hopper.hindrance(torch.device("cpu"), torch.bfloat16, 8)
+    monkeypatch.setattr(hopper, "built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    device = torch.device("cuda", 0)
+    assert hopper.hindrance(device, torch.bfloat16, 8) == ""
+    assert "float32" in hopper.hindrance(device, torch.float32, 8)
+    assert "multiple of 8, got 12" in hopper.hindrance(device, torch.float16, 12)
+    assert "sqeuclidean" in hopper.hindrance(device, torch.float16, 16, "sqeuclidean")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert "got 8.0" in hopper.hindrance(device, torch.bfloat16, 8)
+
+
+def test_the_doctor_names_the_kernel(capsys):
+    assert cli.main(["doctor"]) == 0
+    assert "contrastive cpu: the processor's kernels" in capsys.readouterr().out
+
+
+hopper_only = [pytest.mark.cuda, pytest.mark.sm90]
+
+
+@pytest.fixture
+def on_hopper():
+    if not hopper.built():
+        pytest.skip("the library was built without the Hopper kernels")
+    assert hopper.chosen(torch.empty(8, 8, dtype=torch.bfloat16, device="cuda"), "dot")
+
+
+class TestOnHopper:
+    pytestmark = hopper_only
+
+    @pytest.mark.parametrize("shape", [*SHAPES, (1025, 2311, 768), (4096, 4096, 512), (17000, 1000, 64)])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("work_bytes", [0, 10**6, 2**32])
+    def test_against_float64(self, on_hopper, poisoned, shape, dtype, work_bytes):
+        n, m, d = shape
+        n, m = min(n, m), max(n, m)
+        x, y = pair(n, m, d, dtype, "cuda")
+        scale, offset = torch.tensor(14.3, device="cuda"), (m - n) // 2
+        check(by_autograd(lse_pair, x, y, scale, offset, work_bytes=work_bytes), x, y, scale, offset)
+
+    @pytest.mark.parametrize("scale", [1.0, 14.3, 50.0, 100.0])
+    @pytest.mark.parametrize("size", [0.1, 1.0, 5.0, 30.0])
+    @pytest.mark.parametrize("work_bytes", [0, 2**32])
+    def test_any_scale_and_norm(self, on_hopper, scale, size, work_bytes):
+        x, y = pair(700, 901, 128, torch.bfloat16, "cuda", size=size)
+        scale = torch.tensor(scale, device="cuda")
+        check(by_autograd(lse_pair, x, y, scale, 7, work_bytes=work_bytes), x, y, scale, 7)
+
+    @pytest.mark.parametrize("work_bytes", [0, 2**32])
+    def test_two_runs_agree_bit_for_bit(self, on_hopper, work_bytes):
+        x, y = pair(3001, 3003, 256, torch.bfloat16, "cuda")
+        scale = torch.tensor(50.0, device="cuda")
+        first, second = (by_autograd(lse_pair, x, y, scale, 1, work_bytes=work_bytes) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    @pytest.mark.parametrize("size", [1.0, 30.0])
+    def test_every_step_as_in_pytorch(self, on_hopper, size):
+        x, y = pair(260, 517, 64, torch.bfloat16, size=size)
+        scale = torch.tensor(10.0)
+        there = steps(x.cuda(), y.cuda(), scale.cuda(), 5, 2**30)
+        for name, a, b in zip(NAMES, there, steps(x, y, scale, 5, 2**30), strict=True):
+            assert_near(a, b, 5e-3 if name.startswith("grad") else 1e-5, name=name)
+
+    def test_against_chunks_of_the_library(self, on_hopper):
+        x, y = pair(2000, 2500, 384, torch.bfloat16, "cuda")
+        scale = torch.tensor(40.0, device="cuda")
+        ours, other = steps(x, y, scale, 9), steps(x, y, scale, 9, module=chunked)
+        for name, a, b in zip(NAMES, ours, other, strict=True):
+            assert_near(a.reshape(b.shape), b, 1e-2 if name.startswith("grad") else 1e-5, name=name)
+
+    def test_captured_in_a_graph(self, on_hopper):
+        x, y = pair(1000, 1000, 128, torch.bfloat16, "cuda")
+        scale = torch.tensor(20.0, device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            steps(x, y, scale)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = steps(x, y, scale)
+        # Replayed on embeddings that need the repair, which the captured ones did not.
+        x.copy_(pair(1000, 1000, 128, torch.bfloat16, "cuda", size=30.0, seed=1)[0])
+        scale.fill_(70.0)
+        graph.replay()
+        expected = steps(x, y, scale)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+    def test_on_a_stream_of_its_own(self, on_hopper):
+        x, y = pair(1500, 1500, 256, torch.bfloat16, "cuda")
+        scale = torch.tensor(20.0, device="cuda")
+        expected = steps(x, y, scale)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10**8)  # inputs of another stream's launch would be read too early
+            late_x, late_y = x * 1, y * 1
+            found = steps(late_x, late_y, scale)
+        stream.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    def test_what_it_cannot_take_is_refused_when_forced(self, on_hopper, monkeypatch):
+        monkeypatch.setattr(hopper, "asked", lambda: "sm90")
+        x = torch.randn(16, 12, device="cuda", dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match="multiple of 8, got 12"):
+            lse_pair(x, x, torch.tensor(1.0, device="cuda"))
