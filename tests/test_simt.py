@@ -97,7 +97,7 @@ PLANTED = {
         ("o = kAcross / 2", "o = kAcross / 4"),
         ("column0 + tx * kPart + j >= p.columns", "false"),
         ("lse[row] != lse[row]) lse", "lse[row] == lse[row]) lse"),
-        ("if (*w.apart != 0) return;", ""),
+        ("w.column_weight[column + c]", "w.column_weight[column]"),
         ("if (*w.apart == 0) return;\n  const", "const"),
         ("(row + label_offset) * p.depth", "row * p.depth"),
         ("ds + row * pitch + column);\n    }", "ds + row * p.columns + column);\n    }"),

@@ -5,8 +5,8 @@
 // The shift. |k <x, y>| <= bound = k max|x| max|y|. c is the least for which a sum of `terms` exponentials stays below
 // 2^kCeiling: no sum overflows. One may be too small instead: below terms 2^kFloor more than 2^-24 of it can have been
 // flushed to zero. Such rows are marked NaN and repaired by `repair_lse`, float32 products with a running maximum. For
-// normalised embeddings c = 0 up to logit_scale 66 (32768 pairs); at 100 only rows whose best cosine is below -0.26 are
-// repaired. For embeddings of large norms most rows may be, at a tenth of the speed.
+// normalised embeddings c = 0 up to logit_scale 65 (32768 pairs); at 100 only rows whose best cosine is below -0.26 are
+// repaired. For embeddings of large norms most rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those.
 // The gradient then weighs rows and columns apart (contrastive/epilogue.cuh), chosen by the flag of `choose_weights`.
 #pragma once
 #include "common/cuda.cuh"

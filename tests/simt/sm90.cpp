@@ -14,7 +14,7 @@ struct Embeddings {
   std::vector<float> scale, row_norms, column_norms, control;
   std::vector<double> row_lse, col_lse, grad_row, grad_col, grad_positive;
 
-  Embeddings(int64_t n, int64_t m, int64_t d, int64_t label_offset, double s, double size)
+  Embeddings(int64_t n, int64_t m, int64_t d, int64_t label_offset, double s, double size, double opposed = 0)
       : rows(n),
         columns(m),
         depth(d),
@@ -31,6 +31,8 @@ struct Embeddings {
         grad_row(check::random<double>(n, 1e-2)),
         grad_col(check::random<double>(m, 1e-2)),
         grad_positive(check::random<double>(n, 1e-2)) {
+    for (int64_t i = 0; opposed != 0 && i < n; ++i) from_wide(float(opposed), &x[i * d]);
+    for (int64_t j = 0; opposed != 0 && j < m; ++j) from_wide(float(-opposed), &y[j * d]);
     for (int64_t i = 0; i < n; ++i) row_norms[i] = norm(x, i);
     for (int64_t j = 0; j < m; ++j) column_norms[j] = norm(y, j);
     grad_row[0] = grad_col[m - 1] = 0;
@@ -183,11 +185,18 @@ int main() {
   const Embeddings<Half> half(67, 131, 33, 3, 10, 1);
   // Bounds far above the logits, some rows' sums flushed; and all of them.
   const Embeddings<BFloat16> some(70, 140, 32, 1, 1, 11), large(66, 133, 24, 2, 1, 60);
+  // Every logit far below zero.
+  const Embeddings<BFloat16> opposed(66, 140, 24, 1, 1, 3, 12);
   statistics("ragged", 2e-6, ragged, 0, 0);
   statistics("scale 100", 2e-5, sharp, 0, 0);
   statistics("float16", 2e-6, half, 0, 0);
   statistics("large norms", 1e-4, large, 0.9, 1.01);
   statistics("some repaired", 2e-5, some, 0.02, 0.98);
+  statistics("opposed", 2e-6, opposed, 0.9, 1.01);
+  Embeddings<BFloat16> tiny = ragged;
+  tiny.grad_row[5] = 1e-60;
+  gradient("one weight too small to be shared", 2e-2, tiny, true);
+  gradient("opposed", 2e-2, opposed, true);
   gradient("ragged", 2e-2, ragged, false);
   gradient("scale 100", 2e-2, sharp, false);
   gradient("float16", 1e-2, half, false);
