@@ -21,6 +21,7 @@ using f64v = double __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
 using i32v = int32_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
 using i64v = int64_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
 using u32v = uint32_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
+using u64v = uint64_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
 
 template <class T>
 struct Vec;
@@ -80,33 +81,19 @@ GAPKERN_INLINE T largest(V v) {
   return best;
 }
 
-// 2^x. Relative error of the polynomials 3e-9 (float) and 4e-18 (double); results below the normal range are zero,
-// above it infinity; NaN stays NaN. Coefficients: interpolation of 2^f at Chebyshev nodes on [-1/2, 1/2].
-GAPKERN_INLINE f32v exp2(f32v x) {
-  x = at_most(at_least(x, splat<float>(-127.f)), splat<float>(128.f));
-  const f32v shifter = splat<float>(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32v rounded = x + shifter;
-  const f32v f = x - (rounded - shifter);
+// 2^f for f in [-1/2, 1/2]. Relative error of the polynomials 3e-9 (float) and 4e-18 (double). Coefficients:
+// interpolation at Chebyshev nodes.
+GAPKERN_INLINE f32v exp2_of_fraction(f32v f) {
   f32v p = splat<float>(1.54614446e-4f);
   p = p * f + 1.34004282e-3f;
   p = p * f + 9.61805668e-3f;
   p = p * f + 5.55032723e-2f;
   p = p * f + 2.40226509e-1f;
   p = p * f + 6.93147207e-1f;
-  p = p * f + 1.f;
-  u32v n;
-  std::memcpy(&n, &rounded, sizeof n);
-  n = (n - 0x4b400000u + 127u) << 23;
-  f32v scale;
-  std::memcpy(&scale, &n, sizeof scale);
-  return p * scale;
+  return p * f + 1.f;
 }
 
-GAPKERN_INLINE f64v exp2(f64v x) {
-  x = at_most(at_least(x, splat<double>(-1023.)), splat<double>(1024.));
-  const f64v shifter = splat<double>(6755399441055744.0);  // 1.5 * 2^52
-  const f64v rounded = x + shifter;
-  const f64v f = x - (rounded - shifter);
+GAPKERN_INLINE f64v exp2_of_fraction(f64v f) {
   f64v p = splat<double>(4.45581790833606449e-10);
   p = p * f + 7.07419429728852101e-9;
   p = p * f + 1.01780570877339411e-7;
@@ -118,14 +105,53 @@ GAPKERN_INLINE f64v exp2(f64v x) {
   p = p * f + 5.5504108664821627e-2;
   p = p * f + 2.40226506959101596e-1;
   p = p * f + 6.93147180559945309e-1;
-  p = p * f + 1.0;
-  using u64v = uint64_t __attribute__((vector_size(GAPKERN_VECTOR_BYTES)));
-  u64v n;
+  return p * f + 1.0;
+}
+
+template <class V>
+struct Exponent;
+template <>
+struct Exponent<f32v> {
+  using Bits = u32v;
+  static constexpr float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr uint32_t of_shifter = 0x4b400000u, bias = 127u;
+  static constexpr int position = 23;
+};
+template <>
+struct Exponent<f64v> {
+  using Bits = u64v;
+  static constexpr double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr uint64_t of_shifter = 0x4338000000000000ULL, bias = 1023u;
+  static constexpr int position = 52;
+};
+
+// 2^x: results below the normal range are zero, above it infinity; NaN stays NaN.
+template <class V>
+GAPKERN_INLINE V exp2(V x) {
+  using E = Exponent<V>;
+  x = at_most(at_least(x, V{} - decltype(E::shifter)(E::bias)), V{} + decltype(E::shifter)(E::bias + 1));
+  const V rounded = x + E::shifter;
+  const V p = exp2_of_fraction(x - (rounded - E::shifter));
+  typename E::Bits n;
   std::memcpy(&n, &rounded, sizeof n);
-  n = (n - 0x4338000000000000ULL + 1023u) << 52;
-  f64v scale;
+  n = (n - E::of_shifter + E::bias) << E::position;
+  V scale;
   std::memcpy(&scale, &n, sizeof scale);
   return p * scale;
+}
+
+// 2^x where the result is known to be a normal number: the integer part goes straight into the exponent.
+template <class V>
+GAPKERN_INLINE V exp2_normal(V x) {
+  using E = Exponent<V>;
+  const V rounded = x + E::shifter;
+  V p = exp2_of_fraction(x - (rounded - E::shifter));
+  typename E::Bits n, bits;
+  std::memcpy(&n, &rounded, sizeof n);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += n << E::position;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
 }
 
 }  // namespace

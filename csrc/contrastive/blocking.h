@@ -5,11 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
-#include "common/pages.h"
+#include "common/blocks.h"
 #include "contrastive/contrastive.h"
 #include "contrastive/kernels.h"
 
@@ -37,10 +36,8 @@ void parallel(int64_t count, const F& body) {
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t bytes)
-      : memory_(static_cast<char*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(bytes, 64), 64))))) {
+  explicit Buffer(int64_t bytes) : memory_(static_cast<char*>(take_block(bytes))) {
     STD_TORCH_CHECK(memory_ != nullptr, "contrastive_lse: out of memory, wanted ", bytes, " bytes of work space");
-    want_huge_pages(memory_.get(), bytes);
   }
   template <class T = char>
   T* at(int64_t bytes = 0) const {
@@ -49,7 +46,7 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(char* p) const { std::free(p); }
+    void operator()(char* p) const { give_block(p); }
   };
   std::unique_ptr<char, Free> memory_;
 };

@@ -76,10 +76,7 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
         f.column_largest = col_largest.data() + b * padded + t * kStripe;
       }
       // Whole blocks are kept or none, so that the backward pass finds each block in one place.
-      if (row0 + i0 + f.rows <= kept_rows) {
-        f.keep = p.kept_block(kept, row0 + i0, f.rows, col0);
-        f.keep_stride = f.cols;
-      }
+      if (row0 + i0 + f.rows <= kept_rows) f.keep = p.kept_block(kept, row0 + i0, f.rows, col0);
       f.positive = label_t.data() + row0 + i0;
       p.engine.forward(f);
     });
@@ -160,10 +157,7 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
         g.column_log2 = col_side.log2.data() + col0;
       }
       g.positive = label_weight.data() + row0 + i0;
-      if (row0 + i0 + g.rows <= kept_rows) {
-        g.kept = p.kept_block(kept, row0 + i0, g.rows, col0);
-        g.kept_stride = g.cols;
-      }
+      if (row0 + i0 + g.rows <= kept_rows) g.kept = p.kept_block(kept, row0 + i0, g.rows, col0);
       g.out = gradients.output(t, i0, &scale_sums[item]);
       if (euclidean) {
         g.row_sum = row_sum.data() + t * p.chunk + i0;
@@ -211,8 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_lse(const
   Tensor row_lse = empty(images, {n}, ScalarType::Double), col_lse = empty(images, {m}, ScalarType::Double);
   Tensor positive = empty(images, {n}, ScalarType::Double);
   Tensor row_stats = empty(images, {2, n}, ScalarType::Double), col_stats = empty(images, {2, m}, ScalarType::Double);
-  Tensor kept = empty(images, {std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item)), m}, a.type);
-  if (kept.numel() > 0) want_huge_pages(kept.data_ptr(), kept.numel() * item);
+  Tensor kept = reused(images, std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item)), m, a.type);
   if (a.type == ScalarType::Double)
     run_forward<double>(a, images, texts, label_offset, row_lse, col_lse, positive, row_stats, col_stats, kept);
   else

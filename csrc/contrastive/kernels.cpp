@@ -235,16 +235,19 @@ void logit_tile(const LogitBlock<typename E::T>& block, int rows, int64_t i0, ty
   }
 }
 
-template <class T>
-GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int rows, int64_t i0) {
+// A known number of rows keeps their sums in registers.
+template <class T, int kKnown>
+GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int some, int64_t i0) {
   using V = typename Vec<T>::type;
+  const int rows = kKnown ? kKnown : some;
   V row_sum[kRows] = {};
   for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
     V column = load(b.column_sum + j);
     const bool edge = j + Vec<T>::size > b.cols;
     const auto inside = lanes_below<T>(j, b.cols);
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      V e = exp2(load(tile + r * kStripe + j) * b.logits.k);
+      V e = exp2_normal(load(tile + r * kStripe + j) * b.logits.k);
       if (edge) e = inside ? e : V{};
       row_sum[r] += e;
       column += e;
@@ -308,11 +311,13 @@ void forward(const ForwardBlock<typename E::T>& b) {
     }
     if (b.keep != nullptr)
       for (int r = 0; r < rows; ++r)
-        std::memcpy(b.keep + (i0 + r) * b.keep_stride, tile + r * kStripe, size_t(b.cols) * sizeof(T));
+        std::memcpy(b.keep + (i0 + r) * b.cols, tile + r * kStripe, size_t(b.cols) * sizeof(T));
     if (b.tracked)
       sum_exponentials_tracked(b, tile, rows, i0);
+    else if (rows == kRows)
+      sum_exponentials<T, kRows>(b, tile, rows, i0);
     else
-      sum_exponentials(b, tile, rows, i0);
+      sum_exponentials<T, 0>(b, tile, rows, i0);
   }
 }
 
@@ -337,7 +342,7 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int row
         d = weight * exp2((value - reference) * b.logits.k - log2) +
             column * exp2((value - load(b.column_reference + j)) * b.logits.k - load(b.column_log2 + j));
       else
-        d = exp2(value * b.logits.k) * (weight + column);
+        d = exp2_normal(value * b.logits.k) * (weight + column);
       V product = d * value;
       if (j + Vec<T>::size > b.cols) {
         const auto inside = lanes_below<T>(j, b.cols);
@@ -400,7 +405,7 @@ void gradient(const GradientBlock<typename E::T>& b) {
       logit_tile<E>(b, rows, i0, tile);
     } else {
       for (int r = 0; r < rows; ++r)
-        std::memcpy(tile + r * kStripe, b.kept + (i0 + r) * b.kept_stride, size_t(b.cols) * sizeof(T));
+        std::memcpy(tile + r * kStripe, b.kept + (i0 + r) * b.cols, size_t(b.cols) * sizeof(T));
     }
     scale_sum += b.tracked ? logit_gradient<T, true>(b, tile, rows, i0) : logit_gradient<T, false>(b, tile, rows, i0);
     if (b.out.by_rows != nullptr) emit(E{}, b.out, tile, rows, b.cols, i0);

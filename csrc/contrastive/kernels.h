@@ -68,8 +68,7 @@ struct ForwardBlock : LogitBlock<T> {
   T* column_sum;      // out [kStripe]
   T* column_largest;  // out [kStripe]
   T* positive;        // out [rows]: t at the label, where the stripe holds it
-  T* keep;            // out: t, leading dimension keep_stride; null: not kept
-  int64_t keep_stride;
+  T* keep;            // out [rows, cols]: t; null: not kept
 };
 
 // The same block in the backward pass.
@@ -86,8 +85,7 @@ struct GradientBlock : LogitBlock<T> {
   const T* column_reference;
   const T* column_log2;
   const T* positive;  // [rows]
-  const T* kept;      // t from the forward pass, or null to recompute it
-  int64_t kept_stride;
+  const T* kept;      // t [rows, cols] from the forward pass, or null to recompute it
   GradientOutput out;
   T* row_sum;     // out [rows]: sums of dS; null: not wanted
   T* column_sum;  // out [kStripe]
