@@ -70,6 +70,25 @@ def test_any_logit_scale_stays_finite_and_near(poisoned, scale, norm, similarity
         assert_three_way(a, b, c, 5e-6, name=name)
 
 
+@pytest.mark.parametrize("work_bytes", [0, 10**6])
+@pytest.mark.parametrize("scale", [30.0, 100.0, -100.0, 135.0, 1000.0])
+@pytest.mark.parametrize("cosine", [0.9, 0.2, -0.3, -0.95])
+def test_bfloat16_exponentials_stay_in_range_wherever_the_logits_lie(poisoned, cosine, scale, work_bytes):
+    # Sums far below the largest possible exponential: a constant shift would lose them, and must be noticed.
+    around = torch.nn.functional.normalize(torch.arange(1.0, 65.0), dim=0)
+    x, y = pair(70, 90, 64, scale=0.02, seed=5)
+    across = torch.nn.functional.normalize(y - (y @ around)[:, None] * around, dim=1)
+    x = torch.nn.functional.normalize(around + x, dim=1).bfloat16()
+    y = (cosine * around + (1 - cosine**2) ** 0.5 * across).bfloat16()
+    s = torch.tensor(scale, dtype=torch.float64)
+    ours = value_and_gradients(lse_pair, x, y, s, work_bytes=work_bytes)
+    theirs = value_and_gradients(reference.lse_pair, x, y, s.bfloat16())
+    truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), s)
+    for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
+        assert torch.isfinite(a).all(), name
+        assert_three_way(a, b, c, 2e-3, name=name)
+
+
 @pytest.mark.parametrize("similarity", ["dot", "sqeuclidean"])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_kept_logits_change_nothing_but_the_time(similarity, fraction):

@@ -18,6 +18,11 @@ inline constexpr double kLog2e = 1.4426950408889634074;
 // Without a reference, 2^(k t) for |k t| <= 80 leaves room for sums over 2^30 terms and for the weights of the backward
 // pass, far from both ends of float32.
 inline constexpr double kSafeExponent = 80;
+// Beyond, up to here, exponents shifted so that the largest possible one is again kSafeExponent are tried where
+// products are of bfloat16: good if every sum comes out above 2^kLeastExponent, as it does for trained embeddings at
+// the largest logit_scale in use, 100. Terms below float32's range are then far below such a sum's rounding.
+inline constexpr double kTriedExponent = 200;
+inline constexpr double kLeastExponent = -75;
 inline constexpr int64_t kSlack = 64;                       // vector reads and writes behind the last column
 inline constexpr int64_t kSliceBytes = int64_t(256) << 10;  // packed slices a thread uses together
 inline constexpr int64_t kChunkBytes = int64_t(32) << 20;   // logit gradients at hand, at most
@@ -116,8 +121,22 @@ class Problem {
   int64_t slice_bytes(int64_t rows) const {
     return divide_up(rows, engine.shape.group) * engine.shape.nr * engine.shape.word;
   }
+  bool tracked() const { return range == Range::tracked; }
+  // The logit, in units of t, whose exponential is 1.
+  double reference() const { return shift == 0 ? 0 : shift / logits(0, 0).k; }
   int64_t panel_bytes() const { return words * engine.shape.word; }  // per row or column of a panel
   int64_t stripe_columns(int64_t t) const { return std::min(stripe, m - t * stripe); }
+
+  // Takes the range that the forward pass has ended with, from its references.
+  void follow(const double* row_references, const double* column_references) {
+    if (range != Range::shifted) return;
+    const auto is_shift = [&](double r) { return r == reference(); };
+    if (std::all_of(row_references, row_references + n, is_shift) &&
+        std::all_of(column_references, column_references + m, is_shift))
+      return;
+    range = Range::tracked;
+    shift = 0;
+  }
 
   const Engine<T>& engine;
   const T *x, *y;
@@ -126,7 +145,8 @@ class Problem {
   Similarity similarity;
   int64_t label_offset;
   int64_t stripe, stripes, block, chunk, words;
-  bool tracked = false;
+  Range range = Range::normal;
+  double shift = 0;  // of exponents; Range::shifted only
   std::vector<T> row_terms, col_terms, centre;
 
  private:
@@ -143,7 +163,13 @@ class Problem {
     const double largest_x = norms(x, n, row_terms), largest_y = norms(y, m, col_terms);
     const double reach = std::sqrt(largest_x) + std::sqrt(largest_y);
     const double t = similarity == Similarity::dot ? std::sqrt(largest_x * largest_y) : reach * reach;
-    tracked = !(std::abs(scale) * kLog2e * t <= kSafeExponent);
+    const double exponent = std::abs(scale) * kLog2e * t;
+    if (exponent <= kSafeExponent) return;
+    range = Range::tracked;
+    if (exponent <= kTriedExponent && similarity == Similarity::dot && engine.shape.group > 1) {
+      range = Range::shifted;
+      shift = T(exponent - kSafeExponent);
+    }
   }
 
   double norms(const T* side, int64_t rows, std::vector<T>& terms) const {

@@ -46,6 +46,7 @@ struct Side {
     log2[i] = std::log2(e.sum);
     lse[i] = scale * e.reference + log2[i] / kLog2e;
   }
+  double least(int64_t count) const { return *std::min_element(log2, log2 + count); }
 };
 
 template <class T>
@@ -56,8 +57,8 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
   const int64_t blocks = divide_up(p.chunk, p.block);
   const Buffer images(round_up(p.chunk, s.mr) * p.panel_bytes());
   const int64_t padded = p.stripes * kStripe;
-  std::vector<T> row_sum(p.stripes * p.chunk), row_largest(p.tracked ? p.stripes * p.chunk : 0);
-  std::vector<T> col_sum(blocks * padded), col_largest(p.tracked ? blocks * padded : 0);
+  std::vector<T> row_sum(p.stripes * p.chunk), row_largest(p.tracked() ? p.stripes * p.chunk : 0);
+  std::vector<T> col_sum(blocks * padded), col_largest(p.tracked() ? blocks * padded : 0);
   std::vector<T> label_t(p.n, std::numeric_limits<T>::quiet_NaN());
   std::vector<Exponentials> columns(p.m);
   const double k = p.logits(0, 0).k, sign = k < 0 ? -1 : 1;
@@ -68,10 +69,11 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
     parallel(p.stripes * here, [&](int64_t item) {
       const int64_t t = item / here, b = item % here, i0 = b * p.block, col0 = t * p.stripe;
       ForwardBlock<T> f{p.block_at(images, texts, row0, rows, t, b)};
-      f.tracked = p.tracked;
+      f.range = p.range;
+      f.shift = T(p.shift);
       f.row_sum = row_sum.data() + t * p.chunk + i0;
       f.column_sum = col_sum.data() + b * padded + t * kStripe;
-      if (p.tracked) {
+      if (p.tracked()) {
         f.row_largest = row_largest.data() + t * p.chunk + i0;
         f.column_largest = col_largest.data() + b * padded + t * kStripe;
       }
@@ -84,7 +86,7 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
       for (int64_t i = g * 64; i < std::min(rows, g * 64 + 64); ++i) {
         Exponentials total;
         for (int64_t t = 0; t < p.stripes; ++t)
-          total.add(row_sum[t * p.chunk + i], p.tracked ? sign * row_largest[t * p.chunk + i] : 0, k);
+          total.add(row_sum[t * p.chunk + i], p.tracked() ? sign * row_largest[t * p.chunk + i] : p.reference(), k);
         row_side.set(row0 + i, total, p.scale);
         positive[row0 + i] = p.scale * double(label_t[row0 + i]);
       }
@@ -93,7 +95,7 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
       for (int64_t b = 0; b < here; ++b)
         for (int64_t j = 0; j < p.stripe_columns(t); ++j) {
           const int64_t at = b * padded + t * kStripe + j;
-          columns[t * p.stripe + j].add(col_sum[at], p.tracked ? sign * col_largest[at] : 0, k);
+          columns[t * p.stripe + j].add(col_sum[at], p.tracked() ? sign * col_largest[at] : p.reference(), k);
         }
     });
   }
@@ -105,11 +107,11 @@ template <class T>
 struct SideWeights {
   std::vector<T> weight, reference, log2;
   SideWeights(const Problem<T>& p, const double* gradient, const double* stats, int64_t count)
-      : weight(count + kSlack, T(0)), reference(p.tracked ? count + kSlack : 0, T(0)), log2(reference) {
+      : weight(count + kSlack, T(0)), reference(p.tracked() ? count + kSlack : 0, T(0)), log2(reference) {
     for (int64_t i = 0; i < count; ++i) {
       const double log2_sum = stats[count + i];
-      weight[i] = T(p.tracked ? gradient[i] : gradient[i] * std::exp2(-log2_sum));
-      if (!p.tracked) continue;
+      weight[i] = T(p.tracked() ? gradient[i] : gradient[i] * std::exp2(-log2_sum));
+      if (!p.tracked()) continue;
       reference[i] = T(stats[i]);
       log2[i] = T(log2_sum);
     }
@@ -147,10 +149,11 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
     parallel(p.stripes * here, [&](int64_t item) {
       const int64_t t = item / here, b = item % here, i0 = b * p.block, col0 = t * p.stripe;
       GradientBlock<T> g{p.block_at(images, texts, row0, rows, t, b)};
-      g.tracked = p.tracked;
+      g.range = p.range;
+      g.shift = T(p.shift);
       g.row_weight = row_side.weight.data() + row0 + i0;
       g.column_weight = col_side.weight.data() + col0;
-      if (p.tracked) {
+      if (p.tracked()) {
         g.row_reference = row_side.reference.data() + row0 + i0;
         g.row_log2 = row_side.log2.data() + row0 + i0;
         g.column_reference = col_side.reference.data() + col0;
@@ -183,14 +186,19 @@ template <class T>
 void run_forward(const Arguments& a, const Tensor& images, const Tensor& texts, int64_t label_offset, Tensor& row_lse,
                  Tensor& col_lse, Tensor& positive, Tensor& row_stats, Tensor& col_stats, Tensor& kept) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
-  const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),
-                     y.size(0), x.size(1), a.scale, a.similarity, label_offset);
+  Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0), y.size(0),
+               x.size(1), a.scale, a.similarity, label_offset);
   const auto side = [](Tensor& lse, Tensor& stats) -> Side {
     double* both = stats.mutable_data_ptr<double>();
     return {lse.mutable_data_ptr<double>(), both, both + stats.size(1)};
   };
-  forward<T>(p, side(row_lse, row_stats), side(col_lse, col_stats), positive.mutable_data_ptr<double>(),
-             kept.size(0) ? kept.template mutable_data_ptr<T>() : nullptr, kept.size(0));
+  const Side rows = side(row_lse, row_stats), columns = side(col_lse, col_stats);
+  T* const keep = kept.size(0) ? kept.template mutable_data_ptr<T>() : nullptr;
+  forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept.size(0));
+  if (p.range != Range::shifted || (rows.least(p.n) >= kLeastExponent && columns.least(p.m) >= kLeastExponent)) return;
+  p.range = Range::tracked;
+  p.shift = 0;
+  forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept.size(0));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_lse(const Tensor& images, const Tensor& texts,
@@ -220,13 +228,14 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor
                                                 const Tensor& col_stats, const Tensor& kept, int64_t label_offset,
                                                 const std::vector<bool>& needs) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
-  const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),
-                     y.size(0), x.size(1), a.scale, a.similarity, label_offset);
+  Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0), y.size(0),
+               x.size(1), a.scale, a.similarity, label_offset);
   Tensor dx = zeros_if(needs[0], x, p.n, p.d, a.type), dy = zeros_if(needs[1], x, p.m, p.d, a.type);
   double dscale = 0;
   const Tensor gr = as_type(grad_row, ScalarType::Double), gc = as_type(grad_col, ScalarType::Double);
   const Tensor gp = as_type(grad_positive, ScalarType::Double);
   const Tensor rs = as_type(row_stats, ScalarType::Double), cs = as_type(col_stats, ScalarType::Double);
+  p.follow(rs.const_data_ptr<double>(), cs.const_data_ptr<double>());
   const Tensor saved = torch::stable::contiguous(kept);
   backward<T>(p, gr.const_data_ptr<double>(), gc.const_data_ptr<double>(), gp.const_data_ptr<double>(),
               rs.const_data_ptr<double>(), cs.const_data_ptr<double>(),

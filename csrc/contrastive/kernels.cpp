@@ -4,7 +4,7 @@
 
 #include "common/vec.h"
 
-#if defined(GAPKERN_ISA_avx512bf16)
+#if GAPKERN_VECTOR_BYTES == 64
 #include <immintrin.h>
 #endif
 
@@ -235,8 +235,14 @@ void logit_tile(const LogitBlock<typename E::T>& block, int rows, int64_t i0, ty
   }
 }
 
+template <Range kRange, class T, class V>
+GAPKERN_INLINE V exponential(V t, T k, T shift) {
+  if (kRange == Range::normal) return exp2_normal(t * k);
+  return exp2_normal(at_least(t * k - shift, V{} - T(Exponent<V>::bias - 1)));
+}
+
 // A known number of rows keeps their sums in registers.
-template <class T, int kKnown>
+template <Range kRange, class T, int kKnown>
 GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int some, int64_t i0) {
   using V = typename Vec<T>::type;
   const int rows = kKnown ? kKnown : some;
@@ -247,7 +253,7 @@ GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, in
     const auto inside = lanes_below<T>(j, b.cols);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      V e = exp2_normal(load(tile + r * kStripe + j) * b.logits.k);
+      V e = exponential<kRange>(load(tile + r * kStripe + j), b.logits.k, b.shift);
       if (edge) e = inside ? e : V{};
       row_sum[r] += e;
       column += e;
@@ -294,13 +300,34 @@ GAPKERN_INLINE void sum_exponentials_tracked(const ForwardBlock<T>& b, T* tile, 
   for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
 }
 
+template <Range kRange, class T>
+GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int rows, int64_t i0) {
+  if (rows == kRows)
+    sum_exponentials<kRange, T, kRows>(b, tile, rows, i0);
+  else
+    sum_exponentials<kRange, T, 0>(b, tile, rows, i0);
+}
+
+// Copies what nobody reads before the backward pass: past the caches, where there is an instruction for it.
+template <class T>
+GAPKERN_INLINE void put_away(T* to, const T* from, int64_t count) {
+#if GAPKERN_VECTOR_BYTES == 64
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && count % Vec<T>::size == 0) {
+    for (int64_t j = 0; j < count; j += Vec<T>::size)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), (__m512i)load(from + j));
+    return;
+  }
+#endif
+  std::memcpy(to, from, size_t(count) * sizeof(T));
+}
+
 template <class E>
 void forward(const ForwardBlock<typename E::T>& b) {
   using T = typename E::T;
   alignas(64) T tile[kRows * kStripe];
   for (int64_t j = 0; j < kStripe; ++j) {
     b.column_sum[j] = T(0);
-    if (b.tracked) b.column_largest[j] = T(-__builtin_inf());
+    if (b.range == Range::tracked) b.column_largest[j] = T(-__builtin_inf());
   }
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
@@ -310,24 +337,34 @@ void forward(const ForwardBlock<typename E::T>& b) {
       if (label >= 0 && label < b.cols) b.positive[i0 + r] = tile[r * kStripe + label];
     }
     if (b.keep != nullptr)
-      for (int r = 0; r < rows; ++r)
-        std::memcpy(b.keep + (i0 + r) * b.cols, tile + r * kStripe, size_t(b.cols) * sizeof(T));
-    if (b.tracked)
+      for (int r = 0; r < rows; ++r) put_away(b.keep + (i0 + r) * b.cols, tile + r * kStripe, b.cols);
+    if (b.range == Range::tracked)
       sum_exponentials_tracked(b, tile, rows, i0);
-    else if (rows == kRows)
-      sum_exponentials<T, kRows>(b, tile, rows, i0);
+    else if (b.range == Range::shifted)
+      sum_exponentials<Range::shifted>(b, tile, rows, i0);
     else
-      sum_exponentials<T, 0>(b, tile, rows, i0);
+      sum_exponentials<Range::normal>(b, tile, rows, i0);
   }
 }
 
-// Turns the tile of t into dS in place; returns the sum of dS t.
-template <class T, bool kTracked>
-GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int rows, int64_t i0) {
+// The last vector of a row, of which some lanes are another row's, or nobody's.
+template <class T>
+GAPKERN_INLINE auto load_some(const T* p, int64_t count) {
+  T lanes[Vec<T>::size] = {};
+  std::memcpy(lanes, p, size_t(count) * sizeof(T));
+  return load(lanes);
+}
+
+// Turns t, which lies in rows of `stride`, into a tile of dS; returns the sum of dS t.
+template <Range kRange, class T>
+GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, const T* logits, int64_t stride, T* tile, int rows,
+                                     int64_t i0) {
   using V = typename Vec<T>::type;
+  constexpr bool kTracked = kRange == Range::tracked;
   double scale_sum = 0;
   for (int r = 0; r < rows; ++r) {
-    T* t = tile + r * kStripe;
+    const T* t = logits + r * stride;
+    T* const out = tile + r * kStripe;
     const int64_t label = b.label + i0 + r;
     const bool labelled = label >= 0 && label < b.cols;
     const T label_t = labelled ? t[label] : T(0);
@@ -336,15 +373,16 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int row
     const V log2 = splat<T>(kTracked ? b.row_log2[i0 + r] : T(0));
     V dot{}, row{};
     for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
-      const V value = load(t + j), column = load(b.column_weight + j);
+      const bool edge = j + Vec<T>::size > b.cols;
+      const V value = edge ? load_some(t + j, b.cols - j) : load(t + j), column = load(b.column_weight + j);
       V d;
       if (kTracked)
         d = weight * exp2((value - reference) * b.logits.k - log2) +
             column * exp2((value - load(b.column_reference + j)) * b.logits.k - load(b.column_log2 + j));
       else
-        d = exp2_normal(value * b.logits.k) * (weight + column);
+        d = exponential<kRange>(value, b.logits.k, b.shift) * (weight + column);
       V product = d * value;
-      if (j + Vec<T>::size > b.cols) {
+      if (edge) {
         const auto inside = lanes_below<T>(j, b.cols);
         d = inside ? d : V{};
         product = inside ? product : V{};
@@ -352,13 +390,13 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, T* tile, int row
       dot += product;
       row += d;
       if (b.column_sum != nullptr) store(b.column_sum + j, load(b.column_sum + j) + d);
-      store(t + j, d);
+      store(out + j, d);
     }
     T row_total = sum<T>(row);
     scale_sum += sum<T>(dot);
     if (labelled) {
       const T p = b.positive[i0 + r];
-      t[label] += p;
+      out[label] += p;
       row_total += p;
       scale_sum += double(p) * label_t;
       if (b.column_sum != nullptr) b.column_sum[label] += p;
@@ -401,13 +439,12 @@ void gradient(const GradientBlock<typename E::T>& b) {
   double scale_sum = 0;
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
-    if (b.kept == nullptr) {
-      logit_tile<E>(b, rows, i0, tile);
-    } else {
-      for (int r = 0; r < rows; ++r)
-        std::memcpy(tile + r * kStripe, b.kept + (i0 + r) * b.cols, size_t(b.cols) * sizeof(T));
-    }
-    scale_sum += b.tracked ? logit_gradient<T, true>(b, tile, rows, i0) : logit_gradient<T, false>(b, tile, rows, i0);
+    if (b.kept == nullptr) logit_tile<E>(b, rows, i0, tile);
+    const T* const t = b.kept == nullptr ? tile : b.kept + i0 * b.cols;
+    const int64_t stride = b.kept == nullptr ? kStripe : b.cols;
+    scale_sum += b.range == Range::tracked   ? logit_gradient<Range::tracked>(b, t, stride, tile, rows, i0)
+                 : b.range == Range::shifted ? logit_gradient<Range::shifted>(b, t, stride, tile, rows, i0)
+                                             : logit_gradient<Range::normal>(b, t, stride, tile, rows, i0);
     if (b.out.by_rows != nullptr) emit(E{}, b.out, tile, rows, b.cols, i0);
   }
   *b.out.scale_sum = scale_sum;

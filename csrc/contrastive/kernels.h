@@ -59,11 +59,19 @@ struct GradientOutput {
   double* scale_sum;  // sum of dS t over the block
 };
 
+// What keeps a block's exponentials within the range of T.
+enum class Range {
+  normal,   // 2^(k t): all normal numbers
+  shifted,  // 2^(k t - shift): none too large; those below the normal range count as its lowest number
+  tracked,  // relative to the largest logits of the row and of the column
+};
+
 // References are logits in units of t, times the sign of k: differences t - t' of near logits are exact, whatever k is.
 template <class T>
 struct ForwardBlock : LogitBlock<T> {
-  bool tracked;       // false: |k t| is small and exponentials need no reference; true: the largest logit is it
-  T* row_sum;         // out [rows]  sum over the stripe of 2^(k (t - reference))
+  Range range;
+  T shift;
+  T* row_sum;         // out [rows]  sum over the stripe of the exponentials
   T* row_largest;     // out [rows]  tracked only: sign(k) times the row's reference
   T* column_sum;      // out [kStripe]
   T* column_largest;  // out [kStripe]
@@ -73,11 +81,12 @@ struct ForwardBlock : LogitBlock<T> {
 
 // The same block in the backward pass.
 //   tracked:    dS = a_i 2^(k (t - row_reference_i) - row_log2_i) + b_j 2^(k (t - column_reference_j) - column_log2_j)
-//   otherwise:  dS = 2^(k t) (a_i + b_j)
+//   otherwise:  dS = 2^(k t - shift) (a_i + b_j)
 // plus positive_i at the label of row i, all in T, rounded once.
 template <class T>
 struct GradientBlock : LogitBlock<T> {
-  bool tracked;
+  Range range;
+  T shift;
   const T* row_weight;  // a [rows]
   const T* row_reference;
   const T* row_log2;       // log2 of the row's sum about its reference
