@@ -1,0 +1,35 @@
+"""Images, labels and prompts that several files of tests evaluate."""
+
+import torch
+
+from gapkern.models import zero_shot_classifier
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scene():
+    """Images (90, 24) of 12 classes around 4 prompts each, a gap away; labels; the prompts (4, 12, 24)."""
+    prompts = draw(4, 12, 24, seed=1) + 2 * draw(1, 12, 24, seed=2)
+    labels = torch.randint(12, (90,), generator=torch.Generator().manual_seed(3))
+    images = prompts.mean(0)[labels] + 2.2 * draw(90, 24, seed=4)
+    images[:, 0] += 8
+    return images, labels, prompts
+
+
+def classes(prompts):
+    """Class vectors (C, D) of prompts (T, C, D)."""
+    return zero_shot_classifier(prompts.transpose(0, 1))
+
+
+class Batches(list):
+    """Batches of a data set of some classes, as CLIP_benchmark reads them."""
+
+    def __init__(self, batches, classes):
+        super().__init__(batches)
+        self.dataset = type("Dataset", (), {"classes": classes})()
