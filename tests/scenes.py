@@ -1,4 +1,4 @@
-"""Images, labels and prompts that several files of tests evaluate."""
+"""What several files of tests evaluate and search."""
 
 import torch
 
@@ -33,3 +33,23 @@ class Batches(list):
     def __init__(self, batches, classes):
         super().__init__(batches)
         self.dataset = type("Dataset", (), {"classes": classes})()
+
+
+def truth(queries, gallery, metric="l2"):
+    """All gallery rows by float64 cost, equal ones by number; and the costs."""
+    q, g = queries.double(), gallery.double()
+    cost = torch.stack([-(g * x).sum(1) if metric == "ip" else (g - x).square().sum(1) for x in q])
+    return cost.argsort(dim=1, stable=True), cost
+
+
+def searched(kind: str, seed: int = 0):
+    """Queries (150, 16) and a gallery (600, 16): spread out, on a grid of ties, all equal, or far from 0."""
+    torch.manual_seed(seed)
+    queries, gallery = torch.randn(150, 16), torch.randn(600, 16)
+    if kind == "grid":
+        return (queries / 1.5).round(), (gallery / 1.5).round()
+    if kind == "equal":
+        return queries, gallery[:1].repeat(600, 1)
+    if kind == "far":
+        return queries + 300, gallery + 300
+    return queries, gallery
