@@ -174,3 +174,10 @@ def test_command_lines_know_the_model_from_the_manifests(tmp_path, capsys, monke
     assert run("search", "index", "mine/img_emb", "--k", "1")[0] == 0
     status, said = run("index", "mine/text_emb", "--compare", "theirs/img_emb", "--factory", "Flat")
     assert (status, said) == (2, f"gapkern index: queries: {two}\n")
+    for line in (["gap", "mine/img_emb", "theirs/text_emb"], ["shift", "compare", "mine/text_emb", "theirs/img_emb"],
+                 ["robust", "mine/img_emb", "theirs/text_emb", "--gaussian", "1"]):  # fmt: skip
+        status, said = run(*line)
+        assert (status, "expected embeddings of tiny/1 as in" in said, "got those of huge/2" in said) == (2, True, True)
+    line = ["robust", "theirs/img_emb", "theirs/text_emb", "--gaussian", "1", "--shift", "s.safetensors"]
+    two = "embeddings: expected embeddings of tiny/1 as in shift, got those of huge/2"
+    assert run(*line) == (2, f"gapkern robust: {two}\n")

@@ -177,6 +177,7 @@ def run_compare(arguments) -> int:
     from gapkern import MeanShift
     from gapkern._nearest import nearest
 
+    common.model(None, gallery=arguments.gallery, queries=arguments.queries)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.queries, name="queries")
     labels = common.labels(arguments.labels, len(queries))
