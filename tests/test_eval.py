@@ -228,6 +228,27 @@ def test_a_models_metrics_are_clip_benchmarks(digits_model, tmp_path, capsys, mo
 
 @pytest.mark.slow
 @pytest.mark.open_clip
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over the loopback interface")
+def test_ranks_encode_what_one_encodes(digits_model, tmp_path):
+    """Batches of 50 do not end where the ranks' shares do."""
+    command = ["-m", "gapkern", "eval", "--dataset", "digits", "--model", f"local-dir:{digits_model}/model", "--shift",
+               "exact", "--device", "cpu", "--num_workers", "0", "--batch_size", "50", "--out"]  # fmt: skip
+    many = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--master_port", port()]
+    for start, out in (([sys.executable], "one"), (many, "three")):
+        done = subprocess.run(
+            [*start, *command, out], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, done.stderr
+    for file in (tmp_path / "one").iterdir():
+        one, three = (json.loads((tmp_path / out / file.name).read_text()) for out in ("one", "three"))
+        assert (one.pop("env")["ranks"], three.pop("env")["ranks"]) == (1, 3)
+        assert one == three
+    assert len(list((tmp_path / "three").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.open_clip
 def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, capsys):
     """Pictures of digits on disk with captions and questions: what the model scores equals its embeddings' scores."""
     from gapkern.experiments import digits
