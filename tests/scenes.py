@@ -53,3 +53,13 @@ def searched(kind: str, seed: int = 0):
     if kind == "far":
         return queries + 300, gallery + 300
     return queries, gallery
+
+
+def cloud(queries=40, gallery=15, dims=32, spread=0.1, noise=0.03, offset=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = spread * torch.randn(gallery, dims, generator=generator)
+    y = x[torch.randint(gallery, (queries,), generator=generator)] + noise * torch.randn(
+        queries, dims, generator=generator
+    )
+    y[:, -1] += offset
+    return y, x
