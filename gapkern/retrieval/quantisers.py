@@ -20,7 +20,9 @@ from gapkern.retrieval.index import GapIndex
 from gapkern.retrieval.recalls import pairs, places
 
 REPEATS = 3  # searches that are timed
-ROTATIONS = 10  # steps in which OPQ learns its rotation; FAISS's 50 take minutes at D = 512 and give little more
+# Steps in which OPQ learns its rotation. FAISS's 50 take three times as long in all, and add 0.01 to the agreement of
+# 20,000 rows of 512.
+ROTATIONS = 10
 
 
 def usual(dims: int, count: int) -> list[str]:
@@ -134,7 +136,9 @@ def compare_quantisers(
         raise ValueError(f"shift: expected a fitted MeanShift, got {shift!r}")
     wanted = None if positives is None else pairs(positives, len(queries), len(gallery))
     count = len(gallery) if sample is None else min(len(gallery), _check.integer("sample", sample, low=1))
-    learned = gallery[torch.linspace(0, len(gallery) - 1, count, dtype=torch.float64).round().long()]
+    learned = gallery
+    if count < len(gallery):
+        learned = gallery[torch.linspace(0, len(gallery) - 1, count, dtype=torch.float64).round().long()]
     factories = usual(gallery.shape[1], count) if factories is None else list(factories)
     truth = GapIndex().add(gallery).search(queries, k)[1]
     rows, left_out = [], {}
