@@ -128,13 +128,17 @@ def run(name: str, cases: Iterable[Case], *, seconds: float) -> dict[str, Any]:
         result = time_case(case, seconds=seconds)
         measured.append(result)
         print_case(result)
+    return {**facts(name), "cases": measured}
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What a result says of its run."""
     return {
         "benchmark": name,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "env": environment.describe(),
-        "cases": measured,
     }
 
 

@@ -12,6 +12,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     if result["benchmark"] == "contrastive":
         figure = _over_batch(result, Figure)
+    elif result["benchmark"] == "quantisers":
+        figure = _quantisers(result, Figure)
     else:
         figure = _bars(result, Figure)
     machine = f"{result['env']['processor']}, {result['cores']} cores"
@@ -36,6 +38,24 @@ def _over_batch(result, figure_class):
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("times as fast as open_clip's ClipLoss")
     figure.axes[1].legend(fontsize=7)
+    return figure
+
+
+def _quantisers(result, figure_class):
+    """The neighbours that each quantiser finds on each data set, with the gap open and closed."""
+    figure = figure_class(figsize=(4.0 * len(result["cases"]), 3.6), layout="constrained")
+    for ax, case in zip(figure.subplots(1, len(result["cases"]), squeeze=False)[0], result["cases"], strict=True):
+        factories = list(dict.fromkeys(row["factory"] for row in case["rows"]))
+        for shift, label in ((False, "as it is"), (True, "gap closed")):
+            found = {row["factory"]: row[f"overlap@{case['k']}"] for row in case["rows"] if row["shift"] is shift}
+            places = [i + (0.2 if shift else -0.2) for i in range(len(factories))]
+            ax.barh(places, [found[f] for f in factories], 0.38, color=COLOURS[0] if shift else "0.7", label=label)
+        ax.set_yticks(range(len(factories)), factories, fontsize=8)
+        ax.invert_yaxis()
+        ax.set_xlabel(f"share of {case['k']} neighbours found")
+        ax.set_title(f"{case['data']}, {case['G']:,} x {case['D']}", fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(fontsize=7)
     return figure
 
 

@@ -1,6 +1,6 @@
 """`make bench`: times the kernels, prints tables of ratios, writes bench/results/*.json and plots.
 
-python bench/run.py [--quick] [--only contrastive meanshift perturb retrieval robustness] [--no-write]
+python bench/run.py [--quick] [--only contrastive meanshift perturb quantisers retrieval robustness] [--no-write]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BENCHMARKS = ("contrastive", "meanshift", "perturb", "retrieval", "robustness")
+BENCHMARKS = ("contrastive", "meanshift", "perturb", "quantisers", "retrieval", "robustness")
 
 
 def main() -> None:

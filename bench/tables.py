@@ -89,7 +89,26 @@ def others() -> str:
     )
 
 
-SECTIONS = {"demo": demo, "contrastive": contrastive, "memory": memory, "others": others}
+def quantisers() -> str:
+    result = harness.load("quantisers")
+    rows = []
+    for case in result["cases"]:
+        if case["data"] not in ("CLIP", "synthetic"):
+            continue
+        k = case["k"]
+        for name in dict.fromkeys(row["factory"] for row in case["rows"]):
+            before, after = sorted((r for r in case["rows"] if r["factory"] == name), key=lambda r: r["shift"])
+            both = [f"{before[key]:.3f} → {after[key]:.3f}" for key in ("agreement", f"overlap@{k}", f"recall@{k}")]
+            speed = (before["queries_per_second"] + after["queries_per_second"]) / 2
+            gallery, size = f"{case['data']}, {case['G']:,} x {case['D']}", f"{after['bytes_per_vector']:.0f}"
+            rows.append([gallery, name, size, *both, f"{float(f'{speed:.2g}'):,.0f}"])
+    header = ["gallery", "index", "bytes a row", "first neighbour kept", f"of {k} neighbours kept", f"recall@{k}",
+              "queries/s"]  # fmt: skip
+    table = _table(header, rows)
+    return f"{table}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
+
+
+SECTIONS = {"demo": demo, "contrastive": contrastive, "memory": memory, "others": others, "quantisers": quantisers}
 
 
 def filled(text: str) -> str:

@@ -38,6 +38,11 @@ class Model:
     device: torch.device
     autocast: torch.dtype | None = None
 
+    @property
+    def precision(self) -> str:
+        """The dtype of products, by name."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
+
     def encode_images(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """(B, D) float32 embeddings of preprocessed images (B, 3, H, W), L2-normalised in float32."""
         return self._encode(self.module.encode_image, images, normalize)

@@ -185,6 +185,23 @@ def test_another_run_is_refused_with_what_differs(place, whole, tmp_path, capsys
     assert verify(out)["img_emb"]["dtype"] == "float16"
 
 
+def test_other_pictures_of_the_same_names_and_sizes_are_another_source(place, tmp_path):
+    shutil.copytree(place / "images", tmp_path / "images")
+    before = sources.images(place / "images").fingerprint
+    assert sources.images(tmp_path / "images").fingerprint == before
+    picture = tmp_path / "images" / "3" / "13.png"
+    data = bytearray(picture.read_bytes())
+    data[-20] ^= 1
+    picture.write_bytes(data)
+    assert sources.images(tmp_path / "images").fingerprint != before
+    tar = bytearray((place / "images.tar").read_bytes())
+    (tmp_path / "images.tar").write_bytes(tar)
+    assert sources.images(tmp_path / "images.tar").fingerprint == sources.images(place / "images.tar").fingerprint
+    tar[tar.index(b"IDAT") + 8] ^= 1
+    (tmp_path / "images.tar").write_bytes(tar)
+    assert sources.images(tmp_path / "images.tar").fingerprint != sources.images(place / "images.tar").fingerprint
+
+
 def test_a_bad_image_is_named(place, tmp_path, capsys):
     shutil.copytree(place / "images", tmp_path / "images")
     (tmp_path / "images" / "3" / "13.png").write_bytes(b"no picture")

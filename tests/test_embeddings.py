@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import files
+from gapkern import MeanShift, files
+from gapkern.cli import main
 from gapkern.embeddings import Embeddings, model_of, verify, write_folder
 
 
@@ -131,3 +132,52 @@ def test_writing_refuses(tmp_path):
         write_folder(tmp_path, "img_emb", [torch.zeros(2, 3)])
     with pytest.raises(ValueError, match="kind: expected one of 'img_emb', 'text_emb', got 'audio'"):
         write_folder(tmp_path, "audio", [torch.zeros(2, 3)])
+
+
+def test_command_lines_know_the_model_from_the_manifests(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for folder, model in (("mine", "tiny/1"), ("theirs", "huge/2")):
+        write_folder(folder, "text_emb", torch.randn(60, 8, generator=generator).split(20), model=model)
+        write_folder(folder, "img_emb", torch.randn(60, 8, generator=generator).split(20), model=model)
+
+    def run(*line):
+        status = main(list(line))
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    fit, out = ["shift", "fit", "mine/text_emb"], ["--components", "2", "--out", "s.safetensors"]
+    status, said = run(*fit, "mine/img_emb", *out)
+    assert status == 0
+    assert "model: tiny/1, as the manifest of mine/text_emb and of mine/img_emb says" in said
+    assert MeanShift.load("s.safetensors").model == "tiny/1"
+    assert json.loads(run(*fit, "mine/img_emb", *out, "--json")[1])["model"] == "tiny/1"
+    two = "expected embeddings of tiny/1 as in gallery, got those of huge/2"
+    assert run(*fit, "theirs/img_emb", *out) == (2, f"gapkern shift: queries: {two}\n")
+    status, said = run(*fit, "mine/img_emb", *out, "--model", "huge/2")
+    assert (status, said) == (
+        2,
+        "gapkern shift: gallery: expected embeddings of huge/2 as in --model, got those of tiny/1\n",
+    )
+    status, said = run("shift", "apply", "s.safetensors", "theirs/text_emb", "--out", "moved")
+    assert (status, "model: expected embeddings of tiny/1, as fitted, got huge/2" in said) == (2, True)
+
+    status, said = run("index", "mine/text_emb", "--out", "index")
+    assert status == 0
+    assert "model: tiny/1, as the manifest of mine/text_emb says" in said
+    assert json.loads((tmp_path / "index" / "manifest.json").read_text())["model"] == "tiny/1"
+    status, said = run("index", "theirs/text_emb", "--shift", "s.safetensors", "--out", "other")
+    assert (status, "shift: expected one of model huge/2, got one of tiny/1" in said) == (2, True)
+    status, said = run("search", "index", "theirs/img_emb", "--k", "1")
+    assert (status, "queries: expected embeddings of tiny/1 as in index, got those of huge/2" in said) == (2, True)
+    assert run("search", "index", "mine/img_emb", "--k", "1")[0] == 0
+    status, said = run("index", "mine/text_emb", "--compare", "theirs/img_emb", "--factory", "Flat")
+    assert (status, said) == (2, f"gapkern index: queries: {two}\n")
+    for line in (["gap", "mine/img_emb", "theirs/text_emb"], ["shift", "compare", "mine/text_emb", "theirs/img_emb"],
+                 ["robust", "mine/img_emb", "theirs/text_emb", "--gaussian", "1"]):  # fmt: skip
+        status, said = run(*line)
+        assert (status, "expected embeddings of tiny/1 as in" in said, "got those of huge/2" in said) == (2, True, True)
+    line = ["robust", "theirs/img_emb", "theirs/text_emb", "--gaussian", "1", "--shift", "s.safetensors"]
+    two = "embeddings: expected embeddings of tiny/1 as in shift, got those of huge/2"
+    assert run(*line) == (2, f"gapkern robust: {two}\n")

@@ -1,56 +1,25 @@
-"""Evaluation: CLIP_benchmark's metrics, shifts and perturbations, many ranks, data sets on disk, bad input."""
+"""`gapkern eval` and `gapkern build`: any number of ranks, from files and from a model, what is wrong in one line."""
 
 import csv
 import json
 import os
-import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gapkern import Gaussian, MeanShift, Quantize, Uniform
+from gapkern import MeanShift, models
 from gapkern.cli import main
-from gapkern.evaluation import (
-    Ranks,
-    Settings,
-    classification,
-    classifier,
-    datasets,
-    inputs,
-    multiple_choice,
-    prompts,
-    records,
-    retrieval,
-    templates,
-)
-from gapkern.perturb import perturb
-from gapkern.testing import peak_memory
-
-ALONE = Ranks()
-
-
-def unit(x):
-    return torch.nn.functional.normalize(x, dim=-1)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def scene():
-    """Images (90, 24) of 12 classes around 4 prompts each, a gap away; labels."""
-    prompts = draw(4, 12, 24, seed=1) + 2 * draw(1, 12, 24, seed=2)
-    labels = torch.randint(12, (90,), generator=torch.Generator().manual_seed(3))
-    images = prompts.mean(0)[labels] + 2.2 * draw(90, 24, seed=4)
-    images[:, 0] += 8
-    return images, labels, prompts
+from gapkern.embeddings import write_folder
+from gapkern.evaluation import datasets, inputs, records
+from tests.scenes import Batches, draw, scene
 
 
 def run(capsys, *arguments):
@@ -60,196 +29,6 @@ def run(capsys, *arguments):
         status = exit.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
-
-
-class Lookup:
-    """A model that looks embeddings up: images are theirs already, tokens are rows of `texts`."""
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def encode_image(self, images):
-        return images
-
-    def encode_text(self, tokens):
-        return self.texts[tokens]
-
-
-class Batches(list):
-    """Batches of a data set of some classes, as CLIP_benchmark reads them."""
-
-    def __init__(self, batches, classes):
-        super().__init__(batches)
-        self.dataset = type("Dataset", (), {"classes": classes})()
-
-
-@pytest.mark.parametrize("count", [3, 12])
-def test_classification_is_clip_benchmarks(scene, count, monkeypatch):
-    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
-    # Its accuracy makes a float of an array of one element, which NumPy refuses from 2.4 on.
-    monkeypatch.setattr(theirs, "float", lambda value: float(np.asarray(value).item()), raising=False)
-    images, labels, prompts = scene
-    keep = labels < count
-    images, labels, prompts = images[keep], labels[keep], prompts[:, :count]
-    names = [str(i) for i in range(count)]
-    words = {f"{t} {name}": t * count + int(name) for t in range(4) for name in names}
-    expected = theirs.evaluate(
-        Lookup(prompts.flatten(0, 1)), Batches(zip(images.split(16), labels.split(16), strict=True), names),
-        lambda texts: torch.tensor([words[t] for t in texts]), names, [f"{t} {{c}}" for t in range(4)], "cpu",
-        amp=False,
-    )  # fmt: skip
-    (found,) = classification(ALONE.rows(images), labels, classifier(prompts))
-    assert found.metrics == pytest.approx(expected, abs=1e-6, nan_ok=True)
-    assert 0.3 < found.metrics["acc1"] < 0.98
-
-
-@pytest.mark.parametrize("real", [False, True])
-def test_retrieval_is_clip_benchmarks(real, request):
-    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
-    if real:
-        images, texts = (torch.from_numpy(x) for x in request.getfixturevalue("real_data")("clip"))
-        captions = [[i] for i in range(len(images))]
-    else:
-        counts = torch.randint(1, 6, (70,), generator=torch.Generator().manual_seed(1)).tolist()
-        rows = iter(range(sum(counts)))
-        captions = [[next(rows) for _ in range(n)] for n in counts]
-        images = draw(70, 20)
-        texts = images[[i for i, some in enumerate(captions) for _ in some]] + 1.5 * draw(sum(counts), 20, seed=7) + 1
-    image_of = torch.tensor([i for i, some in enumerate(captions) for _ in some])
-    loader = [(images[i : i + 16], captions[i : i + 16]) for i in range(0, len(images), 16)]
-    expected = theirs.evaluate(Lookup(texts), loader, torch.tensor, "cpu", amp=False, recall_k_list=[1, 5, 10])
-    (found,) = retrieval(ALONE.rows(images), ALONE.rows(texts), image_of, (1, 5, 10))
-    assert found.metrics == pytest.approx(expected, abs=1e-6)
-    assert found.metrics["text_retrieval_recall@1"] < found.metrics["text_retrieval_recall@10"] <= 1
-
-
-def test_shifted_and_perturbed_classification_by_hand(scene, tmp_path):
-    images, labels, prompts = scene
-    noise = (Gaussian(0.3), Uniform(0.3) | Quantize(16), Quantize(8, "global"))
-    settings = Settings("exact", noise, seeds=(5, 6))
-    outcomes = classification(ALONE.rows(images), labels, classifier(prompts), settings)
-    assert len(outcomes) == 8
-    queries, gallery = unit(images), classifier(prompts)
-    shift = MeanShift(components="exact").fit(gallery, queries)
-    for closed, current in ((False, gallery), (True, shift.transform(gallery))):
-        for perturbation in (None, *noise):
-            accuracies = []
-            for seed in (5, 6):
-                noisy = current if perturbation is None else perturb(current, perturbation, seed)
-                near = torch.cdist(queries.double(), noisy.double()).argmin(1)
-                accuracies.append(float((near == labels).double().mean()))
-            found = outcomes.pop(0)
-            assert found.metrics["acc1"] == pytest.approx(sum(accuracies) / 2, abs=1e-12)
-            assert found.transform["name"] == ("mean_shift" if closed else "none")
-            if perturbation is not None and perturbation.random:
-                assert [m["acc1"] for m in found.per_seed] == pytest.approx(accuracies, abs=1e-12)
-                assert found.perturbation["seeds"] == [5, 6]
-
-
-def test_closing_the_gap_changes_nothing_clean_and_helps_under_noise(scene):
-    images, labels, prompts = scene
-    settings = Settings("exact", [Gaussian(0.5)], seeds=range(20))
-    clean, noisy, closed, closed_noisy = (
-        o.metrics["acc1"] for o in classification(ALONE.rows(images), labels, classifier(prompts), settings)
-    )
-    assert clean == closed
-    assert closed_noisy > noisy + 0.02
-
-
-def test_retrieval_shift_by_hand():
-    images, texts = unit(draw(40, 16) + 1), unit(draw(80, 16, seed=1))
-    image_of = torch.arange(40).repeat_interleave(2)
-    texts = unit(texts + images[image_of] - 1)
-    given = MeanShift(components=6).fit(texts, images)
-    for shift in (given, 6):
-        found = retrieval(ALONE.rows(images), ALONE.rows(texts), image_of, (3,), Settings(shift, [Quantize(32)]))[-1]
-        other = given if shift is given else MeanShift(components=6).fit(images, texts)
-        if shift is given:
-            asking, searched = given.transform(texts), perturb(images, Quantize(32), 0)
-        else:
-            asking, searched = texts, perturb(other.transform(images), Quantize(32), 0)
-        near = torch.cdist(asking.double(), searched.double()).topk(3, largest=False).indices
-        expected = (near == image_of[:, None]).any(1).double().mean()
-        assert found.metrics["image_retrieval_recall@3"] == pytest.approx(float(expected), abs=1e-12)
-        near = torch.cdist(images.double(), perturb(given.transform(texts), Quantize(32), 0).double()).topk(
-            3, largest=False
-        )
-        expected = (image_of[near.indices] == torch.arange(40)[:, None]).any(1).double().mean()
-        assert found.metrics["text_retrieval_recall@3"] == pytest.approx(float(expected), abs=1e-12)
-
-
-def test_images_without_captions_are_searched_but_do_not_ask():
-    images = torch.eye(4)
-    (found,) = retrieval(ALONE.rows(images), ALONE.rows(images[[1, 2]]), torch.tensor([0, 2]), (1, 9))
-    # Both texts are equally far from image 0: the first comes first.
-    assert found.metrics == {"image_retrieval_recall@1": 0.5, "image_retrieval_recall@9": 1.0,
-                             "text_retrieval_recall@1": 1.0, "text_retrieval_recall@9": 1.0}  # fmt: skip
-
-
-def test_multiple_choice_by_hand():
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(2, 6, (60,), generator=generator)
-    question_of = torch.arange(60).repeat_interleave(sizes)
-    answers = (torch.rand(60, generator=generator) * sizes).long()
-    starts = sizes.cumsum(0) - sizes
-    images, choices = draw(60, 12, seed=1), draw(int(sizes.sum()), 12, seed=2)
-    choices[starts + answers] += 0.7 * images
-    found = multiple_choice(
-        ALONE.rows(images), ALONE.rows(choices), question_of, answers, Settings("auto", [Gaussian(0.4)], (3,))
-    )
-    assert len(found) == 4
-    queries, gallery = unit(images), perturb(unit(choices), Gaussian(0.4), 3)
-    for outcome, searched in ((found[0], unit(choices)), (found[1], gallery)):
-        right = [
-            int(torch.cdist(queries[q : q + 1], searched[s : s + n]).argmin()) == a
-            for q, (s, n, a) in enumerate(zip(starts.tolist(), sizes.tolist(), answers.tolist(), strict=True))
-        ]
-        assert outcome.metrics["accuracy"] == pytest.approx(np.mean(right), abs=1e-12)
-    assert found[0].metrics["chance"] == pytest.approx(float((1 / sizes).mean()))
-    same = torch.ones(3, 4)
-    (tie,) = multiple_choice(
-        ALONE.rows(same[:1]), ALONE.rows(same), torch.zeros(3, dtype=torch.int64), torch.tensor([0])
-    )
-    assert tie.metrics["accuracy"] == 1
-
-
-def test_templates_by_hand(scene):
-    images, labels, prompts = scene
-    found = templates(ALONE.rows(images), labels, prompts, list("abcd"), Settings("exact"))
-    each = [float((torch.cdist(unit(images), unit(p)).argmin(1) == labels).double().mean()) for p in prompts]
-    metrics, details = found[0].metrics, found[0].details["templates"]
-    assert [d["acc1"] for d in details] == pytest.approx(each, abs=1e-12)
-    assert [d["template"] for d in details] == list("abcd")
-    assert (metrics["acc1_template_worst"], metrics["acc1_template_best"]) == (min(each), max(each))
-    assert metrics["acc1_template_spread"] == pytest.approx(max(each) - min(each))
-    assert metrics["acc1_template_std"] == pytest.approx(np.std(each))
-    shift = MeanShift(components="exact").fit(classifier(prompts), unit(images))
-    moved = [
-        float((torch.cdist(unit(images), shift.transform(unit(p))).argmin(1) == labels).double().mean())
-        for p in prompts
-    ]
-    assert [d["acc1"] for d in found[1].details["templates"]] == pytest.approx(moved, abs=1e-12)
-
-
-def test_half_precision_is_normalised_in_float32(scene):
-    images, labels, prompts = scene
-    whole = classification(ALONE.rows(images), labels, classifier(prompts))[0].metrics
-    half = classification(ALONE.rows((images * 3).half()), labels, classifier(prompts))[0].metrics
-    assert half["acc1"] == pytest.approx(whole["acc1"], abs=0.03)
-
-
-def test_memory_is_linear():
-    setup = """
-import torch
-from gapkern.evaluation import Ranks, retrieval
-n, ranks = 20000, Ranks()
-x = torch.nn.functional.normalize(torch.randn(n, 8), dim=1)
-"""
-    code = "retrieval(ranks.rows(x), ranks.rows(x), torch.arange(n), (1, 10))"
-    assert peak_memory(code, setup=setup) < 300  # 20000 x 20000 float32: 1526 MiB
-
-
-# Ranks
 
 
 def port():
@@ -263,9 +42,9 @@ def environment(**more):
 
 
 @pytest.fixture
-def files_of_all_tasks(scene, tmp_path):
+def files_of_all_tasks(tmp_path):
     """Embedding files, and the command line of each task."""
-    images, labels, prompts = scene
+    images, labels, prompts = scene()
     np.save(tmp_path / "images.npy", images.numpy())
     np.save(tmp_path / "prompts.npy", prompts.numpy())
     np.save(tmp_path / "labels.npy", labels.numpy())
@@ -359,120 +138,9 @@ def test_a_rank_that_leaves_takes_the_others_with_it(how, timeout, files_of_all_
     assert time.monotonic() - started < 60
 
 
-# Data sets as they lie on disk
-
-
-def picture(path, colour):
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (6, 5), colour).save(path)
-
-
-@pytest.mark.open_clip
-@pytest.mark.parametrize(("name", "count", "label"), [("cifar10", 10, b"labels"), ("cifar100", 100, b"fine_labels")])
-def test_cifar(name, count, label, tmp_path, monkeypatch):
-    """Files of the Python version's format; only their sums differ from the published ones."""
-    import hashlib
-
-    sets = pytest.importorskip("torchvision.datasets")
-    kind = getattr(sets, name.upper())
-    folder = tmp_path / kind.base_folder
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 3072), dtype=np.uint8)
-
-    def dump(file, content):
-        (folder / file).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / file).read_bytes()).hexdigest()
-
-    test = dump("test_batch", {"data": pixels, label.decode(): [3, 1, 4, 1, 5, 9, 2]})
-    names = [f"kind_{i}" for i in range(count)]
-    meta = {"filename": "meta", "key": kind.meta["key"], "md5": dump("meta", {kind.meta["key"]: names})}
-    monkeypatch.setattr(kind, "train_list", [])
-    monkeypatch.setattr(kind, "test_list", [["test_batch", test]])
-    monkeypatch.setattr(kind, "meta", meta)
-    data = datasets.load(name, tmp_path)
-    assert (data.labels, data.classes[:2]) == ([3, 1, 4, 1, 5, 9, 2], ["kind 0", "kind 1"])
-    assert np.array_equal(np.asarray(data.image(2)), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
-    with pytest.raises(ValueError, match=r"dataset_root: expected CIFAR.*'s Python version in"):
-        datasets.load(name, tmp_path / "elsewhere")
-
-
-@pytest.mark.open_clip
-def test_folders_of_classes(tmp_path):
-    for i, name in enumerate(("n02", "n01_big")):
-        for n in range(2):
-            picture(tmp_path / "imagenet1k" / "val" / name / f"{n}.png", (i, n, 0))
-    data = datasets.load("imagenet1k", tmp_path / "{dataset}")
-    assert (data.classes, data.labels) == (["n01 big", "n02"], [0, 0, 1, 1])
-    assert np.asarray(data.image(3))[0, 0].tolist() == [0, 1, 0]
-    with pytest.raises(ValueError, match="dataset_root: expected a folder of images for each class"):
-        datasets.load("imagefolder", tmp_path / "imagenet1k" / "val" / "n02")
-
-
-def test_coco_captions(tmp_path):
-    names = {9: "nine.jpg", 2: "two.png", 5: "none.png"}
-    picture(tmp_path / "two.png", (7, 8, 9))
-    captions = [(9, "a"), (2, "b"), (9, "c")]
-    (tmp_path / "captions.json").write_text(json.dumps({
-        "images": [{"id": key, "file_name": name, "height": 5} for key, name in names.items()],
-        "annotations": [{"id": i, "image_id": key, "caption": text} for i, (key, text) in enumerate(captions)],
-    }))  # fmt: skip
-    data = datasets.load("mscoco_captions", tmp_path, annotation_file=tmp_path / "captions.json")
-    assert (len(data), data.captions, data.image_of) == (2, ["b", "a", "c"], [0, 1, 1])
-    assert np.asarray(data.image(0))[0, 0].tolist() == [7, 8, 9]
-    with pytest.raises(ValueError, match=r"dataset_root: cannot read the image .*nine\.jpg"):
-        data.image(1)
-    (tmp_path / "captions.json").write_text('{"images": []}')
-    with pytest.raises(ValueError, match=r"annotation_file: expected COCO's captions .*KeyError 'annotations'"):
-        datasets.load("mscoco_captions", tmp_path, annotation_file=tmp_path / "captions.json")
-
-
-def test_aokvqa(tmp_path):
-    entries = [
-        {"split": "val", "image_id": 299207, "question_id": "x", "question": "What colour?", "choices": ["red", "blue"],
-         "correct_choice_idx": 1, "direct_answers": ["blue"], "difficult_direct_answer": False},
-        {"split": "val", "image_id": 7, "question": "Who?", "choices": ["a", "b", "c"], "correct_choice_idx": 0},
-    ]  # fmt: skip
-    picture(tmp_path / "val2017" / "000000299207.jpg", (0, 0, 0))
-    picture(tmp_path / "000000000007.jpg", (255, 255, 255))
-    file = tmp_path / "aokvqa.json"
-    file.write_text(json.dumps(entries))
-    data = datasets.load("aokvqa", tmp_path, annotation_file=file)
-    assert (data.questions, data.answers) == (["What colour?", "Who?"], [1, 0])
-    assert [int(np.asarray(data.image(i))[0, 0, 0]) for i in range(2)] == [0, 255]
-    entries[1]["correct_choice_idx"] = 3
-    file.write_text(json.dumps(entries))
-    with pytest.raises(
-        ValueError, match=r"annotation_file: expected correct_choice_idx in \[0, 3\), got 3 in question 1"
-    ):
-        datasets.load("aokvqa", tmp_path, annotation_file=file)
-
-
-def test_templates_and_class_names_in_clip_benchmarks_formats(tmp_path):
-    file = tmp_path / "templates.json"
-    file.write_text(json.dumps({"digits": ["a {c}", "{c}!"], "imagenet1k": ["no {c}"], "cars": {"one": ["1"]}}))
-    assert prompts.load_templates(file, "vtab/digits") == ["a {c}", "{c}!"]
-    assert prompts.load_templates(file, "pets") == ["no {c}"]
-    assert prompts.fill(prompts.load_templates(file, "cars"), ["one"]) == [["1"]]
-    with pytest.raises(ValueError, match="templates: expected prompts of every class, got none of 'two'"):
-        prompts.fill(prompts.load_templates(file, "cars"), ["two"])
-    file.write_text('{"digits": ["zero", "one"]}')
-    assert prompts.load_classnames(file, "digits") == ["zero", "one"]
-    with pytest.raises(ValueError, match=r"classnames: expected 'pets' in .*, got 'digits'"):
-        prompts.load_classnames(file, "pets")
-    pytest.importorskip("clip_benchmark")
-    theirs = prompts.load_templates("en_zeroshot_classification_templates.json", "cifar10")
-    assert len(theirs) > 1
-    assert all("{c}" in template for template in theirs)
-
-
-# The command line
-
-
 @pytest.fixture(scope="module")
 def digits_model(tmp_path_factory):
-    """The demo's model, briefly trained, in a folder that open_clip loads."""
+    """What `gapkern demo --export` writes, of a model briefly trained; and the model's embeddings."""
     pytest.importorskip("open_clip")
     pytest.importorskip("sklearn")
     from safetensors.torch import save_file
@@ -481,16 +149,7 @@ def digits_model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model")
     trained = digits.train(digits.load(0), steps=90)
-    towers = {
-        "embed_dim": 128,
-        "vision_cfg": {"image_size": 8, "patch_size": 2, "layers": 2, "width": 128, "head_width": 32},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
-    }
-    config = {"model_cfg": towers, "preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    weights = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
-    (folder / "templates.json").write_text(json.dumps([t.replace("{}", "{c}") for t in digits.TEMPLATES]))
+    digits.export(trained, digits.load(0), folder)
     images = digits.embed_images(trained, digits.load(0).test_images)
     tensors = {"images": images, "prompts": digits.embed_prompts(trained, digits.TEMPLATES)}
     save_file({**tensors, "labels": digits.load(0).test_digits}, folder / "embeddings.safetensors")
@@ -501,8 +160,8 @@ def digits_model(tmp_path_factory):
 @pytest.mark.open_clip
 def test_digits_from_the_model_and_from_embeddings(digits_model, tmp_path, capsys):
     common = ["--shift", "exact", "--gaussian", "0.128", "--seeds", *range(5), "--device", "cpu", "--dataset", "digits"]
-    given = [*common, "--model", f"local-dir:{digits_model}", "--custom_template_file", digits_model / "templates.json",
-             "--num_workers", "0", "--dump_templates", "--dump_classnames"]  # fmt: skip
+    given = [*common, "--model", f"local-dir:{digits_model}/model", "--num_workers", "0", "--custom_template_file",
+             digits_model / "templates.json", "--dump_templates", "--dump_classnames"]  # fmt: skip
     status, out, error = run(capsys, "eval", *given, "--out", tmp_path / "model", "--json")
     assert status == 0, error
     plain, noisy, closed, closed_noisy = json.loads(out)["results"]
@@ -511,6 +170,8 @@ def test_digits_from_the_model_and_from_embeddings(digits_model, tmp_path, capsy
     assert (plain["task"], plain["language"], plain["dataset"]) == ("zeroshot_classification", "en", "digits")
     assert (plain["classnames"][3], len(plain["templates"])) == ("three", 7)
     assert closed["transform"]["orthogonality"] > 0.5
+    assert (plain["pretrained"], plain["precision"]) == ("none", "float32")
+    assert plain["model_id"] == models.load(f"local-dir:{digits_model}/model", device="cpu").id
 
     stored = f"{digits_model}/embeddings.safetensors"
     files = ["--images", f"{stored}[images]", "--texts", f"{stored}[prompts]", "--labels", f"{stored}[labels]"]
@@ -536,6 +197,58 @@ def test_digits_from_the_model_and_from_embeddings(digits_model, tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.open_clip
+def test_a_models_metrics_are_clip_benchmarks(digits_model, tmp_path, capsys, monkeypatch):
+    """The model by its configuration and checkpoint, with class-specific prompts; CLIP_benchmark runs it itself."""
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    monkeypatch.setattr(theirs, "float", lambda value: float(np.asarray(value).item()), raising=False)
+    from safetensors.torch import load_file
+
+    config = json.loads((digits_model / "model" / "open_clip_config.json").read_text())
+    (tmp_path / "towers.json").write_text(json.dumps(config["model_cfg"]))
+    torch.save(load_file(digits_model / "model" / "open_clip_model.safetensors"), tmp_path / "weights.pt")
+    model, data = models.load(f"local-dir:{digits_model}/model", device="cpu"), datasets.load("digits")
+    prompts = {name: [f"the number {name}", f"digit {name}", name][: 1 + i % 3] for i, name in enumerate(data.classes)}
+    (tmp_path / "prompts.json").write_text(json.dumps({"digits": prompts}))
+    # As open_clip scales the pictures for towers without a preprocessing of their own.
+    named = models.load(str(tmp_path / "towers.json"), tmp_path / "weights.pt", device="cpu")
+    images = torch.stack([named.preprocess(data.image(i)) for i in range(len(data))])
+    loader = Batches(zip(images.split(50), torch.tensor(data.labels).split(50), strict=True), data.classes)
+    expected = theirs.evaluate(model.module, loader, model.tokenizer, data.classes, prompts, "cpu", amp=False)
+    status, out, error = run(
+        capsys, "eval", "--dataset", "digits", "--model", tmp_path / "towers.json", "--pretrained",
+        tmp_path / "weights.pt", "--custom_template_file", tmp_path / "prompts.json", "--device", "cpu", "--json",
+        "--num_workers", "0",
+    )  # fmt: skip
+    assert status == 0, error
+    (found,) = json.loads(out)["results"]
+    assert found["metrics"] == pytest.approx(expected, abs=1e-6)
+    assert found["model_id"] == named.id != model.id
+    assert found["pretrained"] == str(tmp_path / "weights.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.open_clip
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo over the loopback interface")
+def test_ranks_encode_what_one_encodes(digits_model, tmp_path):
+    """Batches of 50 do not end where the ranks' shares do."""
+    command = ["-m", "gapkern", "eval", "--dataset", "digits", "--model", f"local-dir:{digits_model}/model", "--shift",
+               "exact", "--device", "cpu", "--num_workers", "0", "--batch_size", "50", "--out"]  # fmt: skip
+    many = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--master_port", port()]
+    for start, out in (([sys.executable], "one"), (many, "three")):
+        done = subprocess.run(
+            [*start, *command, out], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180
+        )
+        assert done.returncode == 0, done.stderr
+    for file in (tmp_path / "one").iterdir():
+        one, three = (json.loads((tmp_path / out / file.name).read_text()) for out in ("one", "three"))
+        assert (one.pop("env")["ranks"], three.pop("env")["ranks"]) == (1, 3)
+        assert one == three
+    assert len(list((tmp_path / "three").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.open_clip
 def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, capsys):
     """Pictures of digits on disk with captions and questions: what the model scores equals its embeddings' scores."""
     from gapkern.experiments import digits
@@ -554,7 +267,7 @@ def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, ca
          "correct_choice_idx": data.labels[i]} for i in range(20)
     ]  # fmt: skip
     (tmp_path / "questions.json").write_text(json.dumps(questions))
-    common = ["--model", f"local-dir:{digits_model}", "--dataset_root", tmp_path, "--num_workers", "1", "--json",
+    common = ["--model", f"local-dir:{digits_model}/model", "--dataset_root", tmp_path, "--num_workers", "1", "--json",
               "--batch_size", "7", "--device", "cpu"]  # fmt: skip
     status, out, error = run(capsys, "eval", "--dataset", "mscoco_captions", *common, "--recall_k", 1, 5,
                              "--annotation_file", tmp_path / "captions.json")  # fmt: skip
@@ -573,6 +286,66 @@ def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, ca
     assert chosen["task"] == "multiple_choice"
     assert chosen["metrics"]["accuracy"] == pytest.approx(expected, abs=0.051)
     assert chosen["metrics"]["chance"] == pytest.approx(0.1)
+
+
+@pytest.fixture
+def folders(files_of_all_tasks, tmp_path, monkeypatch):
+    """Images and captions as `gapkern embed` writes them, and a command line that retrieves one by the other."""
+    monkeypatch.chdir(tmp_path)
+    for kind, name in (("img_emb", "images"), ("text_emb", "captions")):
+        write_folder("out", kind, torch.from_numpy(np.load(f"{name}.npy")).split(40), model="tiny/1")
+    return ["--task", "zeroshot_retrieval", "--labels", "image_of.npy", "--recall_k", "1", "5", "--json"]
+
+
+def test_folders_are_evaluated_as_files_are(folders, tmp_path, capsys):
+    expected = run(capsys, "eval", "--images", "images.npy", "--texts", "captions.npy", *folders)
+    (expected,) = json.loads(expected[1])["results"]
+    x = torch.from_numpy(np.load("images.npy"))
+    MeanShift(components=2, model="tiny/1").fit(x, x + 1).save("s.safetensors")
+    status, out, error = run(capsys, "eval", "--images", "out", "--texts", "out", *folders, "--shift", "s.safetensors")
+    assert status == 0, error
+    found = json.loads(out)["results"][0]
+    assert (found["metrics"], found["model"], found["model_id"]) == (expected["metrics"], "embeddings", "tiny/1")
+    assert "model_id" not in expected
+    shutil.rmtree("out/text_emb")
+    classes = torch.from_numpy(np.load("prompts.npy")[0])
+    write_folder("out", "text_emb", classes.split(5))
+    arguments = ["eval", "--images", "out", "--labels", "labels.npy", "--json"]
+    by_folder = json.loads(run(capsys, *arguments, "--texts", "out")[1])["results"][0]
+    np.save("classes.npy", classes.numpy())
+    by_file = json.loads(run(capsys, *arguments, "--texts", "classes.npy")[1])["results"][0]
+    assert by_folder["metrics"] == by_file["metrics"]
+    assert by_folder["model_id"] == "tiny/1"
+
+
+def edited(place, **facts):
+    note = json.loads(Path(place, "manifest.json").read_text())
+    Path(place, "manifest.json").write_text(json.dumps({**note, **facts}))
+
+
+def append(file):
+    Path(file).write_bytes(Path(file).read_bytes() + b"more")
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (lambda: edited("out/img_emb", dtype="float16"), "images: out/img_emb differs from its manifest: img_emb_0.npy: "
+     "expected float16, got float32"),
+    (lambda: edited("out/text_emb", dims=23), "texts: out/text_emb differs from its manifest: text_emb_0.npy: expected "
+     "D = 23, got 24"),
+    (lambda: edited("out/img_emb", rows=91), "images: out/img_emb differs from its manifest: expected 91 rows, got 90"),
+    (lambda: np.save("out/img_emb/img_emb_1.npy", np.zeros((39, 24), np.float32)), "img_emb_1.npy: expected 40 rows"),
+    (lambda: append("out/img_emb/img_emb_1.npy"), "img_emb_1.npy: expected 3968 bytes, got 3972"),
+    (lambda: os.remove("out/text_emb/text_emb_3.npy"), "texts: out/text_emb differs from its manifest: "
+     "text_emb_3.npy is missing"),
+    (lambda: edited("out/text_emb", model="huge/2"), "texts: expected embeddings of tiny/1 as in images, got those of "
+     "huge/2"),
+    (lambda: shutil.rmtree("out/text_emb"), "texts: expected text_emb in out, got img_emb"),
+])  # fmt: skip
+def test_a_folder_that_differs_from_its_manifest_is_named(folders, harm, message, capsys):
+    harm()
+    status, out, error = run(capsys, "eval", "--images", "out", "--texts", "out", *folders)
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert message in error
 
 
 def test_existing_results_are_skipped_or_filled_in(files_of_all_tasks, tmp_path, capsys, monkeypatch):
@@ -663,7 +436,16 @@ BAD = {
         "variance: expected a finite number >= 0, got -1",
     ),
     "a task of another data set": (
-        ["--dataset", "digits", "--model", "local-dir:nowhere", "--task", "zeroshot_retrieval"], "model: cannot load"
+        ["--dataset", "digits", "--model", "local-dir:nowhere", "--task", "zeroshot_retrieval"],
+        "model: expected a folder with open_clip_config.json, got nowhere",
+    ),
+    "a model without weights": (
+        ["--dataset", "digits", "--model", "ViT-B-32"],
+        "pretrained: expected a tag or a checkpoint, got None for ViT-B-32",
+    ),
+    "weights for a model that has its own": (
+        ["--dataset", "digits", "--model", "hf-hub:a/b", "--pretrained", "openai"],
+        "pretrained: expected none, as the weights come with the model, got 'openai'",
     ),
 }  # fmt: skip
 

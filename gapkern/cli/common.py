@@ -32,6 +32,22 @@ def labels(text: str | None, count: int) -> Any:
         raise ValueError(f"labels: expected 'paired' or a .npy file of integers, got {text} ({error})") from None
 
 
+def model(given: str | None, **paths: str) -> tuple[str | None, str]:
+    """What made the embeddings: --model, else what the manifests of `paths` say; and where that is said.
+
+    Raises:
+        ValueError: two of them differ.
+    """
+    from gapkern import embeddings
+    from gapkern.embeddings.folder import agreed
+
+    known = {name: embeddings.model_of(path, name=name) for name, path in paths.items()}
+    found = agreed({"--model": given, **known})
+    if given or found is None:
+        return found, ""
+    return found, "as the manifest of " + " and of ".join(paths[name] for name in known if known[name]) + " says"
+
+
 def add_perturbations(parser: argparse.ArgumentParser, of: str = "") -> None:
     noise: dict[str, Any] = {"type": float, "nargs": "+", "default": [], "metavar": "VARIANCE"}
     parser.add_argument("--gaussian", **noise, help=f"Gaussian noise{of}")

@@ -20,7 +20,8 @@ def add(verbs) -> None:
         "--pretrained). Metrics, files of templates and class names and the result files are CLIP_benchmark's. Start "
         "it as `torchrun --nproc_per_node=K -m gapkern eval ...` to spread images and texts over K ranks.",
     )  # fmt: skip
-    parser.add_argument("--images", help="image embeddings (N, D): a file or a folder of shards")
+    parser.add_argument("--images", help="image embeddings (N, D): a file, a folder of shards, or what 'gapkern "
+                        "embed' wrote")  # fmt: skip
     parser.add_argument("--texts", help="text embeddings: class vectors (C, D), prompts (templates, C, D), captions, "
                         "or the choices of all questions in order")  # fmt: skip
     parser.add_argument("--labels", help="the images' classes, a .npy; for retrieval each text's image: a .npy, "
@@ -30,8 +31,10 @@ def add(verbs) -> None:
     parser.add_argument("--dataset_root", default=".", help="where it lies; {dataset} stands for the name")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--annotation_file", help="captions (COCO's JSON) or questions (A-OKVQA's JSON)")
-    parser.add_argument("--model", nargs="+", default=[], help="open_clip's name")
-    parser.add_argument("--pretrained", nargs="+", default=[], help="open_clip's tag, or a checkpoint")
+    parser.add_argument("--model", nargs="+", default=[], help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, "
+                        "or a configuration's JSON; with --images the name that the result bears")  # fmt: skip
+    parser.add_argument("--pretrained", nargs="+", default=[], help="open_clip's tag, or a local checkpoint; none for "
+                        "local-dir: and hf-hub:")  # fmt: skip
     parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: by the data set")
     parser.add_argument("--recall_k", type=int, nargs="+", default=[5], help="k of recall@k (default: 5)")
     parser.add_argument("--custom_template_file", help="JSON: templates with {c}, a list or by data set")
@@ -52,7 +55,7 @@ def add(verbs) -> None:
     parser.add_argument("--dump_templates", action="store_true", help="templates in the result files")
     parser.add_argument("--batch_size", type=int, default=64, help="for a model (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=4, help="that read images (default: %(default)s)")
-    parser.add_argument("--no_amp", action="store_false", dest="amp", help="no mixed precision on a GPU")
+    parser.add_argument("--no_amp", action="store_false", dest="amp", help="no float16 on a GPU, but float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS",
                         help="after which a rank no longer waits for another (default: %(default)s)")  # fmt: skip
@@ -123,8 +126,9 @@ def _runs(arguments) -> list[dict[str, str]]:
         raise ValueError("expected --images and --texts, or --dataset and --model")
     result = []
     names = itertools.product(
-        arguments.dataset or ["embeddings"], arguments.model or ["embeddings"], arguments.pretrained or ["none"]
-    )
+        arguments.dataset or ["embeddings"], arguments.model or ["embeddings"],
+        [pretrained or "none" for pretrained in arguments.pretrained or ["none"]],
+    )  # fmt: skip
     for dataset, model, pretrained in names:
         if not stored:
             datasets.check(dataset)
@@ -141,10 +145,7 @@ def _one(arguments, facts: dict[str, str], settings, ranks) -> list[dict[str, An
     from gapkern import files
     from gapkern.evaluation import inputs, records
     from gapkern.experiments import environment
-    from gapkern.gap import MeanShift
 
-    if isinstance(settings.shift, MeanShift):
-        inputs.same_model(settings.shift, facts["model"] if arguments.model else None)
     targets = _targets(arguments, facts, settings)
     there = ranks.first([os.path.exists(t) for t in targets] if targets and arguments.skip_existing else [])
     if there and all(there):
@@ -152,7 +153,7 @@ def _one(arguments, facts: dict[str, str], settings, ranks) -> list[dict[str, An
     if arguments.out and ranks.rank == 0:
         files.folder(arguments.out)
     started = time.perf_counter()
-    given, more = _inputs(arguments, facts, ranks)
+    given, more = _inputs(arguments, facts, settings.shift, ranks)
     outcomes = inputs.measure(facts["task"], given, settings, ranks, arguments.recall_k)
     env = environment.describe() | {"ranks": ranks.world, "device": str(ranks.device),
                                     "seconds": time.perf_counter() - started}  # fmt: skip
@@ -186,8 +187,8 @@ def _targets(arguments, facts, settings) -> list[Any]:
     return targets
 
 
-def _inputs(arguments, facts, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the task takes, and what --dump_* adds to the records."""
+def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the task takes, and what the records say beside its facts."""
     from gapkern.evaluation import datasets, encode, inputs, prompts
 
     dataset, task = facts["dataset"], facts["task"]
@@ -198,6 +199,8 @@ def _inputs(arguments, facts, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
     if arguments.custom_classname_file:
         names = prompts.load_classnames(arguments.custom_classname_file, dataset)
     if arguments.images is not None:
+        told: dict[str, Any] = {"model_id": inputs.model_of(arguments.images, arguments.texts)}
+        inputs.same_model(shift, facts["model"] if arguments.model else None, told["model_id"])
         known = list(templates) if arguments.custom_template_file else None
         given = inputs.from_files(
             task, arguments.images, arguments.texts, ranks, arguments.labels, arguments.annotation_file, known
@@ -207,26 +210,24 @@ def _inputs(arguments, facts, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
         with common.progress({"images": "embedding images", "texts": "embedding texts"}) as step:
             data = datasets.load(dataset, arguments.dataset_root, arguments.split, arguments.annotation_file)
             encoder = _encoder(arguments, facts, ranks, step)
+            told = {"model_id": encoder.model.id, "precision": encoder.model.precision}
+            inputs.same_model(shift, facts["model"], encoder.model.id)
             given = encode.from_model(task, encoder, data, templates, names, arguments.choice_template)
         dumped = {"classnames": names or getattr(data, "classes", None), "templates": templates}
     kept = {key: value for key, value in dumped.items() if getattr(arguments, f"dump_{key}") and value}
-    return given, kept
+    return given, {key: value for key, value in told.items() if value} | kept
 
 
 def _encoder(arguments, facts, ranks, step) -> Any:
-    from gapkern import _check
+    from gapkern import models
     from gapkern.evaluation.encode import Encoder
 
-    open_clip = _check.extra("open_clip", "open_clip_torch", "demo")
     pretrained = None if facts["pretrained"] == "none" else facts["pretrained"]
-    try:
-        model, _, preprocess = open_clip.create_model_and_transforms(facts["model"], pretrained=pretrained)
-        tokenizer = open_clip.get_tokenizer(facts["model"])
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"model: cannot load {facts['model']} ({facts['pretrained']}): {error}") from None
-    amp = arguments.amp and ranks.device.type == "cuda"
+    # On a GPU in float16, as CLIP_benchmark has it.
+    precision = "float16" if arguments.amp and ranks.device.type == "cuda" else "float32"
+    model = models.load(facts["model"], pretrained, device=ranks.device, precision=precision)
     quiet = step if ranks.rank == 0 else lambda *_: None
-    return Encoder(model, preprocess, tokenizer, ranks, arguments.batch_size, arguments.num_workers, amp, quiet)
+    return Encoder(model, ranks, arguments.batch_size, arguments.num_workers, quiet)
 
 
 def _show(arguments, results: list[dict[str, Any]]) -> None:

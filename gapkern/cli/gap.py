@@ -22,6 +22,7 @@ def add(verbs) -> None:
 def run(arguments) -> int:
     from gapkern import gap_metrics
 
+    common.model(None, images=arguments.images, texts=arguments.texts)
     images = files.load_embeddings(arguments.images, name="images")
     texts = files.load_embeddings(arguments.texts, name="texts")
     metrics = gap_metrics(images, texts, logit_scale=arguments.logit_scale)

@@ -21,8 +21,10 @@ def add(verbs) -> None:
     parser.add_argument("--metric", choices=("l2", "ip"), default="l2", help="(default: %(default)s)")
     parser.add_argument("--shift", help="a file from 'gapkern shift fit'")
     parser.add_argument("--ids", help="a .npy of integers, one for each row (default: 0, 1, ...)")
-    parser.add_argument("--model", help="what made the embeddings")
-    parser.add_argument("--sample", type=int, help="rows to learn lists and codes from (default: 131072)")
+    parser.add_argument("--model", help="what made the embeddings (default: what the folder's manifest, or the shift, "
+                        "says)")  # fmt: skip
+    parser.add_argument("--sample", type=int, help="rows to learn lists and codes from (default: 131072; with "
+                        "--compare all)")  # fmt: skip
     parser.add_argument("--block", type=int, help="rows of a block (default: 67 million numbers)")
     parser.add_argument("--compare", metavar="QUERIES", help="embeddings that ask: compare quantisers by them")
     parser.add_argument("--k", type=int, default=10, help="neighbours that --compare looks at (default: %(default)s)")
@@ -43,11 +45,12 @@ def run(arguments) -> int:
         raise ValueError(f"factory: expected one without --compare, got {len(arguments.factory)}")
     from gapkern.retrieval import disk
 
+    model, said = common.model(arguments.model, gallery=arguments.gallery)
     stages = {"train": "learning", "add": "adding vectors", "merge": "merging"}
     with common.progress(stages) as step:
         manifest = disk.build(
             arguments.gallery, arguments.out, (arguments.factory or ["Flat"])[0], arguments.metric, shift,
-            ids=arguments.ids, model=arguments.model, sample=arguments.sample or disk.SAMPLE, block=arguments.block,
+            ids=arguments.ids, model=model, sample=arguments.sample or disk.SAMPLE, block=arguments.block,
             progress=step,
         )  # fmt: skip
     if arguments.json:
@@ -56,18 +59,21 @@ def run(arguments) -> int:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         print(f"index: {manifest['count']} x {manifest['dims']}, {manifest['factory']}, {size / 2**20:.1f} MiB "
               f"in {arguments.out}")  # fmt: skip
+        if said:
+            print(f"model: {model}, {said}")
     return 0
 
 
 def _compare(arguments, shift) -> int:
     from gapkern.retrieval import compare_quantisers
 
+    common.model(arguments.model, gallery=arguments.gallery, queries=arguments.compare)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.compare, name="queries")
     with common.progress({"compare": "quantisers"}) as step:
         result = compare_quantisers(
             queries, gallery, arguments.factory, shift=shift, positives=common.labels(arguments.labels, len(queries)),
-            k=arguments.k, progress=lambda done, total: step("compare", done, total),
+            k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
     if arguments.out:
         out = files.folder(arguments.out)

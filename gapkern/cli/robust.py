@@ -40,8 +40,10 @@ def run(arguments) -> int:
     import sys
 
     from gapkern import MeanShift, Replace, sweep
+    from gapkern.embeddings.folder import agreed
     from gapkern.perturb import title
 
+    model, _ = common.model(None, queries=arguments.queries, gallery=arguments.gallery)
     queries = files.load_embeddings(arguments.queries, name="queries")
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     perturbations = [
@@ -53,6 +55,7 @@ def run(arguments) -> int:
     out = files.folder(arguments.out) if arguments.out else None
     if arguments.shift:
         shift = MeanShift.load(arguments.shift)
+        agreed({"shift": shift.model, "embeddings": model})
     else:
         shift = MeanShift(components=arguments.components).fit(gallery, queries)
     result = sweep(

@@ -23,19 +23,23 @@ def add(verbs) -> None:
     parser.add_argument("--out", help=".npz (distances and ids, (Q, K)), .parquet (query, rank, id, distance) or .json")
     parser.add_argument("--parameters", metavar="TEXT", help="FAISS search parameters, such as nprobe=16")
     parser.add_argument("--verify", action="store_true", help="compare the index's files with their hashes first")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="that searches codes; cuda needs FAISS built for it (default: %(default)s)")  # fmt: skip
     common.add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments) -> int:
+    from gapkern.embeddings.folder import agreed, model_of
     from gapkern.retrieval import GapIndex
 
     out = Path(arguments.out) if arguments.out else None
     if out is not None and out.suffix not in (".npz", ".parquet", ".json"):
         raise ValueError(f"out: expected a name ending in .npz, .parquet or .json, got {out}")
-    index = GapIndex.load(arguments.index, mmap=True, verify=arguments.verify)
+    index = GapIndex.load(arguments.index, mmap=True, verify=arguments.verify, device=arguments.device)
     if arguments.parameters:
         index.set_parameters(arguments.parameters)
+    agreed({"index": index.model, "queries": model_of(arguments.queries, name="queries")})
     count, dims = files.size(arguments.queries, name="queries")
     if dims != index.dims:
         raise ValueError(f"queries: expected D = {index.dims} as in {arguments.index}, got ({count}, {dims})")

@@ -55,7 +55,8 @@ def add(verbs) -> None:
     fit.add_argument("--normalize", action="store_true", help="L2-normalise what was moved")
     fit.add_argument("--agreement", type=float, default=0.99,
                      help="share of neighbours that --components auto keeps (default: %(default)s)")  # fmt: skip
-    fit.add_argument("--model", help="what made the embeddings; apply then refuses another's")
+    fit.add_argument("--model", help="what made the embeddings; apply then refuses another's (default: what a "
+                     "folder's manifest says)")  # fmt: skip
     common.add_json(fit)
     fit.set_defaults(run=run_fit)
 
@@ -67,7 +68,7 @@ def add(verbs) -> None:
     apply.add_argument("--side", choices=("gallery", "queries"), default="gallery",
                        help="what the embeddings are (default: %(default)s)")  # fmt: skip
     apply.add_argument("--alpha", type=float, help="instead of the fitted one")
-    apply.add_argument("--model", help="what made the embeddings")
+    apply.add_argument("--model", help="what made the embeddings (default: what the folder's manifest says)")
     apply.set_defaults(run=run_apply)
 
     compare = actions.add_parser("compare", help="what each number of components costs and buys")
@@ -88,9 +89,10 @@ def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
 
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
+    model, said = common.model(arguments.model, gallery=arguments.gallery, queries=arguments.queries)
     shift = MeanShift(
         1.0 if best else arguments.alpha, arguments.components, arguments.moves, arguments.normalize,
-        arguments.agreement, arguments.model,
+        arguments.agreement, model,
     )  # fmt: skip
     noise = Gaussian(best[1]) if best else None
     with common.progress({"gallery": "reading the gallery", "queries": "reading the queries"}) as step:
@@ -112,11 +114,14 @@ def run_fit(arguments) -> int:
         "agreement": shift.agreement_,
         "alpha": shift.alpha,
         "moves": shift.moves,
+        "model": model,
     }
     if arguments.json:
         common.print_json(facts)
     else:
-        common.table(["fitted shift", "value"], [[name, value] for name, value in facts.items()])
+        common.table(["fitted shift", "value"], [[name, value] for name, value in facts.items() if value is not None])
+        if said:
+            print(f"model: {model}, {said}")
         print(f"shift: {arguments.out}")
     return 0
 
@@ -131,13 +136,14 @@ def run_apply(arguments) -> int:
     rows, dims = files.size(arguments.embeddings, name="embeddings")
     if dims != len(shift.shift_vector_):
         raise ValueError(f"embeddings: expected D = {len(shift.shift_vector_)} as fitted, got ({rows}, {dims})")
+    model, _ = common.model(arguments.model, embeddings=arguments.embeddings)
     pairs = _targets(arguments, shift)
     done = 0
     with common.progress({"apply": f"moving the {arguments.side}"}) as step:
         for source, target in pairs:
             count = files.size(source, name="embeddings")[0]
             if target is not None:
-                for n in files.convert(source, target, lambda x: move(x, model=arguments.model), name="embeddings"):
+                for n in files.convert(source, target, lambda x: move(x, model=model), name="embeddings"):
                     step("apply", done + n, rows)
             done += count
             step("apply", done, rows)
@@ -171,6 +177,7 @@ def run_compare(arguments) -> int:
     from gapkern import MeanShift
     from gapkern._nearest import nearest
 
+    common.model(None, gallery=arguments.gallery, queries=arguments.queries)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.queries, name="queries")
     labels = common.labels(arguments.labels, len(queries))

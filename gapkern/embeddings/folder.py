@@ -11,7 +11,7 @@ there is no manifest.
 import bisect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,35 @@ def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] |
     return found
 
 
-def model_of(path: str | os.PathLike) -> str | None:
-    """The id of the model that made a folder's embeddings, from its manifest; None where nothing says it."""
-    found = manifest(place(path)) if os.path.isdir(path) else None
+def model_of(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> str | None:
+    """The id of the model that made a folder's embeddings, from its manifest; None where nothing says it.
+
+    Args:
+        path, kind: as for `Embeddings`.
+
+    Raises:
+        ValueError: the folder holds both kinds and `kind` does not say which; its manifest is none.
+    """
+    found = manifest(place(path, kind, name=name), name=name) if os.path.isdir(path) else None
     return None if found is None else found.get("model")
+
+
+def agreed(models: Mapping[str, str | None]) -> str | None:
+    """The one model that is known of several embeddings, by their argument's name; None where none is.
+
+    Raises:
+        ValueError: two are known and differ.
+
+    Example:
+        >>> agreed({"gallery": "ViT-B-16/openai", "queries": None})
+        'ViT-B-16/openai'
+    """
+    known = {name: model for name, model in models.items() if model}
+    for name, model in known.items():
+        first, expected = next(iter(known.items()))
+        if model != expected:
+            raise ValueError(f"{name}: expected embeddings of {expected} as in {first}, got those of {model}")
+    return next(iter(known.values()), None)
 
 
 class Embeddings:
@@ -86,8 +111,8 @@ class Embeddings:
     Attributes: shards (paths in natural order), counts (rows of each), dims, dtype, manifest (or None), model.
 
     Raises:
-        ValueError: what is there cannot be read, shards differ in D or dtype, or names, rows, D or dtype are not those
-            of the manifest. Values are compared by `verify`.
+        ValueError: what is there cannot be read, shards differ in D or dtype, or names, rows, bytes, D or dtype are not
+            those of the manifest. Values are compared by `verify`.
 
     Example:
         >>> import tempfile
@@ -177,20 +202,25 @@ def metadata_files(shards: Path) -> list[Path]:
     return []
 
 
-def differences(found: Mapping[str, Any], shards: Iterable[str], mapped: Iterable[Tensor]) -> list[str]:
+def differences(found: Mapping[str, Any], shards: Sequence[str], mapped: Sequence[Tensor]) -> list[str]:
     """How shards differ from a manifest in what can be seen without reading them."""
     result = []
     known = {entry["name"]: entry for entry in found["shards"]}
     there = {Path(shard).name: part for shard, part in zip(shards, mapped, strict=True)}
     result += [f"{name} is missing" for name in known if name not in there]
     result += [f"{name} is not in it" for name in there if name not in known]
+    sizes = {Path(shard).name: os.path.getsize(shard) for shard in shards}
     for name, part in there.items():
         if name in known and len(part) != known[name]["rows"]:
             result.append(f"{name}: expected {known[name]['rows']} rows, got {len(part)}")
+        elif name in known and sizes[name] != known[name]["bytes"]:
+            result.append(f"{name}: expected {known[name]['bytes']} bytes, got {sizes[name]}")
         if part.shape[1] != found["dims"]:
             result.append(f"{name}: expected D = {found['dims']}, got {part.shape[1]}")
         if (dtype := str(part.dtype).removeprefix("torch.")) != found["dtype"]:
             result.append(f"{name}: expected {found['dtype']}, got {dtype}")
+    if not result and (rows := sum(map(len, there.values()))) != found["rows"]:
+        result.append(f"expected {found['rows']} rows, got {rows}")
     return result
 
 

@@ -96,7 +96,7 @@ def embed(
                 "model": model.id, "source": source.fingerprint, "normalized": bool(normalize), "stored": dtype,
                 "total": len(source), "batch_size": batch_size, "shard_rows": shard_rows,
                 "has_metadata": bool(metadata),
-                "precision": str(model.autocast or torch.float32).removeprefix("torch."),
+                "precision": model.precision,
             }  # fmt: skip
             job = _Job(kind, source, model, out / kind, facts, ranks, workers, on_progress)
             result[kind], result["computed"][kind] = job.run(resume)

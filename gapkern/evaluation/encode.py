@@ -10,7 +10,8 @@ from gapkern import _check
 from gapkern.evaluation import datasets, prompts
 from gapkern.evaluation.inputs import integers, whole
 from gapkern.evaluation.ranks import Ranks, Rows
-from gapkern.evaluation.tasks import TASKS, classifier
+from gapkern.evaluation.tasks import TASKS
+from gapkern.models import Model, zero_shot_classifier
 
 CHOICE = "{q} {a}"
 Tick = Callable[[str, int, int], None]
@@ -20,62 +21,55 @@ class Encoder:
     """A model that embeds images and texts, in batches that do not depend on the number of ranks.
 
     Args:
-        model: with encode_image and encode_text, as open_clip's.
-        preprocess: of a PIL image.
-        tokenizer: of a list of strings.
+        model: from `gapkern.models.load`, on the device of `ranks`.
         batch_size: images or texts at a time.
         workers: processes that read images; 0 reads them here.
-        amp: mixed precision, as the device has it.
         tick: called with a stage, how much of it is done, and of how much.
+
+    Raises:
+        ValueError: the model is on another device; a number out of range.
     """
 
     def __init__(
-        self, model: Any, preprocess: Callable[[Any], Tensor], tokenizer: Callable[[list[str]], Tensor],
-        ranks: Ranks, batch_size: int = 64, workers: int = 0, amp: bool = False, tick: Tick = lambda *_: None,
-    ):  # fmt: skip
-        self.model, self.preprocess, self.tokenizer, self.ranks = (
-            model.to(ranks.device).eval(),
-            preprocess,
-            tokenizer,
-            ranks,
-        )
+        self, model: Model, ranks: Ranks, batch_size: int = 64, workers: int = 0, tick: Tick = lambda *_: None
+    ):
+        if model.device != ranks.device:
+            raise ValueError(f"model: expected one on {ranks.device}, got one on {model.device}")
+        self.model, self.ranks, self.tick = model, ranks, tick
         self.batch_size = _check.integer("batch_size", batch_size, low=1)
         self.workers = _check.integer("num_workers", workers, low=0)
-        self.amp, self.tick = amp, tick
 
     def images(self, image: Callable[[int], Any], count: int) -> Rows:
         """This rank's rows of the embeddings (count, D) of image(0), image(1), ..."""
 
         def batches(whole: range) -> Iterator[Tensor]:
-            data = _Images(image, self.preprocess, whole)
+            data = _Images(image, self.model.preprocess, whole)
             workers = min(self.workers, -(-len(whole) // self.batch_size))
             yield from torch.utils.data.DataLoader(data, self.batch_size, num_workers=workers)
 
-        return self._rows("images", count, batches, self.model.encode_image)
+        return self._rows("images", count, batches, self.model.encode_images)
 
     def texts(self, texts: Sequence[str]) -> Rows:
         """This rank's rows of the embeddings (len(texts), D)."""
 
-        def batches(whole: range) -> Iterator[Tensor]:
+        def batches(whole: range) -> Iterator[Sequence[str]]:
             for start in range(whole.start, whole.stop, self.batch_size):
-                yield self.tokenizer(list(texts[start : min(whole.stop, start + self.batch_size)]))
+                yield texts[start : min(whole.stop, start + self.batch_size)]
 
-        return self._rows("texts", len(texts), batches, self.model.encode_text)
+        return self._rows("texts", len(texts), batches, self.model.encode_texts)
 
-    @torch.no_grad()
-    def _rows(self, stage: str, count: int, batches: Callable[[range], Iterator[Tensor]], encode: Any) -> Rows:
+    def _rows(self, stage: str, count: int, batches: Callable[[range], Iterator[Any]], encode: Any) -> Rows:
         mine, size = self.ranks.share(count), self.batch_size
         # Whole batches as one rank would take them, even where a neighbour has some of their rows: a row's embedding
         # then is the same to the bit.
         start, stop = mine.start // size * size, min(count, -(-mine.stop // size) * size)
         parts, done = [], 0
-        with torch.autocast(self.ranks.device.type, enabled=self.amp):
-            # At least one batch, which tells a rank without rows how wide they are.
-            for batch in batches(range(start, stop) if stop > start else range(min(size, count))):
-                parts.append(encode(batch.to(self.ranks.device)).float())
-                done += len(batch)
-                self.tick(stage, done, max(stop - start, done))
-        values = torch.cat(parts)[mine.start - start : mine.stop - start] if stop > start else parts[0][:0]
+        # At least one batch, which tells a rank without rows how wide they are.
+        for batch in batches(range(start, stop) if stop > start else range(min(size, count))):
+            parts.append(encode(batch, normalize=False))
+            done += len(batch)
+            self.tick(stage, done, max(stop - start, done))
+        values = torch.cat(parts)[mine.start - start : mine.stop - start]
         return Rows(_check.finite(stage, values), mine.start, count)
 
 
@@ -138,7 +132,11 @@ def from_model(
         by_template = vectors.view(len(names), len(templates), -1).transpose(0, 1).contiguous()
         return {"images": images, "labels": labels, "prompts": by_template, "names": list(templates)}
     parts = vectors.split([len(texts) for texts in filled])
-    return {"images": images, "labels": labels, "classes": torch.cat([classifier(part[:, None]) for part in parts])}
+    return {
+        "images": images,
+        "labels": labels,
+        "classes": torch.cat([zero_shot_classifier(part[None]) for part in parts]),
+    }
 
 
 def choice_text(template: str, question: str, answer: str) -> str:

@@ -1,5 +1,6 @@
 """What a task needs, from embedding files: each rank reads its share of rows."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,11 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check, embeddings
+from gapkern.embeddings import Embeddings
+from gapkern.embeddings.folder import agreed
 from gapkern.evaluation import datasets, prompts
 from gapkern.evaluation.ranks import Ranks, Rows
-from gapkern.evaluation.tasks import TASKS, Outcome, Settings, classification, classifier, multiple_choice, retrieval
+from gapkern.evaluation.tasks import TASKS, Outcome, Settings, classification, multiple_choice, retrieval
 from gapkern.evaluation.tasks import templates as template_robustness
+from gapkern.models import zero_shot_classifier
+
+KINDS = {"images": "img_emb", "texts": "text_emb"}
 
 FUNCTIONS: dict[str, Callable[..., list[Outcome]]] = dict(
     zip(TASKS, (classification, retrieval, multiple_choice, template_robustness), strict=True)
@@ -27,17 +33,21 @@ def measure(
 
 
 def own_rows(name: str, path: str, ranks: Ranks) -> Rows:
-    """This rank's rows of a file or folder of embeddings; the others' are not read."""
-    total, dims = files.size(path, name=name)
-    mine, parts, start = ranks.share(total), [], 0
-    for shard in files.shards(path, name=name):
-        rows = files.load_embeddings(shard, name=name)
-        part = rows[max(0, mine.start - start) : max(0, mine.stop - start)]
-        if len(part):
-            parts.append(part.float())
-        start += len(rows)
-    values = torch.cat(parts) if parts else torch.empty(0, dims)
-    return Rows(_check.finite(name, values).to(ranks.device), mine.start, total)
+    """This rank's rows of a file or folder of embeddings, which must be as its manifest says; others' are not read."""
+    stored = Embeddings(path, KINDS[name], name=name)
+    mine = ranks.share(len(stored))
+    values = _check.finite(name, stored[mine].float())
+    return Rows(values.to(ranks.device), mine.start, len(stored))
+
+
+def model_of(images: str, texts: str) -> str | None:
+    """The id of the model that made both sides, from the folders' manifests; None where neither has one.
+
+    Raises:
+        ValueError: two models made them.
+    """
+    given = {"images": images, "texts": texts}
+    return agreed({name: embeddings.model_of(path, KINDS[name], name=name) for name, path in given.items()})
 
 
 def array(name: str, path: str) -> Tensor:
@@ -105,7 +115,7 @@ def from_files(
 
     Args:
         task: one of `TASKS`.
-        images: (N, D), a file or folder.
+        images: (N, D), a file or a folder of shards; a folder that `embed` wrote is taken for its img_emb, or text_emb.
         texts: class vectors (C, D) or prompts (T, C, D); captions (M, D); or all questions' choices in order (M, D).
         labels: each image's class, a file; for retrieval see `pairs`; not for multiple choice.
         annotation_file: A-OKVQA's JSON, for multiple choice; `images` has a row per question, or per distinct image in
@@ -126,7 +136,7 @@ def from_files(
         captions = own_rows("texts", texts, ranks)
         ranks.agree("texts", (captions.total, captions.values.shape[1]))
         return {"images": rows, "texts": captions, "image_of": pairs(labels, captions.total, rows.total)}
-    vectors = array("texts", texts)
+    vectors = Embeddings(texts, "text_emb", name="texts")[:] if os.path.isdir(texts) else array("texts", texts)
     if not vectors.dtype.is_floating_point or vectors.dim() not in (2, 3):
         raise ValueError(
             f"texts: expected (C, D) or (T, C, D) of floats, got {tuple(vectors.shape)} of {vectors.dtype}"
@@ -134,7 +144,7 @@ def from_files(
     vectors = _check.finite("texts", vectors.flatten(0, -2).float()).view(vectors.shape).to(ranks.device)
     classes = integers("labels", array("labels", labels), rows.total, "image")
     if task == "zeroshot_classification":
-        whole = vectors if vectors.dim() == 2 else classifier(vectors)
+        whole = vectors if vectors.dim() == 2 else zero_shot_classifier(vectors.transpose(0, 1))
         return {"images": rows, "labels": classes, "classes": whole}
     if vectors.dim() != 3:
         raise ValueError(f"texts: expected (T, C, D), T templates of C classes, got {tuple(vectors.shape)}")
@@ -169,7 +179,9 @@ def whole(rows: Rows, ranks: Ranks) -> Tensor:
     return torch.cat(parts) if parts else rows.values
 
 
-def same_model(shift: Any, model: str | None) -> None:
-    """Raises ValueError where a shift was fitted on another model's embeddings."""
-    if shift.model is not None and model and shift.model != model:
-        raise ValueError(f"shift: expected one fitted on {model}, got one of {shift.model}")
+def same_model(shift: Any, *known: str | None) -> None:
+    """Raises ValueError where a fitted shift is of another model's embeddings; `known` are the names of this one."""
+    names = list(dict.fromkeys(name for name in known if name))
+    fitted = getattr(shift, "model", None)
+    if fitted is not None and names and fitted not in names:
+        raise ValueError(f"shift: expected one fitted on {' or '.join(names)}, got one of {fitted}")

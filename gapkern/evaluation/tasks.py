@@ -15,6 +15,7 @@ from torch import Tensor
 from gapkern import _check
 from gapkern.evaluation.ranks import Ranks, Rows, fit, normalized, perturbed, topk
 from gapkern.gap import MeanShift
+from gapkern.models import zero_shot_classifier
 from gapkern.perturb import Perturbation, check
 from gapkern.retrieval import exact
 
@@ -125,17 +126,6 @@ def _ratio(hits: Tensor, total: int) -> float:
     return int(hits) / total if total else math.nan
 
 
-def classifier(prompts: Tensor) -> Tensor:
-    """Class vectors (C, D) of prompts (T, C, D): normalise, mean over templates, normalise.
-
-    Example:
-        >>> classifier(torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]]])).tolist()
-        [[0.70..., 0.70...]]
-    """
-    unit = torch.nn.functional.normalize(prompts.float(), dim=2)
-    return torch.nn.functional.normalize(unit.mean(0), dim=1)
-
-
 def classification(
     images: Rows, labels: Tensor, classes: Tensor, settings: Settings = Settings(), ranks: Ranks | None = None
 ) -> list[Outcome]:
@@ -144,7 +134,7 @@ def classification(
     Args:
         images: this rank's rows of (N, D).
         labels: (N,) int64 on every rank.
-        classes: (C, D) on every rank: class vectors, see `classifier`.
+        classes: (C, D) on every rank: class vectors, see `gapkern.models.zero_shot_classifier`.
 
     Returns:
         One `Outcome` per setting, of acc1, acc5 (NaN for fewer than five classes) and mean_per_class_recall (over the
@@ -200,7 +190,7 @@ def templates(
     if len(names) != len(prompts):
         raise ValueError(f"names: expected {len(prompts)}, one per template, got {len(names)}")
     images, labels = normalized(images), _own(labels, images, prompts.shape[1])
-    together = ranks.rows(classifier(prompts))
+    together = ranks.rows(zero_shot_classifier(prompts.transpose(0, 1)))
     alone = [normalized(ranks.rows(prompt)) for prompt in prompts]
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(together, images, ranks)}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from gapkern import _check, files
 from gapkern.gap import MeanShift
 from gapkern.retrieval import store
-from gapkern.retrieval._faiss import errors, faiss, one_warning, quiet
+from gapkern.retrieval._faiss import errors, faiss, quiet, train
 from gapkern.retrieval.index import GapIndex
 
 WORK = "unfinished"
@@ -170,8 +170,8 @@ def _train(index: GapIndex, rows: _Rows, sample: int) -> None:
             part = rows[first : min(len(rows), first + step)]
             parts.append(index._moved("gallery", part, first, side="gallery")[inside - first])
     learned = np.concatenate(parts)
-    with errors("gallery", f"enough rows to train {index.factory!r}, got {len(learned)}"), one_warning("gallery"):
-        index._index.train(learned)
+    with errors("gallery", f"enough rows to train {index.factory!r}, got {len(learned)}"):
+        train(index._index, learned, "gallery")
 
 
 def _on_disk(ivf: Any) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 from gapkern import _check
 from gapkern.gap import MeanShift
 from gapkern.retrieval import exact, store
-from gapkern.retrieval._faiss import errors, faiss, one_warning
+from gapkern.retrieval._faiss import errors, faiss, no_gpu, on_gpu, train
 
 CHUNK = 2**22  # numbers that are moved and converted at once
+GPU_NEIGHBOURS = 2048  # the most that FAISS selects on a GPU
 
 
 class GapIndex:
@@ -27,11 +28,14 @@ class GapIndex:
         metric: "l2", squared Euclidean distances, ascending; or "ip", inner products, descending.
         shift: a fitted `MeanShift`, applied to what is added or, where it moves the queries, to what is searched for.
         model: what made the embeddings; kept with the index (default: the shift's).
+        device: where codes are searched: "cuda", FAISS's first GPU; "cpu"; or "auto", a GPU where FAISS is built with
+            them, sees one and knows the index there, unless files are mapped. A Flat index is searched where the
+            queries are. Not yet run on a GPU.
 
     Raises:
         ImportError: faiss-cpu is not installed.
         TypeError: an argument of a wrong type.
-        ValueError: a factory string that FAISS does not know; a shift of another model.
+        ValueError: a factory string that FAISS does not know; a shift of another model; "cuda" without FAISS on a GPU.
 
     Example:
         >>> gallery = torch.eye(3)
@@ -42,8 +46,9 @@ class GapIndex:
     """
 
     def __init__(
-        self, factory: str = "Flat", metric: str = "l2", shift: MeanShift | None = None, *, model: str | None = None
-    ):
+        self, factory: str = "Flat", metric: str = "l2", shift: MeanShift | None = None, *, model: str | None = None,
+        device: str = "auto",
+    ):  # fmt: skip
         if not isinstance(factory, str):
             raise TypeError(f"factory: expected a FAISS factory string, got {type(factory).__name__}")
         if shift is not None and not isinstance(shift, MeanShift):
@@ -51,6 +56,9 @@ class GapIndex:
         faiss()
         self.factory = factory
         self.metric = _check.choice("metric", metric, ("l2", "ip"))
+        self.device = _check.choice("device", device, ("auto", "cpu", "cuda"))
+        if device == "cuda" and (reason := no_gpu()):
+            raise ValueError(f"device: expected 'auto' or 'cpu', as {reason}, got 'cuda'")
         self.shift = shift
         self.model = model or (shift.model if shift is not None else None)
         if shift is not None and shift.model not in (None, self.model):
@@ -161,8 +169,8 @@ class GapIndex:
             raise ValueError(f"GapIndex: expected an empty index to train, got one of {self.count} vectors")
         if not self._index.is_trained:
             moved = self._moved("sample", rows, 0, side="gallery")
-            with errors("sample", f"enough rows to train {self.factory!r}, got {len(rows)}"), one_warning("sample"):
-                self._index.train(moved)
+            with errors("sample", f"enough rows to train {self.factory!r}, got {len(rows)}"):
+                train(self._index, moved, "sample")
         return self
 
     def add(self, gallery: Any, ids: Any = None) -> "GapIndex":
@@ -244,6 +252,7 @@ class GapIndex:
             raise ValueError("GapIndex: train or add before set_parameters")
         with errors("text", f"FAISS search parameters of {self.factory!r}, got {text!r}"):
             faiss().ParameterSpace().set_index_parameters(self._index, text)
+        self._views.pop("gpu", None)
         return self
 
     def search(self, queries: Any, k: int) -> tuple[Any, Any]:
@@ -317,13 +326,28 @@ class GapIndex:
         return self._views[device]
 
     def _search_codes(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        index = self._index if self.device == "auto" and k > GPU_NEIGHBOURS else self._searched()
         with errors("queries", f"a search that {self.factory!r} can do"):
-            distances, ids = map(torch.from_numpy, self._index.search(queries.numpy(), k))
+            distances, ids = map(torch.from_numpy, index.search(queries.numpy(), k))
         # By id first, then by distance in a stable sort; what is missing (-1) stays last.
         order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(1)
         values = distances.gather(1, order)
         order = order.gather(1, values.argsort(dim=1, stable=True, descending=self.metric == "ip"))
         return distances.gather(1, order), ids.gather(1, order)
+
+    def _searched(self) -> Any:
+        """A copy on FAISS's first GPU where `device` wants it there; the index itself elsewhere."""
+        if self.device == "cpu" or (self.device == "auto" and (self._read_only or no_gpu())):
+            return self._index
+        if "gpu" not in self._views:
+            try:
+                with errors("device", f"'cpu' or 'auto' for {self.factory!r}, got 'cuda'"):
+                    self._views["gpu"] = on_gpu(self._index)
+            except ValueError:
+                if self.device == "cuda":
+                    raise
+                self._views["gpu"] = self._index, None
+        return self._views["gpu"][0]
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes the index into a folder: FAISS's file, the shift, a manifest with counts and hashes. Atomic.
@@ -366,13 +390,16 @@ class GapIndex:
         return lists if isinstance(lists, module.OnDiskInvertedLists) else None
 
     @staticmethod
-    def load(path: str | os.PathLike, mmap: bool = False, *, verify: bool | None = None) -> "GapIndex":
+    def load(
+        path: str | os.PathLike, mmap: bool = False, *, verify: bool | None = None, device: str = "auto"
+    ) -> "GapIndex":
         """Reads what `save` or `gapkern index` wrote.
 
         Args:
             mmap: leave the vectors in the file until a search needs them; nothing can be added then. An index with
                 lists on disk is always mapped.
             verify: compare the files' hashes with the manifest's (default: where they are read whole).
+            device: as for `GapIndex`.
 
         Raises:
             ValueError: no index, another format, a file that is missing, truncated or changed.
@@ -383,7 +410,7 @@ class GapIndex:
         shift = MeanShift.load(paths["shift"]) if "shift" in paths else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "metric='ip'")
-            index = GapIndex(found["factory"], found["metric"], shift, model=found["model"])
+            index = GapIndex(found["factory"], found["metric"], shift, model=found["model"], device=device)
         flags = 0
         if "lists" in paths:
             flags = module.IO_FLAG_ONDISK_SAME_DIR | module.IO_FLAG_READ_ONLY

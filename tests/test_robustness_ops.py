@@ -1,0 +1,180 @@
+"""Operators of robustness: the exact integral against SciPy's, nearest rows against float64, CUDA against the CPU."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gapkern._nearest import in_tiles, nearest
+from gapkern.reference import robustness as reference
+from gapkern.testing import assert_near
+from tests.scenes import cloud
+
+
+def winning(squared, target, variance, dims):
+    operator = torch.ops.gapkern.robustness_exact
+    return operator(squared[None], torch.tensor([[target]]), float(variance), dims).item()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 8, 31, 63, 64, 200, 512, 4096])
+def test_exact_is_scipys_integral_over_six_decades_of_variance(dims):
+    generator = np.random.default_rng(dims)
+    errors = []
+    for variance in 10.0 ** np.arange(-6, 1):
+        for distance in (0.0, 0.3, 1.0):
+            gallery = generator.standard_normal((5, dims)) / math.sqrt(dims)
+            query = gallery[0] + distance * math.sqrt(variance) * generator.standard_normal(dims)
+            squared = torch.from_numpy(((query - gallery) ** 2).sum(1))
+            target = int(squared.argmin())
+            expected = reference.winning_probability(squared, target, variance, dims, nodes=201)
+            errors.append(abs(winning(squared, target, variance, dims) - expected))
+    assert max(errors) < 1e-3
+    assert np.mean(errors) < 1e-4
+
+
+@pytest.mark.parametrize("dims", [64, 300, 2048])
+@pytest.mark.parametrize("spread", [0.2, 1, 2.5])
+def test_many_rivals_are_summed_over_a_grid(dims, spread):
+    """More rivals than the grid has points, spread over some standard deviations of the noise."""
+    generator = np.random.default_rng(dims)
+    for variance in (1e-4, 1e-2):
+        deviation = 2 * math.sqrt(dims + 2 / variance)
+        ahead = spread * np.abs(generator.standard_normal(100))
+        squared = torch.from_numpy(1.0 + variance * deviation * ahead)
+        target = int(squared.argsort()[2])
+        expected = reference.winning_probability(squared, target, variance, dims, nodes=61)
+        assert winning(squared, target, variance, dims) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert winning(squared.float(), target, variance, dims) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("dims", [2, 16, 64, 512])
+@pytest.mark.parametrize("gallery", [1, 2, 10, 1000, 20000])
+def test_equal_rivals_share_the_chance(dims, gallery):
+    if dims < 64 and gallery > 1000:
+        gallery = 1000
+    for squared in (0.0, 1.3):
+        p = winning(torch.full((gallery,), squared, dtype=torch.float64), gallery // 2, 0.01, dims)
+        assert p == pytest.approx(1 / gallery, rel=2e-3)
+
+
+def test_the_chances_of_all_rows_add_up_to_one():
+    queries, gallery = cloud(dims=64)
+    squared = torch.cdist(queries.double(), gallery.double()).square()
+    targets = torch.arange(15).expand(40, -1).contiguous()
+    for variance in (1e-4, 1e-3, 1e-2):
+        total = torch.ops.gapkern.robustness_exact(squared, targets, variance, 64).sum(1)
+        assert float((total - 1).abs().max()) < 2e-4
+
+
+def test_a_target_of_minus_one_has_no_chance():
+    squared = torch.rand(3, 4, dtype=torch.float64)
+    p = torch.ops.gapkern.robustness_exact(squared, torch.tensor([[0, -1], [1, -1], [-1, 2]]), 0.1, 8)
+    assert (p == 0).tolist() == [[False, True], [False, True], [True, False]]
+
+
+def test_the_exact_operator_keeps_its_contract():
+    squared, targets = torch.rand(4, 9, dtype=torch.float64), torch.randint(9, (4, 2))
+    torch.library.opcheck(torch.ops.gapkern.robustness_exact, (squared, targets, 0.1, 16))
+    for arguments, message in (
+        ((squared[0], targets, 0.1, 16), "targets: expected"),
+        ((squared.half(), targets, 0.1, 16), "distances: expected float32 or float64"),
+        ((squared, targets.int(), 0.1, 16), "targets: expected int64"),
+        ((squared, targets, 0.0, 16), "variance: expected a number > 0"),
+        ((squared, targets, 0.1, 0), "dims: expected an integer > 0"),
+        ((squared, targets + 9, 0.1, 16), "targets: expected values in"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.gapkern.robustness_exact(*arguments)
+
+
+def tied(queries, gallery, dims, dtype=torch.float32):
+    """Rows that stand in the gallery several times, asked for by every other query; far from the origin."""
+    generator = torch.Generator().manual_seed(dims)
+    y, x = (torch.randn(n, dims, generator=generator) + 3 for n in (queries, gallery))
+    y[::2] = x[torch.randint(gallery, (len(y[::2]),), generator=generator)]
+    x[gallery // 2 :] = x[: gallery - gallery // 2].flip(0)
+    return y.to(dtype), x.to(dtype)
+
+
+SEARCHES = [(1, 1, 1), (5, 2, 3), (130, 129, 7), (257, 300, 32), (40, 1000, 130)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SEARCHES)
+def test_nearest_rows_and_the_best_two_distances(poisoned, shape, dtype):
+    y, x = tied(*shape, dtype)
+    row, best, second, slack = torch.ops.gapkern.robustness_nearest(y, x, x.float().mean(0))
+    squared, rows = reference.nearest_two(y, x)
+    assert float((best - squared[:, 0]).abs().sub(slack).max()) <= 0
+    assert torch.equal(second.isinf(), squared[:, 1].isinf())
+    assert float((second - squared[:, 1]).nan_to_num(0).abs().sub(slack).max()) <= 0
+    apart = squared[:, 1] - squared[:, 0] > slack
+    assert torch.equal(row[apart], rows[apart])
+    assert torch.equal(in_tiles(y, x), rows)
+    assert torch.equal(nearest(y, x), rows)
+
+
+def test_the_nearest_operator_keeps_its_contract():
+    y, x = tied(9, 6, 5)
+    operator = torch.ops.gapkern.robustness_nearest
+    torch.library.opcheck(operator, (y, x, x.mean(0)))
+    for arguments, message in (
+        ((y[:, :4], x, x.mean(0)), r"gallery: expected \(G, D\) beside queries"),
+        ((y, x.half(), x.mean(0)), "queries and gallery: expected one dtype"),
+        ((y.double(), x.double(), x.mean(0)), "queries and gallery: expected one dtype"),
+        ((y, x[:0], x.mean(0)), "gallery: expected at least one row"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(*arguments)
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        operator(y.requires_grad_(), x, x.mean(0))[1].sum().backward()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SEARCHES, (1000, 5000, 512), (3, 40_000, 64)])
+def test_cuda_nearest_rows(poisoned, shape, dtype):
+    y, x = tied(*shape, dtype)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        centre = x.float().mean(0).cuda()
+        found = torch.ops.gapkern.robustness_nearest(y.cuda(), x.cuda(), centre)
+        again = torch.ops.gapkern.robustness_nearest(y.cuda(), x.cuda(), centre)
+        whole = nearest(y.cuda(), x.cuda())
+        ragged = nearest(y.cuda()[:, 1:], x.cuda()[:, 1:]) if shape[2] > 1 else None
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    expected = torch.ops.gapkern.robustness_nearest(y, x, centre.cpu())
+    row, best, second, slack = (t.cpu() for t in found)
+    assert_near(slack, expected[3], 1e-5)
+    assert float((best - expected[1]).abs().sub(slack).max()) <= 0
+    assert float((second - expected[2]).nan_to_num(0).abs().sub(slack).max()) <= 0
+    apart = expected[2] - expected[1] > slack
+    assert torch.equal(row[apart], expected[0][apart])
+    assert torch.equal(whole.cpu(), nearest(y, x))
+    if ragged is not None:
+        assert torch.equal(ragged.cpu(), nearest(y[:, 1:], x[:, 1:]))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dims", [1, 3, 63, 64, 512, 4096])
+@pytest.mark.parametrize("gallery", [1, 7, 300, 5000])
+def test_cuda_exact_is_the_cpus(poisoned, gallery, dims, dtype):
+    generator = torch.Generator().manual_seed(gallery)
+    stream = torch.cuda.Stream()
+    for variance in (1e-4, 1e-2, 1.0):
+        deviation = 2 * variance * math.sqrt(dims + 2 / variance)
+        for spread in (0.0, 0.5, 3.0):
+            ahead = spread * torch.randn(6, gallery, generator=generator, dtype=torch.float64).abs()
+            squared = (1 + deviation * ahead).to(dtype)
+            targets = torch.randint(-1, gallery, (6, 3), generator=generator)
+            targets[:, 0] = squared.argmin(1)
+            with torch.cuda.stream(stream):
+                found = torch.ops.gapkern.robustness_exact(squared.cuda(), targets.cuda(), variance, dims)
+                again = torch.ops.gapkern.robustness_exact(squared.cuda(), targets.cuda(), variance, dims)
+            stream.synchronize()
+            expected = torch.ops.gapkern.robustness_exact(squared, targets, variance, dims)
+            assert torch.equal(found, again)
+            assert float((found.cpu() - expected).abs().max()) < 2e-5
