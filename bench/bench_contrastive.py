@@ -9,7 +9,7 @@ from bench import harness
 from bench.harness import Case, Contender
 from gapkern.testing import peak_memory
 
-SCALE = 50.0
+SCALE = 100.0  # where CLIP clamps it, and trained models are
 BATCHES = {"quick": (256, 1024), "full": (64, 128, 256, 512, 1024, 4096, 8192, 16384)}
 WIDTHS = {"quick": (512,), "full": (512, 768, 1024)}
 WIDE_UP_TO = 4096  # beyond it only the first width
