@@ -4,6 +4,7 @@
 #   PYTHON=python3.12           the interpreter .venv is made with
 #   GAPKERN_CUDA=auto|on|off    build the CUDA library (auto: when nvcc is found)
 #   TORCH_CUDA_ARCH_LIST=9.0a   CUDA architectures      MAX_JOBS=2   parallel compilations
+#   CUTLASS_PATH=               CUTLASS's headers, instead of installing $(CUTLASS)
 #   DEMO_ARGS=  TEST_ARGS=  BENCH_ARGS=                 passed on to the command
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,9 +12,16 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Where nvcc is found, CUTLASS's headers are installed for the Hopper kernels. The wheel's own requirements are heavy and
+# not needed to compile, so that it cannot be among pyproject.toml's.
+CUTLASS := nvidia-cutlass==4.2.0.0
+NVCC := $(or $(CUDACXX),$(shell PATH="$$CUDA_HOME/bin:$$CUDA_PATH/bin:$$PATH:/usr/local/cuda/bin" command -v nvcc))
+HEADERS := $(if $(filter off OFF Off,$(GAPKERN_CUDA)),,$(if $(NVCC),$(if $(CUTLASS_PATH),,$(STAMPS)/$(CUTLASS))))
+
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py gapkern/_version.py
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(origin CXX):$(CXX) CUDACXX=$(CUDACXX)
+SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(origin CXX):$(CXX) CUDACXX=$(CUDACXX) \
+            CUTLASS=$(CUTLASS_PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -80,10 +88,14 @@ $(STAMPS)/requirements: pyproject.toml $(STAMPS)/venv
 	$(PIP) -r $(STAMPS)/requirements.txt
 	@touch $@
 
+$(STAMPS)/$(CUTLASS): | $(STAMPS)/requirements
+	$(PIP) --no-deps $(CUTLASS)
+	@touch $@
+
 $(STAMPS)/settings: FORCE | $(STAMPS)/venv
 	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
 
-$(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings
+$(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings $(HEADERS)
 	@echo "Building the native libraries ..."
 	$(PIP) --no-build-isolation -e .
 	@sed -n 's/^-- \(gapkern: \)/\1/p' build/cmake-*/build.log

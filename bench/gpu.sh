@@ -4,7 +4,7 @@
 #
 #   bash bench/gpu.sh [FOLDER]     FOLDER takes gpu.json and the stages' logs too; bench/results/gpu.json is always written
 #
-# CUTLASS_PATH, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured by the build. Exit status: 0, 1 where the build, a test or
+# CUTLASS_PATH (or the wheel nvidia-cutlass), TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured by the build. Exit status: 0, 1 where the build, a test or
 # the sanitizer failed, 2 without a GPU. A stage that fails or runs over its time is recorded; the others still run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -55,16 +55,17 @@ sanitize() {
   fi
 }
 
-if ! GAPKERN_CUDA=on stage build 150 "$python" setup.py build_ext --inplace; then
+if ! GAPKERN_CUDA=on stage build 135 "$python" setup.py build_ext --inplace; then
   exit 1
 fi
 stage tests 75 "$python" -m pytest tests -m cuda -q --color=no || failed=1
 sanitize memcheck
 sanitize racecheck
 stage ceilings 20 "$python" bench/bench_gpu.py ceilings --out "$out" --seconds 15
-stage contrastive 80 "$python" bench/bench_gpu.py contrastive --out "$out" --seconds 65
+stage contrastive 70 "$python" bench/bench_gpu.py contrastive --out "$out" --seconds 55
+stage sigmoid 25 "$python" bench/bench_gpu.py sigmoid --out "$out" --seconds 15
 stage memory 20 "$python" bench/bench_gpu.py memory --out "$out" --seconds 15
-stage rowwise 35 "$python" bench/bench_gpu.py rowwise --out "$out" --seconds 25
-stage search 35 "$python" bench/bench_gpu.py search --out "$out" --seconds 25
+stage rowwise 40 "$python" bench/bench_gpu.py rowwise --out "$out" --seconds 30
+stage search 30 "$python" bench/bench_gpu.py search --out "$out" --seconds 20
 "$python" bench/bench_gpu.py collect --out "$out" --also "$out" || failed=1
 exit "$failed"

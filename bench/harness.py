@@ -39,11 +39,15 @@ class Contender:
 
 @dataclass
 class Case:
-    """What is timed: its parameters, the contenders, and a check of their results against each other."""
+    """What is timed: its parameters, the contenders, and a check of their results against each other.
+
+    The check raises where a result is wrong. It may instead return what is wrong by name, of contenders that are not
+    ours, whose times then count for nothing.
+    """
 
     parameters: dict[str, Any]
     contenders: list[Contender]
-    check: Callable[[dict[str, Any]], None] = field(default=lambda results: None)
+    check: Callable[[dict[str, Any]], dict[str, str] | None] = field(default=lambda results: None)
     baseline: str = ""
     traffic: int | None = None  # bytes that must move, for bandwidths
 
@@ -82,24 +86,71 @@ def stopwatch(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]
     return on_cuda
 
 
-def time_case(case: Case, *, seconds: float, least: int = 3, most: int = 50, device: str = "cpu") -> dict[str, Any]:
-    """Times one case within about `seconds`, in `least` to `most` rounds."""
-    case.check({c.name: c.call() for c in case.contenders})
+def reason(error: Exception) -> str:
+    """An exception in one line of bounded length."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+class _Guard:
+    """Runs contenders' calls. Guarded, one that raises is out of the race and its reason is kept."""
+
+    def __init__(self, guarded: bool):
+        self.guarded, self.failed = guarded, dict[str, str]()
+
+    def __call__(self, contender: Contender, call: Callable[[], Any]) -> Any:
+        if contender.name in self.failed:
+            return None
+        try:
+            return call()
+        except Exception as error:
+            if not self.guarded:
+                raise
+            self.failed[contender.name] = reason(error)
+        torch.cuda.empty_cache()  # what ran out of memory must leave it to the next
+        return None
+
+
+def _checked(case: Case, guard: _Guard) -> None:
+    results = {c.name: guard(c, c.call) for c in case.contenders}
+    results = {name: value for name, value in results.items() if name not in guard.failed}
+    try:
+        guard.failed.update(case.check(results) or {})
+    except KeyError as missing:
+        if missing.args[0] not in guard.failed:
+            raise
+        print(f"not checked: {missing.args[0]} failed", flush=True)
+
+
+def time_case(
+    case: Case, *, seconds: float, least: int = 3, most: int = 50, device: str = "cpu", guarded: bool = False
+) -> dict[str, Any]:
+    """Times one case within about `seconds`, in `least` to `most` rounds.
+
+    Guarded, a contender that raises (another version's signature, a package that is absent, no memory) is reported as
+    {"role", "failed": reason} and the others are timed.
+    """
+    guard = _Guard(guarded)
+    _checked(case, guard)
     spent: dict[str, list[float]] = {c.name: [] for c in case.contenders}
     watch = stopwatch(device)
     begin = time.perf_counter()
     for turn in range(most):
         # Every round starts elsewhere, so that nobody always follows the same neighbour.
-        running = {}
+        running = []
         for i in range(len(case.contenders)):
             contender = case.contenders[(i + turn) % len(case.contenders)]
-            running[contender.name] = watch(contender.call)
-        for name, taken in running.items():
-            spent[name].append(taken())
+            running.append((contender, guard(contender, lambda call=contender.call: watch(call))))
+        for contender, taken in running:
+            if contender.name not in guard.failed:
+                spent[contender.name].append(guard(contender, taken))
         if turn + 1 >= least and time.perf_counter() - begin > seconds:
             break
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for contender in case.contenders:
+        if contender.name in guard.failed:
+            results[contender.name] = {"role": contender.role, "failed": guard.failed[contender.name]}
+            continue
         times = sorted(spent[contender.name])
         results[contender.name] = {
             "role": contender.role,
@@ -149,6 +200,9 @@ def print_case(result: dict[str, Any]) -> None:
     print(parameters)
     base = result["results"].get(result["baseline"], {}).get("median")
     for name, r in result["results"].items():
+        if "failed" in r:
+            print(f"  {name:<34} failed: {r['failed']}", flush=True)
+            continue
         line = f"  {name:<34} {1e3 * r['median']:10.2f} ms  [{1e3 * r['p20']:.2f}, {1e3 * r['p80']:.2f}]"
         if base:
             line += f"  {base / r['median']:6.2f}x"

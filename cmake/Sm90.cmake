@@ -1,16 +1,23 @@
-# The Hopper kernels join gapkern_cuda where CUTLASS's headers are at hand (the wheel nvidia-cutlass, needed to build and
-# not to run) and 9.0a is not excluded by TORCH_CUDA_ARCH_LIST. Without them the library is whole: its other kernels
+# The Hopper kernels join gapkern_cuda where CUTLASS's headers are at hand (the wheel nvidia-cutlass, or a checkout named by
+# CUTLASS_PATH; needed to build and not to run) and 9.0a is not excluded by TORCH_CUDA_ARCH_LIST. Without them the library is whole: its other kernels
 # serve every device.
 set(sm90_reason "")
 if(GAPKERN_CUDA_ARCH_LIST AND NOT "${GAPKERN_CUDA_ARCH_LIST}" MATCHES "9\\.0a")
   set(sm90_reason "TORCH_CUDA_ARCH_LIST has no 9.0a")
 else()
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c
-            "import importlib.util as u, pathlib; s = u.find_spec('cutlass_library'); print(pathlib.Path(s.origin).parent / 'source' if s else '', end='')"
-    OUTPUT_VARIABLE cutlass_source ERROR_QUIET)
+  set(cutlass_source "$ENV{CUTLASS_PATH}")
+  if(NOT cutlass_source)
+    execute_process(
+      COMMAND "${Python_EXECUTABLE}" -c
+              "import importlib.util as u, pathlib; s = u.find_spec('cutlass_library'); print(pathlib.Path(s.origin).parent / 'source' if s else '', end='')"
+      OUTPUT_VARIABLE cutlass_source ERROR_QUIET)
+  endif()
   if(NOT EXISTS "${cutlass_source}/include/cutlass/cutlass.h")
-    set(sm90_reason "CUTLASS was not found; run `pip install --no-deps nvidia-cutlass==4.2.0.0`")
+    if(NOT "$ENV{CUTLASS_PATH}" STREQUAL "")
+      set(sm90_reason "CUTLASS_PATH names $ENV{CUTLASS_PATH}, which has no include/cutlass/cutlass.h")
+    else()
+      set(sm90_reason "CUTLASS was not found; run `pip install --no-deps nvidia-cutlass==4.2.0.0` and build with --no-build-isolation")
+    endif()
   endif()
 endif()
 if(sm90_reason)
@@ -18,7 +25,8 @@ if(sm90_reason)
   return()
 endif()
 
-add_library(gapkern_sm90 OBJECT csrc/contrastive/sm90_forward.cu csrc/contrastive/sm90_gradient.cu)
+add_library(gapkern_sm90 OBJECT csrc/contrastive/sm90_forward.cu csrc/contrastive/sm90_gradient.cu
+            csrc/contrastive/sm90_sigmoid.cu)
 set_target_properties(gapkern_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
 target_include_directories(gapkern_sm90 PRIVATE csrc)
 target_include_directories(gapkern_sm90 SYSTEM PRIVATE "${cutlass_source}/include" "${cutlass_source}/tools/util/include")

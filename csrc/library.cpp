@@ -46,6 +46,11 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor logit_scale, Tensor control, Tensor apart,"
       " Tensor row_weight, Tensor col_weight, Tensor kept, Tensor positive, Tensor row_lse2, Tensor col_lse2,"
       " Tensor grad_row, Tensor grad_col, Tensor grad_positive, int label_offset) -> Tensor");
+  // The sigmoid loss's step there: sums [3, n] over the rows' losses, dS and dS <x, y>. row_labels and col_numbers are
+  // the numbers of each row's label and of each column.
+  m.def(
+      "contrastive_sm90_sigmoid(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias,"
+      " Tensor row_labels, Tensor col_numbers) -> (Tensor sums, Tensor ds)");
   // Counter-based noise and quantisation of rows; perturb/perturb.h.
   m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
   m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");

@@ -1,5 +1,6 @@
 """The GPU run's cases, callables and checks, on the CPU at small sizes; that it says where there is no GPU."""
 
+import json
 import os
 import re
 import shutil
@@ -35,11 +36,126 @@ def test_a_wrong_result_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
     assert "AssertionError" in (tmp_path / "section-search.json").read_text()
 
 
+def test_a_contender_that_raises_is_recorded_and_the_others_are_timed(monkeypatch, tmp_path):
+    class WithoutLosses:  # another version of the package
+        pass
+
+    def imported(name):
+        if name == "inf_cl":
+            raise ImportError("No module named 'inf_cl'")
+        return WithoutLosses()
+
+    monkeypatch.setattr(bench_gpu.importlib, "import_module", imported)
+    (case,) = list(bench_gpu.run("sigmoid", "cpu", True, 60, tmp_path))[:1]
+    results = case["results"]
+    assert results["open_clip"] == {
+        "role": "baseline", "failed": "AttributeError: 'WithoutLosses' object has no attribute 'SigLipLoss'"
+    }  # fmt: skip
+    assert results["gapkern"]["calls"] >= 3
+    assert results[bench_gpu.EAGER]["median"] > 0
+    result = bench_gpu.collect(tmp_path)
+    assert any("open_clip" in line and "failed: AttributeError" in line for line in bench_gpu.table(result))
+
+
+FAILURES = [TypeError("got an unexpected keyword argument 'scale'"), ImportError("absent"), AttributeError("renamed"),
+            torch.cuda.OutOfMemoryError("CUDA out of memory")]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("after", [0, 2])
+def test_failures_at_first_and_while_timed(error, after):
+    calls = []
+
+    def failing():
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+        return 1
+
+    def check(results):
+        assert results["ours"] == results["other"]
+
+    contenders = [harness.Contender("other", failing, "baseline"), harness.Contender("ours", lambda: 1)]
+    case = harness.Case({}, contenders, check, "other")
+    result = harness.time_case(case, seconds=0.01, most=4, guarded=True)
+    assert result["results"]["other"] == {"role": "baseline", "failed": f"{type(error).__name__}: {error}"}
+    assert result["results"]["ours"]["calls"] >= 3
+    assert len(calls) == after + 1
+    with pytest.raises(type(error)):
+        harness.time_case(case, seconds=0.01, most=4)
+
+
+def test_a_wrong_result_of_another_is_its_failure_and_of_ours_an_error():
+    right, wrong = [torch.ones(3)], [torch.zeros(3)]
+    assert "other" in bench_gpu._against_eager({bench_gpu.EAGER: right, "other": wrong, "gapkern": right}, 1e-3)
+    with pytest.raises(AssertionError):
+        bench_gpu._against_eager({bench_gpu.EAGER: right, "gapkern": wrong}, 1e-3)
+
+
+def test_ours_failing_is_a_failure_of_the_run(monkeypatch, tmp_path):
+    def nearest(queries, gallery):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(bench_gpu, "nearest", nearest)
+    monkeypatch.setattr(sys, "argv", f"bench_gpu.py search --out {tmp_path} --device cpu --quick".split())
+    assert bench_gpu.main() == 1
+    first, second = json.loads((tmp_path / "section-search.json").read_text())
+    assert first["results"]["gapkern"]["failed"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert "median" in second["results"]["gapkern, exact"]
+
+
+def test_a_case_that_cannot_be_made_is_recorded(monkeypatch, tmp_path):
+    def section(device, quick):
+        yield harness.Case({"N": 1}, [harness.Contender("gapkern", lambda: 1)])
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB")
+
+    monkeypatch.setitem(bench_gpu.SECTIONS, "search", section)
+    done = bench_gpu.run("search", "cpu", True, 60, tmp_path)
+    assert [list(case) for case in done] == [["N", "baseline", "traffic", "results"], ["error"]]
+    assert json.loads((tmp_path / "section-search.json").read_text()) == done
+
+
+def test_an_interrupted_write_leaves_the_last_whole_file(monkeypatch, tmp_path):
+    written = []
+
+    def section(device, quick):
+        for n in range(3):
+            yield harness.Case({"N": n}, [harness.Contender("gapkern", lambda: 1)])
+            written.append(json.loads((tmp_path / "section-search.json").read_text()))
+            assert [p.name for p in tmp_path.iterdir()] == ["section-search.json"]
+
+    monkeypatch.setitem(bench_gpu.SECTIONS, "search", section)
+    dumps = json.dumps
+
+    def interrupted(value, **options):
+        if len(value) == 3:
+            raise KeyboardInterrupt
+        return dumps(value, **options)
+
+    monkeypatch.setattr(json, "dumps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.run("search", "cpu", True, 60, tmp_path)
+    assert [len(cases) for cases in written] == [1, 2]
+    assert [case["N"] for case in json.loads((tmp_path / "section-search.json").read_text())] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [("everything", "invalid choice: 'everything'"), ("search --seconds soon", "--seconds: invalid float value"),
+     ("collect", "--out: needed"), ("search --device tpu", "--device: expected cpu or cuda")],
+)  # fmt: skip
+def test_arguments_that_cannot_be(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments.split()])
+    with pytest.raises(SystemExit):
+        bench_gpu.main()
+    assert message in capsys.readouterr().err
+
+
 def test_collected_with_each_contenders_floor(tmp_path):
     for section in ("ceilings", "contrastive", "rowwise"):
         bench_gpu.run(section, "cpu", True, 60, tmp_path)
     result = bench_gpu.collect(tmp_path)
-    assert set(result["rates"]) == {"copy", "bfloat16", "float32"}
+    assert set(result["rates"]) == {"copy", "bfloat16", "float32", "float64"}
     ours = result["sections"]["contrastive"][0]["results"]
     keep, recompute = (ours[f"gapkern, {kind}"] for kind in ("keep", "recompute"))
     assert keep["floor"] / recompute["floor"] == pytest.approx(0.75)

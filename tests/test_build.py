@@ -1,6 +1,7 @@
 """Building, installing and loading: that it works, how long it takes, and what is said when it does not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,33 @@ def test_a_stale_build_is_noticed(checkout):
     assert used.returncode != 0
     (line,) = used.stderr.strip().splitlines()
     assert "csrc/ has changed since the native libraries were built; rebuild with `make build`" in line
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("env", "installed"),
+    [
+        ({"CUDACXX": "/some/nvcc"}, True),
+        ({"CUDACXX": "/some/nvcc", "GAPKERN_CUDA": "on"}, True),
+        ({"CUDACXX": "/some/nvcc", "GAPKERN_CUDA": "off"}, False),
+        ({"CUDACXX": "/some/nvcc", "CUTLASS_PATH": "/some/cutlass"}, False),
+    ],
+)
+def test_make_installs_the_headers_for_hopper_where_cuda_is_compiled(env, installed):
+    environment = {"PATH": os.environ["PATH"], "VENV": "absent", **env}
+    done = subprocess.run(["make", "-n", "build"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    headers = [i for i, line in enumerate(lines) if "--no-deps nvidia-cutlass==" in line]
+    assert len(headers) == installed
+    (native,) = (i for i, line in enumerate(lines) if line.endswith("--no-build-isolation -e ."))
+    assert all(i < native for i in headers)
+
+
+def test_the_headers_for_hopper_are_of_one_version_everywhere():
+    texts = [(ROOT / name).read_text() for name in ("Makefile", "README.md", "cmake/Sm90.cmake")]
+    assert all(len(set(re.findall(r"nvidia-cutlass==([\d.]+\d)", text))) == 1 for text in texts)
+    assert len({v for text in texts for v in re.findall(r"nvidia-cutlass==([\d.]+\d)", text)}) == 1
 
 
 def test_what_is_loaded_and_why_not():

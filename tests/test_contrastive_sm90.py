@@ -1,4 +1,4 @@
-"""The softmax losses on Hopper: their orchestration here, with PyTorch's operations as steps, and the kernels there."""
+"""The losses on Hopper: their orchestration here, with PyTorch's operations as steps, and the kernels there."""
 
 import math
 
@@ -7,14 +7,14 @@ import torch
 
 from gapkern import cli
 from gapkern.ops import chunked, hopper
-from gapkern.ops.contrastive import lse_pair
+from gapkern.ops.contrastive import lse_pair, sigmoid_sum
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way
 
 NAMES = ("row_lse", "col_lse", "positive", "grad_images", "grad_texts", "grad_logit_scale")
 SHAPES = [(1, 1, 8), (3, 9, 16), (127, 129, 64), (128, 256, 64), (300, 517, 72), (515, 515, 136)]
 # What rounding dS and the results once costs; statistics are never rounded.
-ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 7e-4}
+ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-3}
 
 
 def pair(n, m, d, dtype, device="cpu", size=1.0, seed=0):
@@ -102,6 +102,77 @@ def test_orchestration_forms_only_what_is_needed(needs):
             assert_near(a, b, 1e-2)
 
 
+def rounded(*values):
+    """float32 embeddings as the products see them."""
+    return [v.bfloat16().float() for v in values]
+
+
+@pytest.mark.parametrize("work_bytes", [0, 2**40])
+def test_float32_is_rounded_once_and_has_float32_gradients(poisoned, work_bytes):
+    x, y = pair(130, 270, 72, torch.float32)
+    scale = torch.tensor(14.3)
+    ours = steps(x, y, scale, 5, work_bytes)
+    assert [g.dtype for g in ours[3:5]] == [torch.float32] * 2
+    assert any(not torch.equal(g, g.bfloat16().float()) for g in ours[3:5])
+    check(ours, *rounded(x, y), scale, 5)
+
+
+def sigmoid_steps(x, y, scale, bias, offset=0, needs=(True, True), module=hopper):
+    return list(module.sigmoid_loss(x, y, scale, bias, offset, "high", list(needs)))
+
+
+def check_sigmoid(ours, x, y, scale, bias, offset):
+    """Loss and gradients, in the operator's order."""
+    inputs = [t.detach().double().requires_grad_() for t in (x, y, scale, bias)]
+    truth = reference.sigmoid_sum(*inputs, label_offset=offset)
+    gradients = torch.autograd.grad(truth, inputs)
+    size = float(truth.detach())
+    assert_near(ours[0], truth.detach(), 2e-5, name="loss")
+    for name, a, b in zip(("images", "texts"), ours[1:3], gradients, strict=False):
+        assert a.dtype == torch.float32
+        assert_near(a, b, ROUNDING[x.dtype], name=name)
+    # Sums of both signs, of float32 values that were not rounded: a share of the loss.
+    for name, a, b in zip(("logit_scale", "logit_bias"), ours[3:], gradients[2:], strict=True):
+        assert abs(float(a) - float(b)) <= 2e-5 * (size + abs(float(b))), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("side", [-1, 0, 1])
+def test_sigmoid_orchestration_against_float64(poisoned, shape, dtype, side):
+    n, m, d = shape
+    x, y = pair(n, m, d, dtype)
+    scale, bias, offset = torch.tensor(14.3), torch.tensor(-6.0), side * (n // 2 + 1)
+    ours = sigmoid_steps(x, y, scale, bias, offset)
+    check_sigmoid(ours, *(rounded(x, y) if dtype == torch.float32 else (x, y)), scale, bias, offset)
+
+
+def test_sigmoid_orchestration_in_blocks_forms_only_what_is_needed(monkeypatch):
+    x, y = pair(700, 705, 24, torch.bfloat16)
+    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+    whole = sigmoid_steps(x, y, scale, bias, 3)
+    monkeypatch.setattr(hopper, "GRADIENT_ELEMENTS", 150 * 705)
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        some = sigmoid_steps(x, y, scale, bias, 3, needs)
+        for wanted, a, b in zip((True, *needs, True, True), some, whole, strict=True):
+            assert a.numel() == (b.numel() if wanted else 0)
+            if wanted:
+                assert_near(a, b, 1e-5)
+
+
+def test_sigmoid_results_are_what_the_fake_kernel_says():
+    x, y = pair(12, 14, 8, torch.bfloat16)
+    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = torch.ops.gapkern.sigmoid_loss(
+            *(mode.from_tensor(t) for t in (x, y, scale, bias)), 0, "highest", [True, False]
+        )
+    for a, b in zip(sigmoid_steps(x, y, scale, bias, needs=(True, False)), fake, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
 def test_rows_of_a_gradient_block():
     assert [hopper._gradient_rows(32768, 32768, d) for d in (512, 768, 1024)] == [8448, 5632, 8448]
     assert hopper._gradient_rows(300, 517, 72) == 300
@@ -137,16 +208,45 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     device = torch.device("cuda", 0)
     assert hopper.hindrance(device, torch.bfloat16, 8) == ""
-    assert "float32" in hopper.hindrance(device, torch.float32, 8)
+    assert "float32 with" in hopper.hindrance(device, torch.float32, 8)
+    assert hopper.hindrance(device, torch.float32, 8, precision="high") == ""
+    assert "got float64" in hopper.hindrance(device, torch.float64, 8, precision="high")
     assert "multiple of 8, got 12" in hopper.hindrance(device, torch.float16, 12)
     assert "sqeuclidean" in hopper.hindrance(device, torch.float16, 16, "sqeuclidean")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert "got 8.0" in hopper.hindrance(device, torch.bfloat16, 8)
 
 
-def test_the_doctor_names_the_kernel(capsys):
+def test_the_dispatcher_reads_the_precision_and_the_number_of_texts(monkeypatch):
+    taken = []
+    for name in ("contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"):
+        monkeypatch.setattr(hopper, name, lambda *_, name=name: taken.append(name))
+        monkeypatch.setattr(chunked, name, lambda *_: taken.append("chunked"))
+    monkeypatch.setattr(hopper, "asked", lambda: "auto")
+    seen = []
+
+    def hindrance(device, dtype, dims, similarity, precision):
+        seen.append((dtype, dims, similarity, precision))
+        return "" if precision == "high" else "precision"
+
+    monkeypatch.setattr(hopper, "hindrance", hindrance)
+    x, y, v = torch.ones(3, 8), torch.ones(5, 8), torch.ones(1)
+    for precision in ("high", "highest"):
+        hopper.dispatch("contrastive_lse")(x, y, v, "dot", 1, precision, 0)
+        hopper.dispatch("contrastive_lse_backward")(v, v, v, x, y, v, v, v, v, "dot", 1, precision, [True] * 3)
+        hopper.dispatch("sigmoid_loss")(x, y, v, v, 0, precision, [True] * 2)
+    assert taken == ["contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"] + ["chunked"] * 3
+    assert seen == [(torch.float32, 8, "dot", p) for p in ("high",) * 3 + ("highest",) * 3]
+    monkeypatch.setattr(hopper, "MOST_COLUMNS", 4)
+    hopper.dispatch("sigmoid_loss")(x, y, v, v, 0, "high", [True] * 2)
+    assert taken[-1] == "chunked"
+
+
+def test_the_doctor_names_the_kernels(capsys):
     assert cli.main(["doctor"]) == 0
-    assert "contrastive cpu: the processor's kernels" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "contrastive cpu: the processor's kernels" in out
+    assert ("Hopper (sm90)" in out) == hopper.built()
 
 
 hopper_only = [pytest.mark.cuda, pytest.mark.sm90]
@@ -219,6 +319,29 @@ class TestOnHopper:
         graph.replay()
         expected = steps(x, y, scale)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+    @pytest.mark.parametrize("work_bytes", [0, 2**32])
+    @pytest.mark.parametrize("precision", ["high", "medium"])
+    def test_float32_against_float64(self, on_hopper, poisoned, precision, work_bytes):
+        x, y = pair(700, 901, 128, torch.float32, "cuda")
+        scale = torch.tensor(14.3, device="cuda")
+        ours = by_autograd(lse_pair, x, y, scale, 7, work_bytes=work_bytes, precision=precision)
+        assert [g.dtype for g in ours[3:5]] == [torch.float32] * 2
+        check(ours, *rounded(x, y), scale, 7)
+
+    @pytest.mark.parametrize("shape", [*SHAPES, (1025, 2311, 768), (17000, 1000, 64)])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_sigmoid_against_float64(self, on_hopper, poisoned, shape, dtype):
+        n, m, d = shape
+        x, y = pair(n, m, d, dtype, "cuda")
+        scale, bias = torch.tensor(14.3, device="cuda"), torch.tensor(-6.0, device="cuda")
+        inputs = [t.detach().clone().requires_grad_() for t in (x, y, scale, bias)]
+        loss = sigmoid_sum(*inputs, label_offset=5, precision="high")
+        gradients = [g.float() for g in torch.autograd.grad(loss, inputs)]
+        seen = rounded(x, y) if dtype == torch.float32 else (x, y)
+        check_sigmoid([loss.detach(), *gradients], *seen, scale, bias, 5)
+        again = sigmoid_steps(x, y, scale, bias, 5)
+        assert all(torch.equal(a, b) for a, b in zip(again, sigmoid_steps(x, y, scale, bias, 5), strict=True))
 
     def test_on_a_stream_of_its_own(self, on_hopper):
         x, y = pair(1500, 1500, 256, torch.bfloat16, "cuda")

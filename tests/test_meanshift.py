@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gapkern.ops import meanshift
 from gapkern.reference import meanshift as reference
 from gapkern.testing import assert_near, assert_three_way
 
@@ -29,6 +30,13 @@ def test_sum(poisoned, shape, dtype):
 def test_gram(poisoned, shape, dtype):
     x = data(shape, dtype)
     mean = torch.full((shape[1],), 10.0, dtype=torch.float64)
+    assert_near(torch.ops.gapkern.meanshift_gram(x, mean), reference.gram(x, mean), 1e-13)
+
+
+def test_gram_of_many_chunks_of_rows(poisoned, monkeypatch):
+    monkeypatch.setattr(meanshift, "_CHUNK", 3 * 11)
+    x = data((20, 11), torch.float32)
+    mean = torch.full((11,), 10.0, dtype=torch.float64)
     assert_near(torch.ops.gapkern.meanshift_gram(x, mean), reference.gram(x, mean), 1e-13)
 
 

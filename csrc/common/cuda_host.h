@@ -43,6 +43,20 @@ inline bool packs(const Tensor& x, int64_t columns) {
   return columns * bytes % 16 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
+// Rows x [N, D] that are to be shifted: contiguous, with the shift in the type of the arithmetic and room for the
+// result.
+struct Shifted {
+  Tensor x, by, out;
+};
+inline Shifted check_shifted(const Tensor& x, const Tensor& shift) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected shape (N, D), got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(shift.numel() == x.size(1), "shift: expected D = ", x.size(1), " elements, got ", shift.numel());
+  STD_TORCH_CHECK(shift.is_cuda() && shift.get_device_index() == x.get_device_index(),
+                  "shift: expected the device of x");
+  const Tensor rows = torch::stable::contiguous(x);
+  return {rows, as_type(shift, arithmetic_type(rows)), torch::stable::empty_like(rows)};
+}
+
 inline unsigned blocks(int64_t work, int64_t per_block, int64_t most = int64_t(1) << 20) {
   const int64_t wanted = (work + per_block - 1) / per_block;
   return unsigned(wanted < 1 ? 1 : wanted < most ? wanted : most);

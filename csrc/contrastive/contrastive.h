@@ -13,11 +13,11 @@
 //   an empty tensor for the others.
 //
 // sigmoid_loss -> sum_ij softplus(-z_ij (s <x_i, y_j> + bias)) in float64, z = +1 at the label and -1 elsewhere, and
-// its
-//   gradients in the type of the arithmetic. Rows whose label lies outside [0, M) have none: a block of negatives.
+//   its gradients in the type of the arithmetic. Rows whose label lies outside [0, M) have none: a block of negatives.
 //
 // Arithmetic: float64 for float64 inputs, float32 otherwise; with precision "high" or "medium", and for bfloat16
-// inputs, products of bfloat16 with float32 accumulation where the processor has them (dot similarity only).
+// inputs, products of bfloat16 with float32 accumulation where the processor, or a Hopper GPU, has them (dot similarity
+// only).
 // Work: 2NMD forward, 6NMD backward (4NMD for kept rows, 2NMD less for each of dX and dY not asked for).
 // Memory: O((N + M) D) and one chunk of logit gradients; never N x M beyond what work_bytes allows.
 // Results do not depend on the number of threads.

@@ -231,6 +231,35 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_s
   return ds;
 }
 
+std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, const Tensor& logit_scale,
+                                   const Tensor& logit_bias, const Tensor& row_labels, const Tensor& col_numbers) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  const Inputs in(images, texts);
+  STD_TORCH_CHECK(in.columns <= int64_t(1) << 24, "texts: expected at most ", int64_t(1) << 24, " rows, got ",
+                  in.columns);
+  expect(logit_scale, 1, "logit_scale");
+  expect(logit_bias, 1, "logit_bias");
+  expect(row_labels, in.rows, "row_labels");
+  expect(col_numbers, in.columns, "col_numbers");
+  const Tensor scale = as_type(logit_scale, ScalarType::Float), bias = as_type(logit_bias, ScalarType::Float);
+  const Tensor labels = as_type(row_labels, ScalarType::Float), numbers = as_type(col_numbers, ScalarType::Float);
+  const int64_t across = tiles(in.columns, kTileN), stride = tiles(in.rows, kTileM) * kTileM;
+  const int64_t pitch = pitch_of(in.columns);
+  Tensor part = floats(images, 3 * across * stride), ds = torch::stable::new_empty(images, {in.rows, pitch});
+  Tensor sums = torch::stable::new_empty(images, {3, in.rows}, ScalarType::Double);
+  float* first = part.mutable_data_ptr<float>();
+  succeed(launch_sigmoid(in.problem(), scale.const_data_ptr<float>(), bias.const_data_ptr<float>(),
+                         labels.const_data_ptr<float>(), numbers.const_data_ptr<float>(),
+                         {first, first + across * stride, first + 2 * across * stride}, ds.data_ptr(), pitch,
+                         stream_of(images)),
+          "sigmoid");
+  for (int64_t i = 0; i < 3; ++i)
+    sum_parts<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream_of(images)>>>(
+        first + i * across * stride, across, stride, in.rows, out(sums) + i * in.rows);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {sums, ds};
+}
+
 }  // namespace
 }  // namespace gapkern::contrastive::sm90
 
@@ -241,4 +270,5 @@ STABLE_TORCH_LIBRARY_IMPL(gapkern, CUDA, m) {
   m.impl("contrastive_sm90_positive", TORCH_BOX(&gapkern::contrastive::sm90::positive));
   m.impl("contrastive_sm90_weights", TORCH_BOX(&gapkern::contrastive::sm90::weights));
   m.impl("contrastive_sm90_gradient", TORCH_BOX(&gapkern::contrastive::sm90::gradient));
+  m.impl("contrastive_sm90_sigmoid", TORCH_BOX(&gapkern::contrastive::sm90::sigmoid));
 }

@@ -109,6 +109,27 @@ __device__ __forceinline__ void tile_products(const Products<T>& p, int64_t row0
   }
 }
 
+// A sum of powers of two relative to the largest.
+struct RunningSum {
+  float base = kNothing<float>, sum = 0;
+  __device__ void add(float other_base, float other_sum) {
+    if (other_base == kNothing<float>) return;
+    const float high = larger(base, other_base);
+    sum = (base == kNothing<float> ? 0 : sum * exp2_of(base - high)) + other_sum * exp2_of(other_base - high);
+    base = high;
+  }
+};
+
+// Calls f(element, i, row, column) for a thread's part of a tile, of which row is the i-th row.
+template <class F>
+__device__ __forceinline__ void over_part(const float (&acc)[kPart][kPart], const F& f) {
+  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
+#pragma unroll
+  for (int i = 0; i < kPart; ++i)
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) f(acc[i][j], i, ty * kPart + i, tx * kPart + j);
+}
+
 // Replaces what is NaN among lse [rows].
 template <class T>
 __global__ void __launch_bounds__(kThreads) repair_lse(Products<T> p, const float* control, double* lse) {
@@ -116,36 +137,24 @@ __global__ void __launch_bounds__(kThreads) repair_lse(Products<T> p, const floa
   bool needed = false;
   for (int r = 0; r < kSide && row0 + r < p.rows; ++r) needed = needed || lse[row0 + r] != lse[row0 + r];
   if (!needed) return;
-  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
-  const float k = control[0], none = kNothing<float>;
-  float base[kPart], sum[kPart];
-#pragma unroll
-  for (int i = 0; i < kPart; ++i) base[i] = none, sum[i] = 0;
+  const float k = control[0];
+  RunningSum sums[kPart];
   for (int64_t column0 = 0; column0 < p.columns; column0 += kSide) {
     float acc[kPart][kPart];
     tile_products(p, row0, column0, acc);
-#pragma unroll
-    for (int i = 0; i < kPart; ++i)
-#pragma unroll
-      for (int j = 0; j < kPart; ++j) {
-        if (column0 + tx * kPart + j >= p.columns) continue;
-        const float v = k * acc[i][j], high = larger(base[i], v);
-        sum[i] = (base[i] == none ? 0 : sum[i] * exp2_of(base[i] - high)) + exp2_of(v - high);
-        base[i] = high;
-      }
+    over_part(acc, [&](float product, int i, int, int column) {
+      if (column0 + column < p.columns) sums[i].add(k * product, 1);
+    });
   }
 #pragma unroll
   for (int i = 0; i < kPart; ++i) {
     for (int o = kAcross / 2; o > 0; o /= 2) {
-      const float other_base = __shfl_xor_sync(kEveryLane, base[i], o);
-      const float other_sum = __shfl_xor_sync(kEveryLane, sum[i], o);
-      const float high = larger(base[i], other_base);
-      sum[i] = (base[i] == none ? 0 : sum[i] * exp2_of(base[i] - high)) +
-               (other_base == none ? 0 : other_sum * exp2_of(other_base - high));
-      base[i] = high;
+      const float base = __shfl_xor_sync(kEveryLane, sums[i].base, o);
+      sums[i].add(base, __shfl_xor_sync(kEveryLane, sums[i].sum, o));
     }
-    const int64_t row = row0 + ty * kPart + i;
-    if (tx == 0 && row < p.rows && lse[row] != lse[row]) lse[row] = kLn2 * (double(base[i]) + log2(double(sum[i])));
+    const int64_t row = row0 + threadIdx.x / kAcross * kPart + i;
+    if (threadIdx.x % kAcross == 0 && row < p.rows && lse[row] != lse[row])
+      lse[row] = kLn2 * (double(sums[i].base) + log2(double(sums[i].sum)));
   }
 }
 
@@ -214,18 +223,14 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) gradient_apart(Products<T> p, Weighing w, int64_t pitch, T* ds) {
   if (*w.apart == 0) return;
   const int64_t row0 = blockIdx.y * int64_t(kSide), column0 = blockIdx.x * int64_t(kSide);
-  const int tx = threadIdx.x % kAcross, ty = threadIdx.x / kAcross;
   float acc[kPart][kPart];
   tile_products(p, row0, column0, acc);
-#pragma unroll
-  for (int i = 0; i < kPart; ++i)
-#pragma unroll
-    for (int j = 0; j < kPart; ++j) {
-      const int64_t row = row0 + ty * kPart + i, column = column0 + tx * kPart + j;
-      if (row >= p.rows || column >= p.columns) continue;
-      from_wide(logit_gradient(acc[i][j], w.control[0], w.control[1], true, w.row_weight[row], w.column_weight[column]),
-                ds + row * pitch + column);
-    }
+  over_part(acc, [&](float product, int, int in_row, int in_column) {
+    const int64_t row = row0 + in_row, column = column0 + in_column;
+    if (row >= p.rows || column >= p.columns) return;
+    from_wide(logit_gradient(product, w.control[0], w.control[1], true, w.row_weight[row], w.column_weight[column]),
+              ds + row * pitch + column);
+  });
 }
 
 // positive[i] = <x_i, y_{i + label_offset}>, a warp each.

@@ -28,7 +28,47 @@ using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::_64>;
 using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
 inline constexpr auto kRounding = cutlass::FloatRoundStyle::round_to_nearest;
 
+// What the visitors are made of: a scalar, a value for every row or column, sums over the rows or columns of a tile,
+// and a function F::of of such values, element by element.
 using Scalar = fusion::Sm90ScalarBroadcast<float>;
+using PerRow = fusion::Sm90ColBroadcast<0, Tile, float, float, cute::Stride<cute::_1, cute::_0, cute::_0>>;
+using PerColumn = fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, cute::_1, cute::_0>>;
+using RowSums = fusion::Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tile, float, float, kRounding,
+                                         cute::Stride<cute::_1, cute::_0, cute::_0>, 4, false, false, true>;
+using ColumnSums =
+    fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Tile, float, float, kRounding,
+                             cute::Stride<cute::_0, cute::_1, cute::_0>, 4, false, false, true>;
+
+inline Scalar::Arguments scalar(const float* value) { return {{0.f}, {value}}; }
+inline PerRow::Arguments per_row(const float* values) { return {values, 0.f, {}}; }
+inline PerColumn::Arguments per_column(const float* values) { return {values, 0.f, {}}; }
+inline RowSums::Arguments row_sums(float* part) { return {part, 0.f, {}}; }
+inline ColumnSums::Arguments column_sums(float* part) { return {part, 0.f, {}}; }
+
+template <class F>
+struct Elementwise {
+  template <class Values>
+  struct Function {
+    template <class... Others>
+    CUTLASS_DEVICE Values operator()(const Values& first, const Others&... others) const {
+      Values result;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < Values::kElements; ++i) result[i] = F::of(first[i], others[i]...);
+      return result;
+    }
+  };
+  template <class Out>
+  using To = fusion::Sm90Compute<Function, Out, float, kRounding>;
+};
+template <class Out>
+using Rounded = fusion::Sm90Compute<cutlass::epilogue::thread::Identity, Out, float, kRounding>;
+
+// Calls f with a null pointer to the type of the inputs.
+template <class F>
+cudaError_t by_element(const Problem& p, const F& f) {
+  return p.element == Element::bfloat16 ? f(static_cast<cutlass::bfloat16_t*>(nullptr))
+                                        : f(static_cast<cutlass::half_t*>(nullptr));
+}
 
 // A Design has the type of the inputs, Input, what the epilogue stores, Out (or void), and its tree, Visitor.
 template <class Design>

@@ -3,43 +3,28 @@
 
 namespace gapkern::contrastive::sm90 {
 
-template <class T>
-struct Gradient;
-template <int count>
-struct Gradient<cutlass::Array<float, count>> {
-  using Values = cutlass::Array<float, count>;
-  CUTLASS_DEVICE Values operator()(const Values& acc, const Values& k, const Values& shift, const Values& apart,
-                                   const Values& a, const Values& b) const {
-    Values ds;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < count; ++i) ds[i] = logit_gradient(acc[i], k[0], shift[0], apart[0] != 0, a[i], b[i]);
-    return ds;
+struct Gradient {
+  static CUTLASS_DEVICE float of(float acc, float k, float shift, float apart, float a, float b) {
+    return logit_gradient(acc, k, shift, apart != 0, a, b);
   }
 };
-
-using RowWeight = fusion::Sm90ColBroadcast<0, Tile, float, float, cute::Stride<cute::_1, cute::_0, cute::_0>>;
-using ColumnWeight = fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, cute::_1, cute::_0>>;
 template <class T>
 struct Gradients {
   using Input = T;
   using Out = T;
-  using Visitor = fusion::Sm90EVT<fusion::Sm90Compute<Gradient, T, float, kRounding>, fusion::Sm90AccFetch, Scalar,
-                                  Scalar, Scalar, RowWeight, ColumnWeight>;
+  using Visitor =
+      fusion::Sm90EVT<Elementwise<Gradient>::To<T>, fusion::Sm90AccFetch, Scalar, Scalar, Scalar, PerRow, PerColumn>;
 };
-
-template <class T>
-static cudaError_t launch(const Problem& p, const float* control, const float* apart, const float* row_weight,
-                          const float* column_weight, void* ds, int64_t pitch, cudaStream_t stream) {
-  const typename Gradients<T>::Visitor::Arguments visitor{
-      {}, {{0.f}, {control}}, {{0.f}, {control + 1}}, {{0.f}, {apart}}, {row_weight, 0.f, {}}, {column_weight, 0.f, {}},
-      {}};
-  return Gemm<Gradients<T>>::run(p, visitor, static_cast<T*>(ds), pitch, stream);
-}
 
 cudaError_t launch_gradient(const Problem& p, const float* control, const float* apart, const float* row_weight,
                             const float* column_weight, void* ds, int64_t pitch, cudaStream_t stream) {
-  const auto f = p.element == Element::bfloat16 ? launch<cutlass::bfloat16_t> : launch<cutlass::half_t>;
-  return f(p, control, apart, row_weight, column_weight, ds, pitch, stream);
+  return by_element(p, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return Gemm<Gradients<T>>::run(
+        p,
+        {{}, scalar(control), scalar(control + 1), scalar(apart), per_row(row_weight), per_column(column_weight), {}},
+        static_cast<T*>(ds), pitch, stream);
+  });
 }
 
 }  // namespace gapkern::contrastive::sm90

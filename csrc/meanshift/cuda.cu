@@ -41,34 +41,29 @@ Tensor sum(const Tensor& input) {
 }
 
 template <class T, int pack>
-void launch_apply(const Tensor& x, const Tensor& shift, bool normalize, Tensor& out) {
+void launch_apply(const Shifted& s, bool normalize) {
   using A = typename Wide<T>::type;
+  const Tensor& x = s.x;
   const unsigned grid = blocks(x.size(0), kApplyWarps);
   const auto kernel = normalize ? apply_rows<T, pack, true> : apply_rows<T, pack, false>;
   kernel<<<grid, kApplyWarps * kWarp, 0, stream_of(x)>>>(static_cast<const T*>(x.data_ptr()), x.size(0), x.size(1),
-                                                         static_cast<const A*>(shift.data_ptr()),
-                                                         static_cast<T*>(out.data_ptr()));
+                                                         static_cast<const A*>(s.by.data_ptr()),
+                                                         static_cast<T*>(s.out.data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor apply(const Tensor& input, const Tensor& shift, bool normalize) {
-  STD_TORCH_CHECK(input.dim() == 2, "x: expected shape (N, D), got ", input.dim(), " dimensions");
-  STD_TORCH_CHECK(shift.numel() == input.size(1), "shift: expected D = ", input.size(1), " elements, got ",
-                  shift.numel());
-  STD_TORCH_CHECK(shift.is_cuda() && shift.get_device_index() == input.get_device_index(),
-                  "shift: expected the device of x");
-  const Tensor x = torch::stable::contiguous(input), by = as_type(shift, arithmetic_type(x));
-  Tensor out = torch::stable::empty_like(x);
-  if (x.numel() == 0) return out;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  by_dtype(x, [&](auto* null) {
+  const Shifted s = check_shifted(input, shift);
+  if (s.x.numel() == 0) return s.out;
+  const torch::stable::accelerator::DeviceGuard guard(s.x.get_device_index());
+  by_dtype(s.x, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    if (packs(x, x.size(1)))
-      launch_apply<T, kPack<T>>(x, by, normalize, out);
+    if (packs(s.x, s.x.size(1)))
+      launch_apply<T, kPack<T>>(s, normalize);
     else
-      launch_apply<T, 1>(x, by, normalize, out);
+      launch_apply<T, 1>(s, normalize);
   });
-  return out;
+  return s.out;
 }
 
 }  // namespace

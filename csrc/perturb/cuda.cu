@@ -43,12 +43,12 @@ Tensor noise(const Tensor& input, std::string law_name, double std, int64_t seed
 }
 
 template <class T, bool packed>
-void launch_noisy(const Tensor& x, const Tensor& shift, bool normalize, bool noise_first, Law law, double std,
-                  const Stream& s, Tensor& out) {
+void launch_noisy(const Shifted& rows, bool normalize, bool noise_first, Law law, double std, const Stream& s) {
   using A = typename Wide<T>::type;
+  const Tensor& x = rows.x;
   noisy_rows<T, packed><<<blocks(x.size(0), kThreads / kWarp), kThreads, 0, stream_of(x)>>>(
-      static_cast<const T*>(x.data_ptr()), x.size(0), x.size(1), static_cast<const A*>(shift.data_ptr()), normalize,
-      noise_first, law, A(std), s, static_cast<T*>(out.data_ptr()));
+      static_cast<const T*>(x.data_ptr()), x.size(0), x.size(1), static_cast<const A*>(rows.by.data_ptr()), normalize,
+      noise_first, law, A(std), s, static_cast<T*>(rows.out.data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -57,22 +57,18 @@ Tensor noisy_gallery(const Tensor& input, const Tensor& shift, std::string law_n
   const Stream s = check_stream(input, seed, trial, first_row);
   const Law law = check_law(law_name);
   const bool noise_first = check_when(when);
-  STD_TORCH_CHECK(shift.numel() == input.size(1), "shift: expected D = ", input.size(1), " elements, got ",
-                  shift.numel());
-  STD_TORCH_CHECK(shift.is_cuda() && shift.get_device_index() == input.get_device_index(),
-                  "shift: expected the device of x");
-  const Tensor x = torch::stable::contiguous(input), by = as_type(shift, arithmetic_type(x));
-  Tensor out = torch::stable::empty_like(x);
-  if (x.numel() == 0) return out;
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  by_dtype(x, [&](auto* null) {
+  const Shifted rows = check_shifted(input, shift);
+  if (rows.x.numel() == 0) return rows.out;
+  const torch::stable::accelerator::DeviceGuard guard(rows.x.get_device_index());
+  const int64_t columns = rows.x.size(1);
+  by_dtype(rows.x, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    if (packs(x, x.size(1)) && x.size(1) % Run<T, true>::kCount == 0 && packs(by, x.size(1)))
-      launch_noisy<T, true>(x, by, normalize, noise_first, law, std, s, out);
+    if (packs(rows.x, columns) && columns % Run<T, true>::kCount == 0 && packs(rows.by, columns))
+      launch_noisy<T, true>(rows, normalize, noise_first, law, std, s);
     else
-      launch_noisy<T, false>(x, by, normalize, noise_first, law, std, s, out);
+      launch_noisy<T, false>(rows, normalize, noise_first, law, std, s);
   });
-  return out;
+  return rows.out;
 }
 
 Tensor quantize(const Tensor& input, const Tensor& low, const Tensor& high, int64_t bins) {

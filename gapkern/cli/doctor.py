@@ -33,6 +33,7 @@ def examine() -> dict:
         "threads": torch.get_num_threads(),
         "kernels": _core.active_isa(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "compiled": hopper.compiled(),
         "contrastive": hopper.in_use(),
         "libraries": libraries,
         "build": _core.build_facts(),
@@ -53,6 +54,8 @@ def run(arguments) -> int:
     print(f"built      with torch {found['build']['torch']}, {found['build']['compiler']}")
     for library in found["libraries"]:
         print(f"library    {'loaded ' if library['loaded'] else 'absent '} {library['name']}: {library['detail']}")
+    kernels = {"chunked": "every device (chunked)", "sm90": "Hopper (sm90)"}
+    print("compiled   CUDA kernels for " + (", ".join(kernels[name] for name in found["compiled"]) or "no device"))
     for check in found["checks"]:
         print(f"check      {'passed ' if check['passed'] else 'FAILED '} {check['name']}: {check['detail']}")
     if not found["healthy"]:

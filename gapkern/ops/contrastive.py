@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gapkern.ops import chunked, hopper
+from gapkern.ops import hopper
 
 
 def lse_pair(
@@ -199,9 +199,8 @@ def _autocast(operator, device: str):
     return call
 
 
-for _name in ("contrastive_lse", "contrastive_lse_backward"):
+for _name in ("contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"):
     _library.impl(_name, hopper.dispatch(_name), "CompositeExplicitAutograd")
-_library.impl("sigmoid_loss", chunked.sigmoid_loss, "CompositeExplicitAutograd")
 for _name in ("contrastive_lse", "sigmoid_loss"):
     for _device in ("cpu", "cuda"):
         _library.impl(_name, _autocast(getattr(torch.ops.gapkern, _name), _device), f"Autocast{_device.upper()}")

@@ -1,7 +1,8 @@
-"""The softmax losses on Hopper: products with their exponentials in the epilogue, library products for the gradients.
+"""The losses on Hopper: products with the losses' arithmetic in the epilogue, library products for the gradients.
 
 Same schemas and contract as csrc/contrastive/contrastive.h. The steps are the operators `contrastive_sm90_*`: CUDA
-kernels (csrc/contrastive/sm90.cuh), and PyTorch's operations here. Nothing in between waits for the device.
+kernels (csrc/contrastive/sm90.cuh), and PyTorch's operations here. Nothing in between waits for the device. float32 is
+taken with precision "high" or "medium", rounded to bfloat16 once; the gradients are then float32.
 """
 
 import functools
@@ -18,8 +19,16 @@ SUPER_ROWS = 16384  # rows whose partial sums are at hand at once
 GRADIENT_ELEMENTS = 9 * 2**25  # of dS at hand: 576 MiB
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and dims of a product's tile, and a Hopper's multiprocessors
 
+MOST_COLUMNS = 2**24  # of the sigmoid loss, where numbers of columns are float32
+
 _LN2, _LOG2E = math.log(2.0), 1 / math.log(2.0)
 _CEILING, _FLOOR, _WEIGHT_RANGE = 110, -102, 120  # csrc/contrastive/sm90.cuh
+
+
+_TAKEN = (
+    "sm90 for dot products of bfloat16, float16, and float32 with matmul precision high or medium, where dims are a "
+    "multiple of 8; chunked for the rest"
+)
 
 
 @functools.cache
@@ -36,7 +45,9 @@ def built() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("gapkern::contrastive_sm90_sums", "CUDA")
 
 
-def hindrance(device: torch.device, dtype: torch.dtype, dims: int, similarity: str = "dot") -> str:
+def hindrance(
+    device: torch.device, dtype: torch.dtype, dims: int, similarity: str = "dot", precision: str = "highest"
+) -> str:
     """Why the Hopper kernels cannot take such embeddings; empty where they can."""
     if device.type != "cuda":
         return f"they need a CUDA device, got {device.type}"
@@ -45,8 +56,10 @@ def hindrance(device: torch.device, dtype: torch.dtype, dims: int, similarity: s
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"they need a device of capability 9.0, got {capability[0]}.{capability[1]}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"they take bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.float32 and precision == "highest":
+        return "they take float32 with torch.set_float32_matmul_precision('high') or 'medium', got 'highest'"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"they take bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
     if dims % 8:
         return f"they need dims to be a multiple of 8, got {dims}"
     if similarity != "dot":
@@ -55,7 +68,7 @@ def hindrance(device: torch.device, dtype: torch.dtype, dims: int, similarity: s
 
 
 def in_use() -> dict[str, str]:
-    """The softmax losses' kernels for bfloat16 and float16 on every device, and why not others."""
+    """The losses' kernels on every device, and why not others; Hopper's are for the dtypes that `hindrance` accepts."""
     found = {"cpu": "the processor's kernels"}
     for index in range(torch.cuda.device_count()):
         reason = (
@@ -63,16 +76,24 @@ def in_use() -> dict[str, str]:
             if asked() == "chunked"
             else hindrance(torch.device("cuda", index), torch.bfloat16, 8)
         )
-        found[f"cuda:{index}"] = f"chunked (not the Hopper kernels: {reason})" if reason else "sm90"
+        found[f"cuda:{index}"] = f"chunked (not the Hopper kernels: {reason})" if reason else _TAKEN
     return found
 
 
-def chosen(images: Tensor, similarity: str) -> bool:
+def compiled() -> list[str]:
+    """The losses' CUDA kernels in the loaded library: "chunked" for every device, "sm90" for Hopper."""
+    chunks = torch._C._dispatch_has_kernel_for_dispatch_key("gapkern::contrastive_chunk_lse", "CUDA")
+    return ["chunked"] * chunks + ["sm90"] * built()
+
+
+def chosen(images: Tensor, similarity: str, precision: str = "highest", columns: int = 0) -> bool:
     """Whether the Hopper kernels take these embeddings. The same answer in the backward pass."""
     kernel = asked()
     if kernel == "chunked":
         return False
-    reason = hindrance(images.device, images.dtype, images.shape[1], similarity)
+    reason = hindrance(images.device, images.dtype, images.shape[1], similarity, precision)
+    if not reason and columns > MOST_COLUMNS:
+        reason = f"they take at most {MOST_COLUMNS} texts in the sigmoid loss, got {columns}"
     if reason and kernel == "sm90" and images.is_cuda:
         raise ValueError(f"GAPKERN_KERNEL=sm90: the Hopper kernels cannot run: {reason}")
     return not reason
@@ -83,16 +104,20 @@ def dispatch(name: str):
     ours, other = globals()[name], getattr(chunked, name)
 
     def call(*arguments):
-        embeddings = 0 if name == "contrastive_lse" else 3
-        similarity = arguments[3 if name == "contrastive_lse" else 9]
-        return (ours if chosen(arguments[embeddings], similarity) else other)(*arguments)
+        if name == "sigmoid_loss":
+            images, texts, _, _, _, precision, _ = arguments
+            take = chosen(images, "dot", precision, texts.shape[0])
+        else:
+            embeddings, similarity = (0, 3) if name == "contrastive_lse" else (3, 9)
+            take = chosen(arguments[embeddings], arguments[similarity], arguments[similarity + 2])
+        return (ours if take else other)(*arguments)
 
     return call
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, at a multiple of 16 bytes."""
-    x = x.contiguous()
+def _factors(x: Tensor) -> Tensor:
+    """Embeddings as the products take them: bfloat16 or float16, contiguous, at a multiple of 16 bytes."""
+    x = (x.bfloat16() if x.dtype == torch.float32 else x).contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
@@ -133,7 +158,7 @@ def _control(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
 
 def contrastive_lse(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
     """See `gapkern.ops.contrastive.lse_pair`."""
-    images, texts = _aligned(images), _aligned(texts)
+    images, texts = _factors(images), _factors(texts)
     n, m = images.shape[0], texts.shape[0]
     kept = images.new_empty((min(n, max(work_bytes, 0) // (4 * m)), m), dtype=torch.float32)
     exponentials = _exponentials(kept, images, texts)
@@ -154,7 +179,7 @@ def contrastive_lse_backward(
     precision, needs,
 ):  # fmt: skip
     """Gradients of `contrastive_lse`."""
-    x, y = _aligned(images), _aligned(texts)
+    x, y = _factors(images), _factors(texts)
     n, m = x.shape[0], y.shape[0]
     row, col = row_stats[1], col_stats[1]
     raised = torch.ones((), dtype=torch.float64, device=x.device)
@@ -185,6 +210,29 @@ def contrastive_lse_backward(
     factor = (logit_scale.reshape(()).double() / raised).float()
     dx = dx * factor if needs[0] else dx.new_empty(0)
     return dx.to(images.dtype), (dy * factor).to(texts.dtype), of_scale.to(logit_scale.dtype)
+
+
+def sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
+    """See `gapkern.ops.contrastive.sigmoid_sum`."""
+    x, y = _factors(images), _factors(texts)
+    n, m = x.shape[0], y.shape[0]
+    labels = torch.arange(label_offset, label_offset + n, dtype=torch.float32, device=x.device)
+    numbers = torch.arange(m, dtype=torch.float32, device=x.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+    dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
+    dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
+    for rows in _blocks(n, 0, _gradient_rows(n, m, x.shape[1])):
+        of_rows, ds = torch.ops.gapkern.contrastive_sm90_sigmoid(
+            x[rows], y, logit_scale, logit_bias, labels[rows], numbers
+        )
+        sums += of_rows.sum(1)
+        if needs[0]:
+            dx[rows] = _product(ds[:, :m], y, torch.float32)
+        if needs[1]:
+            dy += _product(ds[:, :m].T, x[rows], torch.float32)
+    scale = logit_scale.reshape(()).float()
+    loss, of_bias, of_scale = (v.clone() for v in sums)
+    return loss, dx * scale, dy * scale, of_scale, of_bias
 
 
 def _shift(row_norms, col_norms, logit_scale):
@@ -256,6 +304,17 @@ def _gradient(
     return ds
 
 
+def _sigmoid(images, texts, logit_scale, logit_bias, row_labels, col_numbers):
+    t = images.float() @ texts.float().T
+    z = torch.where(row_labels[:, None] == col_numbers, 1.0, -1.0)
+    s = z * (logit_scale.reshape(()).float() * t + logit_bias.reshape(()).float())
+    ds = -z * torch.sigmoid(-s)
+    sums = [v.sum(1, dtype=torch.float64) for v in (-torch.nn.functional.logsigmoid(s), ds, ds * t)]
+    rounded = images.new_full((images.shape[0], _pitch(texts.shape[0])), float("nan"))
+    rounded[:, : texts.shape[0]] = ds
+    return torch.stack(sums), rounded
+
+
 _library = torch.library.Library("gapkern", "IMPL")
-for _name in ("shift", "sums", "lse", "positive", "weights", "gradient"):
+for _name in ("shift", "sums", "lse", "positive", "weights", "gradient", "sigmoid"):
     _library.impl(f"contrastive_sm90_{_name}", globals()[f"_{_name}"], "CompositeExplicitAutograd")

@@ -4,8 +4,12 @@
 #include <random>
 
 #include "common/cuda.cuh"
+#include "fence.h"
 
 namespace check {
+
+template <class T>
+using vector = std::vector<T, fence::Allocator<T>>;
 
 inline bool all_passed = true;
 inline std::mt19937_64 generator(20261124);
@@ -25,23 +29,23 @@ inline std::string digits(double x) {
 inline double normal() { return std::normal_distribution<double>()(generator); }
 
 template <class T>
-std::vector<T> random(size_t count, double spread = 1) {
-  std::vector<T> values(count);
+vector<T> random(size_t count, double spread = 1) {
+  vector<T> values(count);
   for (T& v : values) gapkern::from_wide(typename gapkern::Wide<T>::type(spread * normal()), &v);
   return values;
 }
 
 // Results start as NaN (integers as -1): what a kernel forgets to write is found.
 template <class T>
-std::vector<T> poisoned(size_t count) {
-  std::vector<T> values(count);
+vector<T> poisoned(size_t count) {
+  vector<T> values(count);
   std::memset(static_cast<void*>(values.data()), 0xff, count * sizeof(T));
   return values;
 }
 
 // Largest |ours - truth| / (|truth| + floor); infinite where one is NaN and the other is not.
 template <class T>
-double error(const std::vector<T>& ours, const std::vector<double>& truth, double floor = 1e-30) {
+double error(const vector<T>& ours, const vector<double>& truth, double floor = 1e-30) {
   double worst = ours.size() == truth.size() ? 0 : INFINITY;
   for (size_t i = 0; i < truth.size() && i < ours.size(); ++i) {
     const double a = double(gapkern::to_wide(ours[i]));

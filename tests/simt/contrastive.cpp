@@ -8,7 +8,7 @@ using namespace gapkern::contrastive;
 template <class R>
 struct Problem {
   int64_t rows, columns, label_offset;
-  std::vector<R> products, row_norms, column_norms, scale, bias;
+  check::vector<R> products, row_norms, column_norms, scale, bias;
   bool euclidean;
   dim3 grid;
 
@@ -38,15 +38,15 @@ struct Problem {
   int64_t tiles() const { return grid.x * int64_t(grid.y); }
 };
 
-std::vector<double> combined(const std::vector<Partial>& part, int64_t tiles, int64_t count) {
-  std::vector<double> out = check::poisoned<double>(count);
+check::vector<double> combined(const check::vector<Partial>& part, int64_t tiles, int64_t count) {
+  check::vector<double> out = check::poisoned<double>(count);
   simt::launch(unsigned((count + 63) / 64), 64, lse_combine, part.data(), tiles, count, out.data());
   return out;
 }
 
 template <class R, bool pack>
 void statistics(const std::string& name, double tolerance, const Problem<R>& p) {
-  std::vector<double> row(p.rows), column(p.columns);
+  check::vector<double> row(p.rows), column(p.columns);
   for (int64_t i = 0; i < p.rows; ++i) {
     double most = -INFINITY, sum = 0;
     for (int64_t j = 0; j < p.columns; ++j) most = std::max(most, p.logit(i, j));
@@ -60,8 +60,8 @@ void statistics(const std::string& name, double tolerance, const Problem<R>& p) 
     column[j] = most + std::log(sum);
   }
   check::kernel("log-sum-exps " + name, tolerance, [&] {
-    std::vector<Partial> row_part = check::poisoned<Partial>(p.grid.x * p.rows);
-    std::vector<Partial> column_part = check::poisoned<Partial>(p.grid.y * p.columns);
+    check::vector<Partial> row_part = check::poisoned<Partial>(p.grid.x * p.rows);
+    check::vector<Partial> column_part = check::poisoned<Partial>(p.grid.y * p.columns);
     simt::launch(p.grid, kTileThreads, lse_tiles<R, pack>, p.chunk(), p.scale.data(), row_part.data(),
                  column_part.data());
     return check::largest({check::error(combined(row_part, p.grid.x, p.rows), row, 1),
@@ -71,10 +71,10 @@ void statistics(const std::string& name, double tolerance, const Problem<R>& p) 
 
 // Sums over tiles of what store_tile() writes.
 template <class R>
-double sums_error(const Problem<R>& p, const std::vector<double>& ds, const std::vector<double>& of_scale,
-                  const std::vector<R>& row_part, const std::vector<R>& column_part) {
+double sums_error(const Problem<R>& p, const check::vector<double>& ds, const check::vector<double>& of_scale,
+                  const check::vector<R>& row_part, const check::vector<R>& column_part) {
   double scale_truth = 0, scale_size = 0, scale = 0;
-  std::vector<double> row(p.rows), column(p.columns), row_truth(p.rows), column_truth(p.columns);
+  check::vector<double> row(p.rows), column(p.columns), row_truth(p.rows), column_truth(p.columns);
   for (int64_t i = 0; i < p.rows; ++i)
     for (int64_t j = 0; j < p.columns; ++j) {
       const double w = ds[i * p.columns + j];
@@ -94,24 +94,24 @@ double sums_error(const Problem<R>& p, const std::vector<double>& ds, const std:
 template <class R, class O, bool pack>
 void gradient(const std::string& name, double tolerance, const Problem<R>& p) {
   // Above every logit, as true log-sum-exps are: no weight exceeds a gradient.
-  std::vector<R> row_lse(p.rows, R(-1e30)), col_lse(p.columns, R(-1e30));
+  check::vector<R> row_lse(p.rows, R(-1e30)), col_lse(p.columns, R(-1e30));
   for (int64_t i = 0; i < p.rows; ++i)
     for (int64_t j = 0; j < p.columns; ++j) {
       row_lse[i] = std::max(row_lse[i], R(kLog2e * p.logit(i, j)));
       col_lse[j] = std::max(col_lse[j], R(kLog2e * p.logit(i, j)));
     }
-  const std::vector<R> grad_row = check::random<R>(p.rows), grad_col = check::random<R>(p.columns);
-  const std::vector<R> grad_positive = check::random<R>(p.rows);
-  std::vector<double> truth(p.rows * p.columns);
+  const check::vector<R> grad_row = check::random<R>(p.rows), grad_col = check::random<R>(p.columns);
+  const check::vector<R> grad_positive = check::random<R>(p.rows);
+  check::vector<double> truth(p.rows * p.columns);
   for (int64_t i = 0; i < p.rows; ++i)
     for (int64_t j = 0; j < p.columns; ++j)
       truth[i * p.columns + j] = double(grad_row[i]) * std::exp(p.logit(i, j) - kLn2 * double(row_lse[i])) +
                                  double(grad_col[j]) * std::exp(p.logit(i, j) - kLn2 * double(col_lse[j])) +
                                  (j == i + p.label_offset ? double(grad_positive[i]) : 0);
   check::kernel("dS " + name, tolerance, [&] {
-    std::vector<O> ds = check::poisoned<O>(p.rows * p.columns);
-    std::vector<double> of_scale = check::poisoned<double>(p.tiles());
-    std::vector<R> rows = check::poisoned<R>(p.grid.x * p.rows), columns = check::poisoned<R>(p.grid.y * p.columns);
+    check::vector<O> ds = check::poisoned<O>(p.rows * p.columns);
+    check::vector<double> of_scale = check::poisoned<double>(p.tiles());
+    check::vector<R> rows = check::poisoned<R>(p.grid.x * p.rows), columns = check::poisoned<R>(p.grid.y * p.columns);
     const TileSums<R> sums{of_scale.data(), p.euclidean ? rows.data() : nullptr,
                            p.euclidean ? columns.data() : nullptr};
     const Weights<R> weights{row_lse.data(), grad_row.data(), grad_positive.data(),
@@ -123,7 +123,7 @@ void gradient(const std::string& name, double tolerance, const Problem<R>& p) {
 
 template <class R, class O, bool pack>
 void sigmoid(const std::string& name, double tolerance, const Problem<R>& p) {
-  std::vector<double> truth(p.rows * p.columns);
+  check::vector<double> truth(p.rows * p.columns);
   double loss_truth = 0, bias_truth = 0;
   for (int64_t i = 0; i < p.rows; ++i)
     for (int64_t j = 0; j < p.columns; ++j) {
@@ -133,8 +133,8 @@ void sigmoid(const std::string& name, double tolerance, const Problem<R>& p) {
       bias_truth += truth[i * p.columns + j];
     }
   check::kernel("sigmoid loss " + name, tolerance, [&] {
-    std::vector<O> ds = check::poisoned<O>(p.rows * p.columns);
-    std::vector<double> loss = check::poisoned<double>(p.tiles()), of_bias = loss, of_scale = loss;
+    check::vector<O> ds = check::poisoned<O>(p.rows * p.columns);
+    check::vector<double> loss = check::poisoned<double>(p.tiles()), of_bias = loss, of_scale = loss;
     const TileSums<R> sums{of_scale.data(), nullptr, nullptr};
     simt::launch(p.grid, kTileThreads, sigmoid_tiles<R, O, pack>, p.chunk(), p.scale.data(), p.bias.data(),
                  p.label_offset, sums, loss.data(), of_bias.data(), ds.data());
@@ -147,6 +147,10 @@ void sigmoid(const std::string& name, double tolerance, const Problem<R>& p) {
 
 int main() {
   const Problem<float> ragged(70, 150, 3, 20, false), even(64, 256, -5, 100, false), squared(67, 132, 0, 10, true);
+  // A row and a column without a finite logit in one tile, but with some in another.
+  Problem<float> excluded(70, 150, 3, 20, false);
+  for (int64_t j = 0; j < kTileColumns; ++j) excluded.products[5 * 150 + j] = -INFINITY;
+  for (int64_t i = 0; i < kTileRows; ++i) excluded.products[i * 150 + 9] = -INFINITY;
   const Problem<double> wide(66, 130, 100, 50, true);
   // Logits a thousand apart: no common shift of the exponents would do.
   const Problem<float> extreme(65, 140, 0, 1e4, false);
@@ -154,6 +158,7 @@ int main() {
   statistics<float, true>("16 bytes at a time", 2e-6, even);
   statistics<float, true>("squared distances", 2e-6, squared);
   statistics<float, true>("logits far apart", 2e-6, extreme);
+  statistics<float, false>("nothing finite in a tile's row and column", 2e-6, excluded);
   statistics<double, false>("float64", 1e-13, wide);
   gradient<float, float, false>("ragged", 1e-4, ragged);
   gradient<float, BFloat16, true>("bfloat16", 5e-3, even);

@@ -6,12 +6,12 @@ using namespace gapkern::meanshift;
 
 template <class T, int pack>
 void sums(const std::string& name, int64_t rows, int64_t columns) {
-  const std::vector<T> x = check::random<T>(rows * columns);
-  std::vector<double> truth(columns, 0.);
+  const check::vector<T> x = check::random<T>(rows * columns);
+  check::vector<double> truth(columns, 0.);
   for (int64_t i = 0; i < rows * columns; ++i) truth[i % columns] += double(to_wide(x[i]));
   const int64_t parts = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   check::kernel("sum_rows " + name, 1e-11, [&] {
-    std::vector<double> partial = check::poisoned<double>(parts * columns), total(columns, 0.);
+    check::vector<double> partial = check::poisoned<double>(parts * columns), total(columns, 0.);
     const dim3 grid(unsigned((columns + kWarp * pack - 1) / (kWarp * pack)), unsigned(parts));
     simt::launch(grid, kSumWarps * kWarp, sum_rows<T, pack>, x.data(), rows, columns, partial.data());
     for (int64_t i = 0; i < parts * columns; ++i) total[i % columns] += partial[i];
@@ -22,19 +22,24 @@ void sums(const std::string& name, int64_t rows, int64_t columns) {
 template <class T, int pack, bool normalize>
 void applied(const std::string& name, double tolerance, int64_t rows, int64_t columns) {
   using A = typename Wide<T>::type;
-  const std::vector<T> x = check::random<T>(rows * columns);
-  const std::vector<A> shift = check::random<A>(columns);
-  std::vector<double> truth(rows * columns);
+  check::vector<T> x = check::random<T>(rows * columns);
+  check::vector<A> shift = check::random<A>(columns);
+  // A row that the shift takes to zero, where it must stay.
+  for (int64_t c = 0; c < columns; ++c) {
+    from_wide(-shift[c], &x[3 * columns + c]);
+    shift[c] = -to_wide(x[3 * columns + c]);
+  }
+  check::vector<double> truth(rows * columns);
   for (int64_t r = 0; r < rows; ++r) {
     double squared = 0;
     for (int64_t c = 0; c < columns; ++c) {
       truth[r * columns + c] = double(to_wide(x[r * columns + c])) + double(shift[c]);
       squared += truth[r * columns + c] * truth[r * columns + c];
     }
-    for (int64_t c = 0; normalize && c < columns; ++c) truth[r * columns + c] /= std::sqrt(squared);
+    for (int64_t c = 0; normalize && squared > 0 && c < columns; ++c) truth[r * columns + c] /= std::sqrt(squared);
   }
   check::kernel("apply_rows " + name, tolerance, [&] {
-    std::vector<T> out = check::poisoned<T>(rows * columns);
+    check::vector<T> out = check::poisoned<T>(rows * columns);
     // Fewer blocks than rows: each warp takes several.
     simt::launch(2, kApplyWarps * kWarp, apply_rows<T, pack, normalize>, x.data(), rows, columns, shift.data(),
                  out.data());

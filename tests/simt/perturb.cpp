@@ -15,9 +15,9 @@ philox::Block words(int64_t row, int64_t column) {
 template <Law law, class T>
 void noise(const std::string& name, int64_t rows, int64_t columns, bool packed) {
   using A = typename Wide<T>::type;
-  const std::vector<T> x = check::random<T>(rows * columns);
+  const check::vector<T> x = check::random<T>(rows * columns);
   const A scale = A(0.37);
-  std::vector<double> truth(rows * columns);
+  check::vector<double> truth(rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i) {
     float z[4];
     const int64_t column = i % columns;
@@ -27,7 +27,7 @@ void noise(const std::string& name, int64_t rows, int64_t columns, bool packed) 
     truth[i] = double(to_wide(rounded));
   }
   check::kernel("noise " + name, 0, [&] {
-    std::vector<T> out = check::poisoned<T>(rows * columns);
+    check::vector<T> out = check::poisoned<T>(rows * columns);
     simt::launch(2, kThreads, over_blocks<AddNoise<law, T>>, rows, columns, kStream,
                  AddNoise<law, T>{x.data(), out.data(), scale, packed});
     return check::error(out, truth);
@@ -39,15 +39,20 @@ template <class T, bool packed>
 void noisy(const std::string& name, double tolerance, int64_t rows, int64_t columns, bool normalize, bool noise_first,
            Law law) {
   using A = typename Wide<T>::type;
-  const std::vector<T> x = check::random<T>(rows * columns);
-  const std::vector<A> shift = check::random<A>(columns);
+  check::vector<T> x = check::random<T>(rows * columns);
+  check::vector<A> shift = check::random<A>(columns);
+  // A row that the shift takes to zero, where it stays unless there is noise before.
+  for (int64_t c = 0; c < columns; ++c) {
+    from_wide(-shift[c], &x[3 * columns + c]);
+    shift[c] = -to_wide(x[3 * columns + c]);
+  }
   const A std = A(0.37);
   const auto rounded = [](double v) {
     T narrow;
     from_wide(A(v), &narrow);
     return double(to_wide(narrow));
   };
-  std::vector<double> truth(rows * columns);
+  check::vector<double> truth(rows * columns);
   for (int64_t r = 0; r < rows; ++r) {
     double* row = &truth[r * columns];
     const auto add_noise = [&] {
@@ -68,11 +73,12 @@ void noisy(const std::string& name, double tolerance, int64_t rows, int64_t colu
       row[c] = double(A(row[c]) + shift[c]);
       squared += row[c] * row[c];
     }
-    for (int64_t c = 0; c < columns; ++c) row[c] = rounded(normalize ? row[c] / std::sqrt(squared) : row[c]);
+    for (int64_t c = 0; c < columns; ++c)
+      row[c] = rounded(normalize && squared > 0 ? row[c] / std::sqrt(squared) : row[c]);
     if (!noise_first) add_noise();
   }
   check::kernel("shift and noise " + name, tolerance, [&] {
-    std::vector<T> out = check::poisoned<T>(rows * columns);
+    check::vector<T> out = check::poisoned<T>(rows * columns);
     // Fewer blocks than rows: each warp takes several.
     simt::launch(2, kThreads, noisy_rows<T, packed>, x.data(), rows, columns, shift.data(), normalize, noise_first, law,
                  std, kStream, out.data());
@@ -83,10 +89,10 @@ void noisy(const std::string& name, double tolerance, int64_t rows, int64_t colu
 template <class T>
 void quantised(const std::string& name, int64_t rows, int64_t columns, bool shared) {
   using A = typename Wide<T>::type;
-  const std::vector<T> x = check::random<T>(rows * columns);
-  std::vector<A> low(shared ? 1 : columns), high(low.size());
+  const check::vector<T> x = check::random<T>(rows * columns);
+  check::vector<A> low(shared ? 1 : columns), high(low.size());
   for (size_t c = 0; c < low.size(); ++c) low[c] = A(-1 - 0.01 * double(c)), high[c] = A(1.5);
-  std::vector<double> truth(rows * columns);
+  check::vector<double> truth(rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i) {
     const int64_t c = shared ? 0 : i % columns;
     T rounded;
@@ -94,7 +100,7 @@ void quantised(const std::string& name, int64_t rows, int64_t columns, bool shar
     truth[i] = double(to_wide(rounded));
   }
   check::kernel("quantise " + name, 0, [&] {
-    std::vector<T> out = check::poisoned<T>(rows * columns);
+    check::vector<T> out = check::poisoned<T>(rows * columns);
     simt::launch(3, kThreads, quantize_all<T, A>, x.data(), rows * columns, columns, low.data(), high.data(), shared,
                  A(32), out.data());
     return check::error(out, truth);
@@ -119,13 +125,13 @@ int main() {
   quantised<float>("float32, a range for each column", 40, 33, false);
   quantised<Half>("float16, one range", 17, 20, true);
   const int64_t rows = 30, columns = 13;
-  std::vector<double> truth(rows * columns);
+  check::vector<double> truth(rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i)
     truth[i] = double(int32_t(words(i / columns, i % columns).word[i % columns % 4]));
   check::kernel("bits", 0, [&] {
-    std::vector<int32_t> out = check::poisoned<int32_t>(rows * columns);
+    check::vector<int32_t> out = check::poisoned<int32_t>(rows * columns);
     simt::launch(1, kThreads, over_blocks<WriteBits>, rows, columns, kStream, WriteBits{out.data()});
-    return check::error(std::vector<double>(out.begin(), out.end()), truth);
+    return check::error(check::vector<double>(out.begin(), out.end()), truth);
   });
   return check::result();
 }

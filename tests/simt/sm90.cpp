@@ -10,9 +10,9 @@ using namespace gapkern::contrastive::sm90;
 template <class T>
 struct Embeddings {
   int64_t rows, columns, depth, pitch, offset;
-  std::vector<T> x, y;
-  std::vector<float> scale, row_norms, column_norms, control;
-  std::vector<double> row_lse, col_lse, grad_row, grad_col, grad_positive;
+  check::vector<T> x, y;
+  check::vector<float> scale, row_norms, column_norms, control;
+  check::vector<double> row_lse, col_lse, grad_row, grad_col, grad_positive;
 
   Embeddings(int64_t n, int64_t m, int64_t d, int64_t label_offset, double s, double size, double opposed = 0)
       : rows(n),
@@ -40,7 +40,7 @@ struct Embeddings {
     for (int64_t j = 0; j < m; ++j) col_lse[j] = log_sum(j, false);
     simt::launch(1, kThreads, choose_shift, row_norms.data(), n, column_norms.data(), m, scale.data(), control.data());
   }
-  float norm(const std::vector<T>& of, int64_t i) const {
+  float norm(const check::vector<T>& of, int64_t i) const {
     double sum = 0;
     for (int64_t d = 0; d < depth; ++d) sum += std::pow(double(to_wide(of[i * depth + d])), 2);
     return float(std::sqrt(sum));
@@ -63,8 +63,8 @@ struct Embeddings {
     if (transposed) return {y.data(), x.data(), columns, rows, depth};
     return {x.data(), y.data(), rows, columns, depth};
   }
-  std::vector<double> lse2(bool of_row) const {
-    std::vector<double> scaled = of_row ? row_lse : col_lse;
+  check::vector<double> lse2(bool of_row) const {
+    check::vector<double> scaled = of_row ? row_lse : col_lse;
     for (double& v : scaled) v *= kLog2e;
     return scaled;
   }
@@ -72,8 +72,8 @@ struct Embeddings {
 
 // The epilogue's partial sums: every tile's, whole tiles, with zeros beyond the edges; kept [rows, pitch].
 template <class T>
-void epilogue(const Embeddings<T>& p, std::vector<float>& row_part, std::vector<float>& column_part,
-              std::vector<BFloat16>& kept) {
+void epilogue(const Embeddings<T>& p, check::vector<float>& row_part, check::vector<float>& column_part,
+              check::vector<BFloat16>& kept) {
   constexpr int64_t kTileM = 128, kTileN = 256;
   const int64_t down = (p.rows + kTileM - 1) / kTileM, across = (p.columns + kTileN - 1) / kTileN;
   row_part.assign(across * down * kTileM, 0);
@@ -93,15 +93,15 @@ template <class T>
 void statistics(const std::string& name, double tolerance, const Embeddings<T>& p, double least, double most) {
   double missing = 0;
   check::kernel("log-sum-exps " + name, tolerance, [&] {
-    std::vector<float> part[2];
-    std::vector<BFloat16> kept;
+    check::vector<float> part[2];
+    check::vector<BFloat16> kept;
     epilogue(p, part[0], part[1], kept);
     const int64_t down = (p.rows + 127) / 128, across = (p.columns + 255) / 256;
     double worst = 0;
     missing = 0;
     for (int side = 0; side < 2; ++side) {
       const int64_t count = side ? p.columns : p.rows, terms = side ? p.rows : p.columns, tiles = side ? down : across;
-      std::vector<double> sums = check::poisoned<double>(count), lse = sums;
+      check::vector<double> sums = check::poisoned<double>(count), lse = sums;
       const unsigned blocks = unsigned((count + 127) / 128);
       simt::launch(blocks, 128, sum_parts, part[side].data(), tiles, int64_t(part[side].size()) / tiles, count,
                    sums.data());
@@ -118,27 +118,27 @@ void statistics(const std::string& name, double tolerance, const Embeddings<T>& 
 
 template <class T>
 void gradient(const std::string& name, double tolerance, const Embeddings<T>& p, bool expected_apart) {
-  const std::vector<double> row_lse2 = p.lse2(true), col_lse2 = p.lse2(false);
-  std::vector<double> truth(p.rows * p.columns);
+  const check::vector<double> row_lse2 = p.lse2(true), col_lse2 = p.lse2(false);
+  check::vector<double> truth(p.rows * p.columns);
   for (int64_t i = 0; i < p.rows; ++i)
     for (int64_t j = 0; j < p.columns; ++j)
       truth[i * p.columns + j] = p.grad_row[i] * std::exp(p.logit(i, j) - p.row_lse[i]) +
                                  p.grad_col[j] * std::exp(p.logit(i, j) - p.col_lse[j]) +
                                  (j == i + p.offset ? p.grad_positive[i] : 0);
-  std::vector<float> unused[2];
-  std::vector<BFloat16> kept;
+  check::vector<float> unused[2];
+  check::vector<BFloat16> kept;
   epilogue(p, unused[0], unused[1], kept);
   for (const bool keeps : {false, true})
     check::kernel("dS " + name + (keeps ? " kept" : ""), tolerance, [&] {
-      std::vector<float> apart = check::poisoned<float>(1);
-      std::vector<float> weight[] = {check::poisoned<float>(p.rows), check::poisoned<float>(p.columns)};
-      std::vector<double> positive = check::poisoned<double>(p.rows);
-      std::vector<T> ds = check::poisoned<T>(p.rows * p.pitch);
-      const std::vector<double> scale{double(p.scale[0])};
+      check::vector<float> apart = check::poisoned<float>(1);
+      check::vector<float> weight[] = {check::poisoned<float>(p.rows), check::poisoned<float>(p.columns)};
+      check::vector<double> positive = check::poisoned<double>(p.rows);
+      check::vector<T> ds = check::poisoned<T>(p.rows * p.pitch);
+      const check::vector<double> scale{double(p.scale[0])};
       simt::launch(1, kThreads, choose_weights, row_lse2.data(), p.grad_row.data(), p.rows, col_lse2.data(),
                    p.grad_col.data(), p.columns, p.control.data(), apart.data());
       for (int side = 0; side < 2; ++side) {
-        const std::vector<double>&lse2 = side ? col_lse2 : row_lse2, &grad = side ? p.grad_col : p.grad_row;
+        const check::vector<double>&lse2 = side ? col_lse2 : row_lse2, &grad = side ? p.grad_col : p.grad_row;
         simt::launch(unsigned((lse2.size() + 127) / 128), 128, form_weights, lse2.data(), grad.data(),
                      int64_t(lse2.size()), p.control.data(), apart.data(), weight[side].data());
       }
@@ -160,10 +160,52 @@ void gradient(const std::string& name, double tolerance, const Embeddings<T>& p,
                           p.grad_col.data(), p.grad_positive.data(), p.offset};
       simt::launch(unsigned((p.rows + 127) / 128), 128, patch_labels<T>, labels, scale.data(), p.rows, p.pitch,
                    ds.data());
-      std::vector<T> dense(p.rows * p.columns);
+      check::vector<T> dense(p.rows * p.columns);
       for (int64_t i = 0; i < p.rows; ++i) std::copy_n(&ds[i * p.pitch], p.columns, &dense[i * p.columns]);
       return check::largest({check::error(dense, truth, 1e-3), std::abs(double(apart[0]) - expected_apart)});
     });
+}
+
+// The sigmoid loss's epilogue: a product per pair, whatever tile it lies in; sums over the tiles by the kernel.
+template <class T>
+void sigmoid(const std::string& name, double tolerance, const Embeddings<T>& p, float bias, int64_t offset) {
+  constexpr int64_t kTileM = 128, kTileN = 256;
+  const int64_t down = (p.rows + kTileM - 1) / kTileM, across = (p.columns + kTileN - 1) / kTileN;
+  check::vector<double> truth_ds(p.rows * p.columns), truth[3], size(p.rows);
+  for (auto& of_rows : truth) of_rows.resize(p.rows);
+  for (int64_t i = 0; i < p.rows; ++i)
+    for (int64_t j = 0; j < p.columns; ++j) {
+      const double z = j == i + offset ? 1 : -1, u = z * (p.logit(i, j) + double(bias));
+      const double w = -z / (1 + std::exp(u));
+      truth_ds[i * p.columns + j] = w;
+      truth[0][i] += std::max(-u, 0.) + std::log1p(std::exp(-std::abs(u)));
+      truth[1][i] += w;
+      truth[2][i] += w * p.t(i, j);
+      size[i] += std::abs(w * p.t(i, j));
+    }
+  check::kernel("sigmoid loss " + name, tolerance, [&] {
+    check::vector<T> ds(p.rows * p.columns);
+    double worst = 0;
+    for (int which = 0; which < 3; ++which) {
+      check::vector<float> part(across * down * kTileM, 0);
+      for (int64_t i = 0; i < p.rows; ++i)
+        for (int64_t j = 0; j < p.columns; ++j) {
+          const float acc = float(p.t(i, j)), label = float(i + offset), column = float(j);
+          const float w = sigmoid_gradient(acc, p.scale[0], bias, label, column);
+          from_wide(w, &ds[i * p.columns + j]);
+          part[j / kTileN * down * kTileM + i] += which == 0   ? sigmoid_loss(acc, p.scale[0], bias, label, column)
+                                                  : which == 1 ? w
+                                                               : w * acc;
+        }
+      check::vector<double> sums = check::poisoned<double>(p.rows);
+      simt::launch(unsigned((p.rows + 127) / 128), 128, sum_parts, part.data(), across, down * kTileM, p.rows,
+                   sums.data());
+      for (int64_t i = 0; i < p.rows; ++i)
+        worst = check::largest(
+            {worst, std::abs(sums[i] - truth[which][i]) / (which == 2 ? size[i] : std::abs(truth[which][i]) + 0.1)});
+    }
+    return check::largest({100 * worst, check::error(ds, truth_ds, 1e-6)});
+  });
 }
 
 void numbers() {
@@ -177,14 +219,58 @@ void numbers() {
       worst = std::max(worst, std::abs(double(term) - g) / (std::abs(g) + 1e-30));
     }
   check::report(worst < 1e-3, "encoded weights", "error " + check::digits(worst));
+  check::report(encoded_term(0, encode_weight(-1, INFINITY)) == 0 && encoded_term(0, encode_weight(1, 1e300)) == 0,
+                "encoded weights", "of nothing");
+  check::report(log2_sum(8, 4, -2) == 5 && std::isnan(log2_sum(0x1p127, 4, 0)) && std::isnan(log2_sum(INFINITY, 4, 0)),
+                "sums", "in units of log 2, and those that have overflowed");
+  const struct {
+    double g, lse2, terms;
+    bool safe;
+  } cases[] = {{1, 0, 1024, true},    {1, -91, 1024, true},   {1, -93, 1024, false}, {0, -93, 1024, false},
+               {0, 500, 4, true},     {1e30, 0, 4, true},     {1e40, 0, 4, false},   {-1e40, 0, 4, false},
+               {1e-30, 0, 4, true},   {1e-40, 0, 4, false},   {1, 119, 4, true},     {1, 121, 4, false},
+               {1, NAN, 1024, false}, {1, INFINITY, 4, false}};
+  bool right = true;
+  for (const auto& c : cases) right = right && common_weight_is_safe(c.g, c.lse2 + 7, -7, c.terms) == c.safe;
+  check::report(right, "weights", "which are safe to share");
+}
+
+// The choices that one block makes for all rows and columns; whichever side is longer counts.
+double choices(int64_t rows, int64_t columns) {
+  const bool tall = rows > columns;
+  check::vector<float> row_norms(rows, 0.5f), column_norms(columns, 0.5f);
+  row_norms[rows - 1] = column_norms[columns - 1] = 1;
+  double wrong = 0;
+  // Sums of 512 stay below 2^110 up to a bound of 101; the norms' rounding is allowed for.
+  for (const auto& [bound, shift] : {std::pair{100.85, 0.}, {100.95, -1.}, {105.0, -5.}, {-105.0, -5.}}) {
+    const check::vector<float> scale{float(bound / kLog2e)};
+    check::vector<float> control = check::poisoned<float>(2);
+    simt::launch(1, kThreads, choose_shift, row_norms.data(), rows, column_norms.data(), columns, scale.data(),
+                 control.data());
+    wrong = check::largest({wrong, std::abs(double(control[1]) - shift)});
+  }
+  // 2^-93 is too small a share of the sum of the 512 terms of a row, and not of the two of a column.
+  for (const bool of_row : {false, true}) {
+    check::vector<double> row_lse2(rows, 0.), col_lse2(columns, 0.), grad_row(rows, 1.), grad_col(columns, 1.);
+    (of_row ? row_lse2[rows - 1] : col_lse2[columns - 1]) = -93.5;
+    const check::vector<float> control{1, 0};
+    check::vector<float> apart = check::poisoned<float>(1);
+    simt::launch(1, kThreads, choose_weights, row_lse2.data(), grad_row.data(), rows, col_lse2.data(), grad_col.data(),
+                 columns, control.data(), apart.data());
+    wrong = check::largest({wrong, std::abs(double(apart[0]) - double(of_row != tall))});
+  }
+  return wrong;
 }
 
 int main() {
   numbers();
+  check::kernel("shift and weights", 0, [] { return check::largest({choices(2, 512), choices(512, 2)}); });
   const Embeddings<BFloat16> ragged(131, 261, 24, 7, 20, 1), sharp(70, 135, 40, 0, 100, 1);
   const Embeddings<Half> half(67, 131, 33, 3, 10, 1);
   // Bounds far above the logits, some rows' sums flushed; and all of them.
   const Embeddings<BFloat16> some(70, 140, 32, 1, 1, 11), large(66, 133, 24, 2, 1, 60);
+  // Fewer columns than a tile of the repair has: some threads see nothing.
+  const Embeddings<BFloat16> narrow(20, 30, 24, 2, 1, 60);
   // Every logit far below zero.
   const Embeddings<BFloat16> opposed(66, 140, 24, 1, 1, 3, 12);
   statistics("ragged", 2e-6, ragged, 0, 0);
@@ -193,6 +279,7 @@ int main() {
   statistics("large norms", 1e-4, large, 0.9, 1.01);
   statistics("some repaired", 2e-5, some, 0.02, 0.98);
   statistics("opposed", 2e-6, opposed, 0.9, 1.01);
+  statistics("narrow", 1e-4, narrow, 0.9, 1.01);
   Embeddings<BFloat16> tiny = ragged;
   tiny.grad_row[5] = 1e-60;
   gradient("one weight too small to be shared", 2e-2, tiny, true);
@@ -202,5 +289,9 @@ int main() {
   gradient("float16", 1e-2, half, false);
   gradient("large norms", 2e-2, large, true);
   gradient("some repaired", 2e-2, some, true);
+  sigmoid("ragged", 5e-3, ragged, -10, 7);
+  sigmoid("scale 100, label beyond some rows", 5e-3, sharp, -13, 100);
+  sigmoid("float16, label before some rows", 5e-3, half, -2, -30);
+  sigmoid("opposed", 5e-3, opposed, 130, 1);
   return check::result();
 }
