@@ -111,7 +111,7 @@ from gapkern import contrastive_loss
 n, d = {n}, 512
 torch.manual_seed(0)
 x, y = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
-scale = torch.tensor(50.0, requires_grad=True)
+scale = torch.tensor(100.0, requires_grad=True)
 theirs = open_clip.ClipLoss()
 def eager(x, y, scale):
     logits = scale * x @ y.T
