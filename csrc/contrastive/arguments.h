@@ -2,9 +2,7 @@
 #pragma once
 #include <torch/headeronly/macros/Macros.h>
 
-#include <algorithm>
 #include <array>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -73,19 +71,6 @@ inline Tensor reused(const Tensor& like, int64_t rows, int64_t columns, ScalarTy
   STD_TORCH_CHECK(memory != nullptr, "out of memory: no ", bytes, " bytes for ", rows, " x ", columns, " values");
   const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
   return torch::stable::from_blob(memory, {sizes.data(), 2}, {strides.data(), 2}, like.device(), type, give_block);
-}
-
-// Zeros [rows, columns], or an empty tensor where they are not wanted.
-inline Tensor zeros_if(bool wanted, const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
-  if (!wanted) return empty(like, {0}, type);
-  Tensor zeros = reused(like, rows, columns, type);
-  auto* const to = static_cast<char*>(zeros.data_ptr());
-  constexpr int64_t piece = int64_t(256) << 10;
-  const int64_t bytes = zeros.numel() * zeros.element_size();
-  torch::stable::parallel_for(0, (bytes + piece - 1) / piece, 1, [&](int64_t begin, int64_t end) {
-    std::memset(to + begin * piece, 0, size_t(std::min(bytes, end * piece) - begin * piece));
-  });
-  return zeros;
 }
 
 }  // namespace gapkern::contrastive

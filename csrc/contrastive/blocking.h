@@ -26,6 +26,8 @@ inline constexpr double kLeastExponent = -75;
 inline constexpr int64_t kSlack = 64;                       // vector reads and writes behind the last column
 inline constexpr int64_t kSliceBytes = int64_t(256) << 10;  // packed slices a thread uses together
 inline constexpr int64_t kChunkBytes = int64_t(32) << 20;   // logit gradients at hand, at most
+inline constexpr int64_t kTogether = 4;                     // blocks that share a stripe while it is in the cache
+inline constexpr int64_t kPackedBytes = int64_t(8) << 20;   // packed rows at hand in the forward pass
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
@@ -70,7 +72,9 @@ class Problem {
     block = s.mr >= 12 ? s.mr * 8 : s.mr * 16;
     words = divide_up(d, s.group);
     const int64_t fitting = kChunkBytes / (stripes * (kStripe + 16) * 4) / block;
-    chunk = std::min(round_up(n, s.mr * 2), block * std::clamp<int64_t>(fitting, 1, 4));
+    chunk = std::min(round_up(n, s.mr * 2), block * std::clamp<int64_t>(fitting, 1, 2 * kTogether));
+    const int64_t packed = kPackedBytes / (words * s.word) / block * block;
+    forward_chunk = std::max(chunk, std::min(round_up(n, s.mr * 2), packed));
     measure();
   }
 
@@ -87,6 +91,17 @@ class Problem {
     return {
         images.at(i0 * panel_bytes()), texts.at(col0 * panel_bytes()), std::min(block, rows - i0), stripe_columns(t), d,
         logits(row0 + i0, col0),       row0 + i0 + label_offset - col0};
+  }
+
+  struct Place {
+    int64_t stripe, block;
+  };
+  // The block of `count` that is worked on as the item-th: a few blocks meet all stripes before the next few, so that
+  // both stay in the second-level cache.
+  Place place(int64_t item, int64_t count) const {
+    const int64_t first = item / (stripes * kTogether) * kTogether, size = std::min(kTogether, count - first);
+    const int64_t rest = item - first * stripes;
+    return {rest / size, first + rest % size};
   }
 
   const T* centre_or_null() const { return similarity == Similarity::sqeuclidean ? centre.data() : nullptr; }
@@ -144,7 +159,8 @@ class Problem {
   double scale;
   Similarity similarity;
   int64_t label_offset;
-  int64_t stripe, stripes, block, chunk, words;
+  int64_t stripe, stripes, block, words;
+  int64_t chunk, forward_chunk;  // rows between two meetings of the threads
   Range range = Range::normal;
   double shift = 0;  // of exponents; Range::shifted only
   std::vector<T> row_terms, col_terms, centre;
@@ -189,7 +205,7 @@ class Problem {
 template <class T>
 class LogitGradients {
  public:
-  // A null gradient is not computed. The others hold zeros on entry.
+  // A null gradient is not computed.
   LogitGradients(const Problem<T>& problem, T* images, T* texts)
       : p(problem),
         images(images),
@@ -217,28 +233,29 @@ class LogitGradients {
     return out;
   }
 
-  // dX of the chunk's rows, and its share of dY; unscaled.
+  // dX of the chunk's rows, and its share of dY, without what `finish` adds.
   void multiply(int64_t row0, int64_t rows) {
     if (images) multiply_images(row0, rows);
     if (texts) multiply_texts(row0, rows);
   }
 
-  // dX_i = s sum_j dS_ij y_j, and in the Euclidean form 2 s (sum_j dS_ij y_j - x_i sum_j dS_ij), whose sums of dS are
-  // row_totals and column_totals.
-  void finish(const std::vector<double>& row_totals, const std::vector<double>& column_totals) const {
-    finish(images, p.x, p.n, row_totals);
-    finish(texts, p.y, p.m, column_totals);
+  // dX_i = s sum_j dS_ij y_j, of which `factor` is in dS already, and in the Euclidean form
+  // 2 s (sum_j dS_ij y_j - x_i sum_j dS_ij), whose sums of dS are row_totals and column_totals.
+  void finish(double factor, const std::vector<double>& row_totals, const std::vector<double>& column_totals) const {
+    if (p.similarity == Similarity::dot && factor == p.scale) return;
+    finish(images, p.x, p.n, T(p.scale / factor), row_totals);
+    finish(texts, p.y, p.m, T(p.scale / factor), column_totals);
   }
 
  private:
-  void finish(T* gradient, const T* side, int64_t count, const std::vector<double>& totals) const {
+  void finish(T* gradient, const T* side, int64_t count, T rest, const std::vector<double>& totals) const {
     if (gradient == nullptr) return;
     const bool euclidean = p.similarity == Similarity::sqeuclidean;
     parallel(divide_up(count, 16), [&](int64_t g) {
       for (int64_t i = g * 16; i < std::min(count, g * 16 + 16); ++i)
         for (int64_t c = 0; c < p.d; ++c) {
           T& v = gradient[i * p.d + c];
-          v = euclidean ? T(2 * p.scale) * (v - T(totals[i]) * (side[i * p.d + c] - p.centre[c])) : v * T(p.scale);
+          v = euclidean ? 2 * rest * (v - T(totals[i]) * (side[i * p.d + c] - p.centre[c])) : v * rest;
         }
     });
   }
@@ -256,10 +273,10 @@ class LogitGradients {
         for (int64_t i = 0; i < p.slices(); i += together) {
           const int64_t count = std::min(together, p.slices() - i), column = i * s.nr;
           if (s.group == 1) pack_text_slices(t, i, count, own.at());
-          p.engine.product_rows({by_rows.at((t * rows_words + from * row_stride(s.group)) * s.word),
-                                 s.group > 1 ? text_slices.at(text_slice(t, i)) : own.at(),
-                                 divide_up(p.stripe_columns(t), s.group), to - from,
-                                 std::min(count * s.nr, p.d - column), images + (row0 + from) * p.d + column, p.d});
+          p.engine.product_rows(
+              {by_rows.at((t * rows_words + from * row_stride(s.group)) * s.word),
+               s.group > 1 ? text_slices.at(text_slice(t, i)) : own.at(), divide_up(p.stripe_columns(t), s.group),
+               to - from, std::min(count * s.nr, p.d - column), images + (row0 + from) * p.d + column, p.d, t == 0});
         }
     });
   }
@@ -291,7 +308,7 @@ class LogitGradients {
         for (int64_t i = 0; from < to && i < p.slices(); ++i)
           p.engine.product_columns({a.at((t * columns_words + from) * s.word), image_slices.at(i * bytes),
                                     divide_up(rows, s.group), to - from, p.slice_columns(i),
-                                    texts + (t * p.stripe + from) * p.d + i * s.nr, p.d});
+                                    texts + (t * p.stripe + from) * p.d + i * s.nr, p.d, row0 == 0});
       }
     });
   }

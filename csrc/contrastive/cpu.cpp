@@ -54,27 +54,28 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
              int64_t kept_rows) {
   const Shape& s = p.engine.shape;
   const Buffer texts = p.pack_texts();
-  const int64_t blocks = divide_up(p.chunk, p.block);
-  const Buffer images(round_up(p.chunk, s.mr) * p.panel_bytes());
+  const int64_t chunk = p.forward_chunk, blocks = divide_up(chunk, p.block);
+  const Buffer images(round_up(chunk, s.mr) * p.panel_bytes());
   const int64_t padded = p.stripes * kStripe;
-  std::vector<T> row_sum(p.stripes * p.chunk), row_largest(p.tracked() ? p.stripes * p.chunk : 0);
+  std::vector<T> row_sum(p.stripes * chunk), row_largest(p.tracked() ? p.stripes * chunk : 0);
   std::vector<T> col_sum(blocks * padded), col_largest(p.tracked() ? blocks * padded : 0);
   std::vector<T> label_t(p.n, std::numeric_limits<T>::quiet_NaN());
   std::vector<Exponentials> columns(p.m);
   const double k = p.logits(0, 0).k, sign = k < 0 ? -1 : 1;
 
-  for (int64_t row0 = 0; row0 < p.n; row0 += p.chunk) {
-    const int64_t rows = std::min(p.chunk, p.n - row0), here = divide_up(rows, p.block);
+  for (int64_t row0 = 0; row0 < p.n; row0 += chunk) {
+    const int64_t rows = std::min(chunk, p.n - row0), here = divide_up(rows, p.block);
     p.pack_images(row0, rows, images);
     parallel(p.stripes * here, [&](int64_t item) {
-      const int64_t t = item / here, b = item % here, i0 = b * p.block, col0 = t * p.stripe;
+      const auto [t, b] = p.place(item, here);
+      const int64_t i0 = b * p.block, col0 = t * p.stripe;
       ForwardBlock<T> f{p.block_at(images, texts, row0, rows, t, b)};
       f.range = p.range;
       f.shift = T(p.shift);
-      f.row_sum = row_sum.data() + t * p.chunk + i0;
+      f.row_sum = row_sum.data() + t * chunk + i0;
       f.column_sum = col_sum.data() + b * padded + t * kStripe;
       if (p.tracked()) {
-        f.row_largest = row_largest.data() + t * p.chunk + i0;
+        f.row_largest = row_largest.data() + t * chunk + i0;
         f.column_largest = col_largest.data() + b * padded + t * kStripe;
       }
       // Whole blocks are kept or none, so that the backward pass finds each block in one place.
@@ -86,7 +87,7 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
       for (int64_t i = g * 64; i < std::min(rows, g * 64 + 64); ++i) {
         Exponentials total;
         for (int64_t t = 0; t < p.stripes; ++t)
-          total.add(row_sum[t * p.chunk + i], p.tracked() ? sign * row_largest[t * p.chunk + i] : p.reference(), k);
+          total.add(row_sum[t * chunk + i], p.tracked() ? sign * row_largest[t * chunk + i] : p.reference(), k);
         row_side.set(row0 + i, total, p.scale);
         positive[row0 + i] = p.scale * double(label_t[row0 + i]);
       }
@@ -106,11 +107,11 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
 template <class T>
 struct SideWeights {
   std::vector<T> weight, reference, log2;
-  SideWeights(const Problem<T>& p, const double* gradient, const double* stats, int64_t count)
+  SideWeights(const Problem<T>& p, const double* gradient, const double* stats, int64_t count, double factor)
       : weight(count + kSlack, T(0)), reference(p.tracked() ? count + kSlack : 0, T(0)), log2(reference) {
     for (int64_t i = 0; i < count; ++i) {
       const double log2_sum = stats[count + i];
-      weight[i] = T(p.tracked() ? gradient[i] : gradient[i] * std::exp2(-log2_sum));
+      weight[i] = T(factor * (p.tracked() ? gradient[i] : gradient[i] * std::exp2(-log2_sum)));
       if (!p.tracked()) continue;
       reference[i] = T(stats[i]);
       log2[i] = T(log2_sum);
@@ -120,7 +121,7 @@ struct SideWeights {
 
 template <class T>
 struct Gradients {
-  T* images;  // null: not wanted; zeros on entry
+  T* images;  // null: not wanted
   T* texts;
   double* logit_scale;
 };
@@ -129,9 +130,13 @@ template <class T>
 void backward(const Problem<T>& p, const double* grad_row, const double* grad_col, const double* grad_positive,
               const double* row_stats, const double* col_stats, const T* kept, int64_t kept_rows, Gradients<T> out) {
   const Shape& s = p.engine.shape;
-  const SideWeights<T> row_side(p, grad_row, row_stats, p.n), col_side(p, grad_col, col_stats, p.m);
-  std::vector<T> label_weight(grad_positive, grad_positive + p.n);
   const bool euclidean = p.similarity == Similarity::sqeuclidean;
+  // An ordinary logit_scale goes into dS, whose products are then the gradients.
+  const bool ordinary = std::abs(p.scale) >= 1e-4 && std::abs(p.scale) <= 1e4;
+  const double factor = !euclidean && ordinary ? p.scale : 1;
+  const SideWeights<T> row_side(p, grad_row, row_stats, p.n, factor), col_side(p, grad_col, col_stats, p.m, factor);
+  std::vector<T> label_weight(p.n);
+  for (int64_t i = 0; i < p.n; ++i) label_weight[i] = T(factor * grad_positive[i]);
   const int64_t blocks = divide_up(p.chunk, p.block);
   Buffer texts;
   if (kept_rows < p.n) texts = p.pack_texts();
@@ -147,7 +152,8 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
     const int64_t rows = std::min(p.chunk, p.n - row0), here = divide_up(rows, p.block);
     if (row0 + rows > kept_rows) p.pack_images(row0, rows, images);
     parallel(p.stripes * here, [&](int64_t item) {
-      const int64_t t = item / here, b = item % here, i0 = b * p.block, col0 = t * p.stripe;
+      const auto [t, b] = p.place(item, here);
+      const int64_t i0 = b * p.block, col0 = t * p.stripe;
       GradientBlock<T> g{p.block_at(images, texts, row0, rows, t, b)};
       g.range = p.range;
       g.shift = T(p.shift);
@@ -177,9 +183,8 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
     }
     gradients.multiply(row0, rows);
   }
-  *out.logit_scale = scale_total;
-
-  gradients.finish(row_total, col_total);
+  *out.logit_scale = scale_total / factor;
+  gradients.finish(factor, row_total, col_total);
 }
 
 template <class T>
@@ -230,7 +235,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0), y.size(0),
                x.size(1), a.scale, a.similarity, label_offset);
-  Tensor dx = zeros_if(needs[0], x, p.n, p.d, a.type), dy = zeros_if(needs[1], x, p.m, p.d, a.type);
+  Tensor dx = needs[0] ? reused(x, p.n, p.d, a.type) : empty(x, {0}, a.type);
+  Tensor dy = needs[1] ? reused(x, p.m, p.d, a.type) : empty(x, {0}, a.type);
   double dscale = 0;
   const Tensor gr = as_type(grad_row, ScalarType::Double), gc = as_type(grad_col, ScalarType::Double);
   const Tensor gp = as_type(grad_positive, ScalarType::Double);

@@ -515,7 +515,7 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
   *b.out.scale_sum = scale_sum;
 }
 
-template <class E, bool kAlongRows>
+template <class E, bool kAlongRows, Result kResult>
 void product(const ProductBlock<typename E::T>& b) {
   constexpr int along = row_stride(E::group), down = column_stride(E::group), nr = kWidth<E>;
   const auto* a = static_cast<const typename E::Word*>(b.a);
@@ -523,10 +523,18 @@ void product(const ProductBlock<typename E::T>& b) {
   for (int64_t i = 0; i < b.rows; i += kRows) {
     const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
     for (int64_t j = 0; j < b.cols; j += nr)
-      tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, Result::add>(
+      tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, kResult>(
           a + (kAlongRows ? i * along : i), slices + j * b.depth, b.depth, b.c + i * b.c_stride + j, b.c_stride, rows,
           b.cols - j < nr ? int(b.cols - j) : nr);
   }
+}
+
+template <class E, bool kAlongRows>
+void product(const ProductBlock<typename E::T>& b) {
+  if (b.first)
+    product<E, kAlongRows, Result::assign>(b);
+  else
+    product<E, kAlongRows, Result::add>(b);
 }
 
 template <class E>

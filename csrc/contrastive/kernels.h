@@ -110,8 +110,8 @@ struct SigmoidBlock : LogitBlock<T> {
   GradientOutput out;
 };
 
-// C [rows, cols] += A B: A is dS of one stripe, B packed slices of the other side that follow each other. Each panel of
-// A's rows meets all the slices before the next: it stays in the first-level cache, and they come in order.
+// C [rows, cols] (=, +=) A B: A is dS of one stripe, B packed slices of the other side that follow each other. Each
+// panel of A's rows meets all the slices before the next: it stays in the first-level cache, and they come in order.
 template <class T>
 struct ProductBlock {
   const void* a;
@@ -119,6 +119,7 @@ struct ProductBlock {
   int64_t depth, rows, cols;
   T* c;
   int64_t c_stride;
+  bool first;  // C holds nothing yet
 };
 
 template <class T>

@@ -14,7 +14,7 @@ struct Sums {
   double loss = 0, scale = 0, bias = 0;
 };
 
-// images, texts: null where no gradient is wanted; zeros on entry.
+// images, texts: null where no gradient is wanted.
 template <class T>
 Sums run(const Problem<T>& p, double bias, T* images, T* texts) {
   const Shape& s = p.engine.shape;
@@ -27,7 +27,7 @@ Sums run(const Problem<T>& p, double bias, T* images, T* texts) {
     const int64_t rows = std::min(p.chunk, p.n - row0), here = divide_up(rows, p.block);
     p.pack_images(row0, rows, packed_images);
     parallel(p.stripes * here, [&](int64_t item) {
-      const int64_t t = item / here, b = item % here;
+      const auto [t, b] = p.place(item, here);
       SigmoidBlock<T> block{p.block_at(packed_images, packed_texts, row0, rows, t, b)};
       block.logits.k = T(p.scale);
       block.bias = T(bias);
@@ -43,7 +43,7 @@ Sums run(const Problem<T>& p, double bias, T* images, T* texts) {
     }
     gradients.multiply(row0, rows);
   }
-  gradients.finish({}, {});
+  gradients.finish(1, {}, {});
   return total;
 }
 
@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call(const Arguments& a, cons
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),
                      y.size(0), x.size(1), a.scale, a.similarity, label_offset);
-  Tensor dx = zeros_if(needs[0], x, p.n, p.d, a.type), dy = zeros_if(needs[1], x, p.m, p.d, a.type);
+  Tensor dx = needs[0] ? reused(x, p.n, p.d, a.type) : empty(x, {0}, a.type);
+  Tensor dy = needs[1] ? reused(x, p.m, p.d, a.type) : empty(x, {0}, a.type);
   const Sums sums = run<T>(p, bias, needs[0] ? dx.template mutable_data_ptr<T>() : nullptr,
                            needs[1] ? dy.template mutable_data_ptr<T>() : nullptr);
   const auto scalar = [&](double value) {
