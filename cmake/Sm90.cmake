@@ -1,6 +1,6 @@
-# The Hopper kernels join gapkern_cuda where CUTLASS's headers are at hand (the wheel nvidia-cutlass, or a checkout named by
-# CUTLASS_PATH; needed to build and not to run) and 9.0a is not excluded by TORCH_CUDA_ARCH_LIST. Without them the library is whole: its other kernels
-# serve every device.
+# The Hopper kernels join gapkern_cuda where CUTLASS's headers are at hand (the wheel nvidia-cutlass, or a checkout named
+# by CUTLASS_PATH; needed to build and not to run) and 9.0a is not excluded by TORCH_CUDA_ARCH_LIST. Without them the
+# library is whole: its other kernels serve every device.
 set(sm90_reason "")
 if(GAPKERN_CUDA_ARCH_LIST AND NOT "${GAPKERN_CUDA_ARCH_LIST}" MATCHES "9\\.0a")
   set(sm90_reason "TORCH_CUDA_ARCH_LIST has no 9.0a")
