@@ -64,7 +64,7 @@ class Model:
         Raises:
             ValueError: no names or templates, or a template without {c}.
         """
-        from gapkern.evaluation.prompts import check_templates, fill
+        from gapkern.prompts import check_templates, fill
 
         if not names:
             raise ValueError("names: expected at least one class, got none")

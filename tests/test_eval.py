@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import MeanShift, models
+from gapkern import MeanShift, datasets, models
 from gapkern.cli import main
 from gapkern.embeddings import write_folder
-from gapkern.evaluation import datasets, inputs, records
+from gapkern.evaluation import inputs, records
 from tests.scenes import Batches, draw, scene
 
 
@@ -71,7 +71,7 @@ def files_of_all_tasks(tmp_path):
 MANY = """
 import json, sys
 from gapkern.cli import main
-from gapkern.evaluation import Ranks
+from gapkern.ranks import Ranks
 with Ranks(60):
     for command in json.load(open("commands.json")):
         status = main(["eval", *command, "--out", sys.argv[1]])
@@ -102,7 +102,7 @@ def test_any_number_of_ranks_writes_the_same(files_of_all_tasks, tmp_path):
 LEAVES = """
 import os, signal, sys, time
 from gapkern.cli import main
-from gapkern.evaluation import Ranks
+from gapkern.ranks import Ranks
 if os.environ["RANK"] == "1":
     ranks = Ranks(60)
     if sys.argv[1] == "dies":

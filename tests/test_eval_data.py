@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from gapkern.evaluation import datasets, prompts
+from gapkern import datasets, prompts
 
 
 def picture(path, colour):

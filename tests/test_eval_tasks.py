@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from gapkern import Gaussian, MeanShift, Quantize, Uniform
-from gapkern.evaluation import Ranks, Settings, classification, multiple_choice, retrieval, templates
+from gapkern.evaluation import Settings, classification, multiple_choice, retrieval, templates
 from gapkern.perturb import perturb
+from gapkern.ranks import Ranks
 from gapkern.testing import peak_memory
 from tests.scenes import Batches, classes, draw, scene, unit
 
@@ -184,7 +185,8 @@ def test_half_precision_is_normalised_in_float32():
 def test_memory_is_linear():
     setup = """
 import torch
-from gapkern.evaluation import Ranks, retrieval
+from gapkern.evaluation import retrieval
+from gapkern.ranks import Ranks
 n, ranks = 20000, Ranks()
 x = torch.nn.functional.normalize(torch.randn(n, 8), dim=1)
 """

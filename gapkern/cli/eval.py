@@ -66,7 +66,7 @@ def add(verbs) -> None:
 def run(arguments) -> int:
     import torch
 
-    from gapkern.evaluation.ranks import Ranks
+    from gapkern.ranks import Ranks
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device
     settings = _settings(arguments)
@@ -112,7 +112,7 @@ def _settings(arguments) -> Any:
 
 def _runs(arguments) -> list[dict[str, str]]:
     """Data set, model and the rest of what names each run."""
-    from gapkern.evaluation import datasets
+    from gapkern import datasets
     from gapkern.evaluation.tasks import TASKS
 
     stored = arguments.images is not None or arguments.texts is not None
@@ -189,7 +189,8 @@ def _targets(arguments, facts, settings) -> list[Any]:
 
 def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the task takes, and what the records say beside its facts."""
-    from gapkern.evaluation import datasets, encode, inputs, prompts
+    from gapkern import datasets, prompts
+    from gapkern.evaluation import encode, inputs
 
     dataset, task = facts["dataset"], facts["task"]
     templates: Any = list(prompts.DEFAULT)

@@ -66,7 +66,7 @@ def embed(
         ImportError: open_clip or pyarrow is not installed.
         RankLost: another rank is gone.
     """
-    from gapkern.evaluation.ranks import Ranks
+    from gapkern.ranks import Ranks
 
     batch_size = _check.integer("batch_size", batch_size, low=1)
     shard_rows = _check.integer("shard_rows", shard_rows, low=1)

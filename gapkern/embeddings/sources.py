@@ -114,7 +114,7 @@ def texts(source: Any) -> Texts:
 
 def captions(annotation_file: str | os.PathLike) -> Texts:
     """COCO's captions, image by image in the order of their ids, and each one's image among those with captions."""
-    from gapkern.evaluation import datasets
+    from gapkern import datasets
 
     found = datasets.load("mscoco_captions", annotation_file=os.fspath(annotation_file))
     return Texts(found.captions, found.image_of)
@@ -123,13 +123,13 @@ def captions(annotation_file: str | os.PathLike) -> Texts:
 def dataset(
     name: str, root: str = ".", split: str = "test", annotation_file: str | None = None
 ) -> tuple[Images, Texts | None]:
-    """A data set of `gapkern.evaluation.datasets`: its images with labels, and its captions where it has some.
+    """A data set of `gapkern.datasets`: its images with labels, and its captions where it has some.
 
     Raises:
         ValueError: no such data set, or it does not lie there; one of questions, which have images many times.
         ImportError: torchvision or scikit-learn is needed and not installed.
     """
-    from gapkern.evaluation import datasets
+    from gapkern import datasets
 
     found = datasets.load(name, root, split, annotation_file)
     if isinstance(found, datasets.Questions):

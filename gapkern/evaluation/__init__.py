@@ -2,7 +2,6 @@
 
 from gapkern.evaluation.encode import Encoder, from_model
 from gapkern.evaluation.inputs import from_files
-from gapkern.evaluation.ranks import Ranks, Rows
 from gapkern.evaluation.tasks import (
     TASKS,
     Outcome,
@@ -17,8 +16,6 @@ __all__ = [
     "TASKS",
     "Encoder",
     "Outcome",
-    "Ranks",
-    "Rows",
     "Settings",
     "classification",
     "from_files",

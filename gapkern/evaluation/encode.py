@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import _check
-from gapkern.evaluation import datasets, prompts
+from gapkern import _check, datasets, prompts
 from gapkern.evaluation.inputs import integers, whole
-from gapkern.evaluation.ranks import Ranks, Rows
 from gapkern.evaluation.tasks import TASKS
 from gapkern.models import Model, zero_shot_classifier
+from gapkern.ranks import Ranks, Rows
 
 CHOICE = "{q} {a}"
 Tick = Callable[[str, int, int], None]

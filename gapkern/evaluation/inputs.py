@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, embeddings
+from gapkern import _check, datasets, embeddings, prompts
 from gapkern.embeddings import Embeddings
 from gapkern.embeddings.folder import agreed
-from gapkern.evaluation import datasets, prompts
-from gapkern.evaluation.ranks import Ranks, Rows
 from gapkern.evaluation.tasks import TASKS, Outcome, Settings, classification, multiple_choice, retrieval
 from gapkern.evaluation.tasks import templates as template_robustness
 from gapkern.models import zero_shot_classifier
+from gapkern.ranks import Ranks, Rows
 
 KINDS = {"images": "img_emb", "texts": "text_emb"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import _check
-from gapkern.evaluation.prompts import read_json
+from gapkern.prompts import read_json
 
 Image = Any  # PIL.Image.Image
 

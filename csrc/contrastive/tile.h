@@ -1,0 +1,219 @@
+// The register tile of the contrastive kernels: the arithmetic of each engine, packing, and the product of one tile.
+// Only for kernels.cpp, which is compiled once per instruction set.
+#pragma once
+#include "common/vec.h"
+#include "contrastive/kernels.h"
+
+#if GAPKERN_VECTOR_BYTES == 64
+#include <immintrin.h>
+#endif
+
+namespace gapkern::contrastive {
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// mr x 2 accumulators, two operand vectors and one broadcast fill the register file.
+#if GAPKERN_VECTOR_BYTES == 64
+constexpr int kRows = 14;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kVectors = 2;
+
+// The arithmetic of one engine: how rows become packed words, and the multiply-add of a broadcast word and a vector.
+template <class Real>
+struct Plain {
+  using T = Real;
+  using Word = Real;
+  using V = typename Vec<T>::type;
+  using Operand = V;
+  static constexpr int group = 1;
+  GAPKERN_INLINE Operand operand(const Word* p) { return load(p); }
+  GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) { return c + a * b; }
+  GAPKERN_INLINE Word word(T x, T) { return x; }
+  // One vector of a packed depth step, from the row (or pair of rows) it is made of.
+  GAPKERN_INLINE void pack(V first, V, Word* out) { store(out, first); }
+  // A vector of words from the elements of one row that follow each other: `group` vectors of them.
+  GAPKERN_INLINE void pack_along(V first, V, Word* out) { store(out, first); }
+};
+
+#if defined(GAPKERN_ISA_avx512bf16)
+GAPKERN_INLINE uint32_t round_to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fc0u;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+struct Pairs {
+  using T = float;
+  using Word = uint32_t;
+  using V = f32v;
+  using Operand = __m512i;
+  static constexpr int group = 2;
+  GAPKERN_INLINE Operand operand(const Word* p) { return _mm512_loadu_si512(p); }
+  GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) {
+    return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+  }
+  GAPKERN_INLINE Word word(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
+  GAPKERN_INLINE void pack(V first, V second, Word* out) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  GAPKERN_INLINE void pack_along(V first, V second, Word* out) {
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+  }
+};
+#endif
+
+template <class E>
+constexpr int kWidth = kVectors * Vec<typename E::T>::size;
+
+enum class Result { assign, add };
+
+// out [rows, cols] (=, +=) A B over `depth` words, A(r, k) = a[r * kRowStep + k * kDepthStep]. Rows beyond `rows` are
+// read but not written.
+template <class E, int kRowStep, int kDepthStep, Result kResult>
+GAPKERN_INLINE void tile_product(const typename E::Word* a, const typename E::Word* b, int64_t depth,
+                                 typename E::T* out, int64_t out_stride, int rows, int cols) {
+  using T = typename E::T;
+  using V = typename E::V;
+  constexpr int lanes = Vec<T>::size;
+  V c[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      c[r][v] = V{};
+      if (kResult == Result::add) __builtin_prefetch(out + r * out_stride + v * lanes, 1);
+    }
+  for (int64_t k = 0; k < depth; ++k) {
+    const typename E::Operand b0 = E::operand(b), b1 = E::operand(b + lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const typename E::Word ar = a[r * kRowStep];
+      c[r][0] = E::multiply_add(c[r][0], ar, b0);
+      c[r][1] = E::multiply_add(c[r][1], ar, b1);
+    }
+    a += kDepthStep;
+    b += kVectors * lanes;
+  }
+  if (rows == kRows && cols == kVectors * lanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        T* p = out + r * out_stride + v * lanes;
+        store(p, kResult == Result::add ? load(p) + c[r][v] : c[r][v]);
+      }
+    return;
+  }
+  T edge[kRows][kVectors * lanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(&edge[r][v * lanes], c[r][v]);
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < cols; ++j)
+      out[r * out_stride + j] = kResult == Result::add ? out[r * out_stride + j] + edge[r][j] : edge[r][j];
+}
+
+template <class E>
+double squared_norm(const typename E::T* x, const typename E::T* centre, int64_t depth) {
+  using T = typename E::T;
+  constexpr int lanes = Vec<T>::size;
+  typename Vec<T>::type total[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * lanes <= depth; d += 4 * lanes)
+    for (int u = 0; u < 4; ++u) {
+      auto v = load(x + d + u * lanes);
+      if (centre != nullptr) v -= load(centre + d + u * lanes);
+      total[u] += v * v;
+    }
+  double rest = sum<T>((total[0] + total[1]) + (total[2] + total[3]));
+  for (; d < depth; ++d) {
+    const double v = centre == nullptr ? x[d] : T(x[d] - centre[d]);
+    rest += v * v;
+  }
+  return rest;
+}
+
+template <class E>
+void pack_panel(const typename E::T* x, int64_t rows, int width, int64_t depth, const typename E::T* centre,
+                void* packed) {
+  using T = typename E::T;
+  auto* out = static_cast<typename E::Word*>(packed);
+  const auto value = [&](int64_t r, int64_t d) -> T {
+    if (r >= rows || d >= depth) return T(0);
+    return centre == nullptr ? x[r * depth + d] : x[r * depth + d] - centre[d];
+  };
+  using V = typename E::V;
+  constexpr int64_t lanes = Vec<T>::size;  // words at a time
+  const int64_t words = (depth + E::group - 1) / E::group;
+  for (int64_t k0 = 0; k0 < words; k0 += lanes)
+    for (int r = 0; r < width; ++r) {
+      if (r < rows && (k0 + lanes) * E::group <= depth) {
+        const T* from = x + r * depth + k0 * E::group;
+        V first = load(from), second = load(from + (E::group - 1) * lanes);
+        if (centre != nullptr) {
+          first -= load(centre + k0 * E::group);
+          second -= load(centre + k0 * E::group + (E::group - 1) * lanes);
+        }
+        typename E::Word packed_words[lanes];
+        E::pack_along(first, second, packed_words);
+        for (int64_t k = 0; k < lanes; ++k) out[(k0 + k) * width + r] = packed_words[k];
+        continue;
+      }
+      for (int64_t k = k0; k < words && k < k0 + lanes; ++k)
+        out[k * width + r] = E::word(value(r, k * E::group), value(r, k * E::group + E::group - 1));
+    }
+}
+
+template <class E>
+void pack_slice(const typename E::T* x, int64_t rows, int64_t width, int64_t slice, const typename E::T* centre,
+                void* packed) {
+  using T = typename E::T;
+  using V = typename E::V;
+  constexpr int nr = kWidth<E>, lanes = Vec<T>::size;
+  auto* out = static_cast<typename E::Word*>(packed);
+  const int64_t d0 = slice * nr, cols = width - d0 < nr ? width - d0 : nr;
+  const int64_t words = (rows + E::group - 1) / E::group;
+  T shift[nr] = {};
+  for (int64_t j = 0; centre != nullptr && j < cols; ++j) shift[j] = centre[d0 + j];
+  for (int64_t k = 0; k < words; ++k, out += nr) {
+    const T* first = x + k * E::group * width + d0;
+    const bool both = k * E::group + E::group <= rows;
+    if (cols == nr) {
+      for (int j = 0; j < nr; j += lanes) {
+        const V second = both ? load(first + (E::group - 1) * width + j) - load(shift + j) : V{};
+        E::pack(load(first + j) - load(shift + j), second, out + j);
+      }
+      continue;
+    }
+    for (int64_t j = 0; j < nr; ++j) {
+      const T low = j < cols ? first[j] - shift[j] : T(0);
+      const T high = j < cols && both ? first[(E::group - 1) * width + j] - shift[j] : T(0);
+      out[j] = E::word(low, high);
+    }
+  }
+}
+
+// All ones in the lanes of columns [j, j + size) that are below cols.
+template <class T>
+GAPKERN_INLINE auto lanes_below(int64_t j, int64_t cols) {
+  T index[Vec<T>::size];
+  for (int i = 0; i < Vec<T>::size; ++i) index[i] = T(i);
+  return load(index) < splat<T>(T(cols - j));
+}
+
+template <class T>
+GAPKERN_INLINE auto lane_at(int64_t lane) {
+  T index[Vec<T>::size];
+  for (int i = 0; i < Vec<T>::size; ++i) index[i] = T(i);
+  return load(index) == splat<T>(T(lane));
+}
+
+}  // namespace
+}  // namespace gapkern::contrastive
