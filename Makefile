@@ -10,7 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What is installed without its requirements is no conflict.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 # Where nvcc is found, CUTLASS's headers are installed for the Hopper kernels. The wheel's own requirements are heavy and
 # not needed to compile, so that it cannot be among pyproject.toml's.
