@@ -77,11 +77,9 @@ def case(n: int, d: int, backward: bool) -> Case:
         Contender("gapkern, bfloat16 products", call(_ours("recompute", "medium"))),
         Contender("gapkern, bfloat16, keep", call(_ours("keep", "medium"))),
     ]
-    for count in (4, 3) if backward else (1,):
-        contenders.append(Contender(f"limit: {count} bare products", products(count), "limit"))
-    count = 3 if backward else 1
-    low = products(count, torch.bfloat16)
-    contenders.append(Contender(f"limit: {count} bare bfloat16 products", low, "limit"))
+    for dtype, kind in ((torch.float32, "bare"), (torch.bfloat16, "bare bfloat16")):
+        for count in (4, 3) if backward else (1,):
+            contenders.append(Contender(f"limit: {count} {kind} products", products(count, dtype), "limit"))
 
     def check(results):
         expected = results["open_clip"]

@@ -53,7 +53,8 @@ def contrastive() -> str:
         "gapkern, bfloat16, keep": "**bfloat16, keep**",
         "limit: 4 bare products": "4 products",
         "limit: 3 bare products": "3 products",
-        "limit: 3 bare bfloat16 products": "3 bfloat16 products",
+        "limit: 4 bare bfloat16 products": "4 in bfloat16",
+        "limit: 3 bare bfloat16 products": "3 in bfloat16",
     }
     rows = []
     for case in result["cases"]:

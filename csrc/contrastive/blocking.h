@@ -125,6 +125,14 @@ class Problem {
     });
   }
 
+  // Logits of bfloat16 products are kept as multiples of a unit, 16 bits each, where that is finer than the rounding of
+  // their exponentials to bfloat16. They take half the room; the labels' logits follow them in full.
+  bool coded() const { return unit > 0; }
+  template <class K>
+  K* kept_labels(K* kept, int64_t kept_rows) const {
+    return kept + divide_up(kept_rows * m, 2);
+  }
+
   // Where the logits of a block are kept: blocks are written and read in one piece each.
   template <class K>
   K* kept_block(K* kept, int64_t row, int64_t rows, int64_t column) const {
@@ -163,6 +171,7 @@ class Problem {
   int64_t chunk, forward_chunk;  // rows between two meetings of the threads
   Range range = Range::normal;
   double shift = 0;  // of exponents; Range::shifted only
+  T unit = 0;        // of kept logits; 0: they are kept as they are
   std::vector<T> row_terms, col_terms, centre;
 
  private:
@@ -180,6 +189,8 @@ class Problem {
     const double reach = std::sqrt(largest_x) + std::sqrt(largest_y);
     const double t = similarity == Similarity::dot ? std::sqrt(largest_x * largest_y) : reach * reach;
     const double exponent = std::abs(scale) * kLog2e * t;
+    // Bfloat16 factors may make a logit a little larger than the norms say.
+    if (engine.shape.group > 1 && m >= 4 && t > 0 && exponent <= kTriedExponent) unit = T(1.02 * t / 32767);
     if (exponent <= kSafeExponent) return;
     range = Range::tracked;
     if (exponent <= kTriedExponent && similarity == Similarity::dot && engine.shape.group > 1) {

@@ -7,8 +7,9 @@
 // contrastive_lse -> row_lse [N], col_lse [M], positive [N], row_stats [2, N], col_stats [2, M] in float64, and kept.
 //   row_lse[i] = log sum_j exp S[i, j],  col_lse[j] = log sum_i exp S[i, j],  positive[i] = S[i, i + label_offset].
 //   stats: lse in the two parts the backward pass needs apart, lse = s stats[0] + ln(2) stats[1].
-//   kept [K, M]: S / s of the first K rows, as many as fit into work_bytes, so that the backward pass need not form
-//   them again; [0, M] when work_bytes is 0.
+//   kept [K, M]: S / s of the first K rows, in a form of its own (on the CPU with bfloat16 products in half of the
+//   room, as 16-bit multiples of a unit), as many as fit into work_bytes, so that the backward pass need not form them
+//   again; [0, M] when work_bytes is 0.
 // contrastive_lse_backward -> the gradients that `needs` asks for (images, texts, logit_scale), in the inputs' dtypes;
 //   an empty tensor for the others.
 //

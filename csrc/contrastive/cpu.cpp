@@ -79,7 +79,11 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
         f.column_largest = col_largest.data() + b * padded + t * kStripe;
       }
       // Whole blocks are kept or none, so that the backward pass finds each block in one place.
-      if (row0 + i0 + f.rows <= kept_rows) f.keep = p.kept_block(kept, row0 + i0, f.rows, col0);
+      if (row0 + i0 + f.rows <= kept_rows && p.coded())
+        f.codes = p.kept_block(reinterpret_cast<int16_t*>(kept), row0 + i0, f.rows, col0);
+      else if (row0 + i0 + f.rows <= kept_rows)
+        f.keep = p.kept_block(kept, row0 + i0, f.rows, col0);
+      f.unit = p.unit;
       f.positive = label_t.data() + row0 + i0;
       p.engine.forward(f);
     });
@@ -101,6 +105,7 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
     });
   }
   for (int64_t j = 0; j < p.m; ++j) column_side.set(j, columns[j], p.scale);
+  if (p.coded()) std::copy_n(label_t.begin(), kept_rows, p.kept_labels(kept, kept_rows));
 }
 
 // The weights and references of one side for GradientBlock. stats [2, count]: references and log2 of the sums.
@@ -166,7 +171,13 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
         g.column_log2 = col_side.log2.data() + col0;
       }
       g.positive = label_weight.data() + row0 + i0;
-      if (row0 + i0 + g.rows <= kept_rows) g.kept = p.kept_block(kept, row0 + i0, g.rows, col0);
+      if (row0 + i0 + g.rows <= kept_rows && p.coded()) {
+        g.codes = p.kept_block(reinterpret_cast<const int16_t*>(kept), row0 + i0, g.rows, col0);
+        g.label_t = p.kept_labels(kept, kept_rows) + row0 + i0;
+      } else if (row0 + i0 + g.rows <= kept_rows) {
+        g.kept = p.kept_block(kept, row0 + i0, g.rows, col0);
+      }
+      g.unit = p.unit;
       g.out = gradients.output(t, i0, &scale_sums[item]);
       if (euclidean) {
         g.row_sum = row_sum.data() + t * p.chunk + i0;

@@ -111,6 +111,31 @@ GAPKERN_INLINE void put_away(T* to, const T* from, int64_t count) {
   std::memcpy(to, from, size_t(count) * sizeof(T));
 }
 
+#if defined(GAPKERN_ISA_avx512bf16)
+GAPKERN_INLINE void encode(const float* t, float per_unit, int64_t count, int16_t* codes) {
+  for (int64_t j = 0; j < count; j += 16) {
+    const __m256i code = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(load(t + j) * per_unit)));
+    if (count - j < 16)
+      std::memcpy(codes + j, &code, size_t(count - j) * sizeof *codes);
+    else if (reinterpret_cast<uintptr_t>(codes + j) % 32 == 0)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(codes + j), code);
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j), code);
+  }
+}
+
+GAPKERN_INLINE void decode(const int16_t* codes, float unit, int64_t count, float* t) {
+  for (int64_t j = 0; j < count; j += 16) {
+    __m256i code{};
+    if (count - j < 16)
+      std::memcpy(&code, codes + j, size_t(count - j) * sizeof *codes);
+    else
+      code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
+    store(t + j, (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(code)) * unit);
+  }
+}
+#endif
+
 template <class E>
 void forward(const ForwardBlock<typename E::T>& b) {
   using T = typename E::T;
@@ -128,6 +153,9 @@ void forward(const ForwardBlock<typename E::T>& b) {
     }
     if (b.keep != nullptr)
       for (int r = 0; r < rows; ++r) put_away(b.keep + (i0 + r) * b.cols, tile + r * kStripe, b.cols);
+    if constexpr (E::group > 1)
+      if (b.codes != nullptr)
+        for (int r = 0; r < rows; ++r) encode(tile + r * kStripe, 1 / b.unit, b.cols, b.codes + (i0 + r) * b.cols);
     if (b.range == Range::tracked)
       sum_exponentials_tracked(b, tile, rows, i0);
     else if (b.range == Range::shifted)
@@ -229,7 +257,13 @@ void gradient(const GradientBlock<typename E::T>& b) {
   double scale_sum = 0;
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
-    if (b.kept == nullptr) logit_tile<E>(b, rows, i0, tile);
+    if (b.kept == nullptr && b.codes == nullptr) logit_tile<E>(b, rows, i0, tile);
+    if constexpr (E::group > 1)
+      for (int r = 0; b.codes != nullptr && r < rows; ++r) {
+        decode(b.codes + (i0 + r) * b.cols, b.unit, b.cols, tile + r * kStripe);
+        const int64_t label = b.label + i0 + r;
+        if (label >= 0 && label < b.cols) tile[r * kStripe + label] = b.label_t[i0 + r];
+      }
     const T* const t = b.kept == nullptr ? tile : b.kept + i0 * b.cols;
     const int64_t stride = b.kept == nullptr ? kStripe : b.cols;
     scale_sum += b.range == Range::tracked   ? logit_gradient<Range::tracked>(b, t, stride, tile, rows, i0)

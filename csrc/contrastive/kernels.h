@@ -77,6 +77,8 @@ struct ForwardBlock : LogitBlock<T> {
   T* column_largest;  // out [kStripe]
   T* positive;        // out [rows]: t at the label, where the stripe holds it
   T* keep;            // out [rows, cols]: t; null: not kept
+  int16_t* codes;     // or, where words are pairs: t / unit, rounded
+  T unit;
 };
 
 // The same block in the backward pass.
@@ -93,8 +95,11 @@ struct GradientBlock : LogitBlock<T> {
   const T* column_weight;  // b [cols]
   const T* column_reference;
   const T* column_log2;
-  const T* positive;  // [rows]
-  const T* kept;      // t [rows, cols] from the forward pass, or null to recompute it
+  const T* positive;     // [rows]
+  const T* kept;         // t [rows, cols] from the forward pass; null: not kept so
+  const int16_t* codes;  // t / unit [rows, cols]; null: not kept so
+  T unit;
+  const T* label_t;  // with codes: t at the label [rows]
   GradientOutput out;
   T* row_sum;     // out [rows]: sums of dS; null: not wanted
   T* column_sum;  // out [kStripe]
