@@ -363,7 +363,7 @@ def test_a_rank_that_dies_ends_the_others_and_loses_nothing(place, whole, tmp_pa
     started = time.perf_counter()
     if launcher == "torchrun":
         run = subprocess.run(
-            [*TORCHRUN, str(script), *line(place, out)], env=ENVIRONMENT, capture_output=True, text=True
+            [*TORCHRUN, str(script), *line(place, out)], env=environment, capture_output=True, text=True
         )
         assert run.returncode != 0
     else:
