@@ -4,8 +4,9 @@
 #
 #   bash bench/gpu.sh [FOLDER]     FOLDER takes gpu.json and the stages' logs too; bench/results/gpu.json is always written
 #
-# CUTLASS_PATH (or the wheel nvidia-cutlass), TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured by the build. Exit status: 0, 1 where the build, a test or
-# the sanitizer failed, 2 without a GPU. A stage that fails or runs over its time is recorded; the others still run.
+# CUTLASS_PATH (or the wheel nvidia-cutlass), TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured by the build. Exit status:
+# 0, 1 where the build, a test or the sanitizer failed, 2 without a GPU. A stage that fails or runs over its time is
+# recorded; the others still run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python="${PYTHON:-python3}"

@@ -73,4 +73,9 @@ inline Tensor reused(const Tensor& like, int64_t rows, int64_t columns, ScalarTy
   return torch::stable::from_blob(memory, {sizes.data(), 2}, {strides.data(), 2}, like.device(), type, give_block);
 }
 
+// Room for the gradient of x, or an empty tensor where it is not wanted.
+inline Tensor gradient_of(const Tensor& x, bool wanted, ScalarType type) {
+  return wanted ? reused(x, x.size(0), x.size(1), type) : empty(x, {0}, type);
+}
+
 }  // namespace gapkern::contrastive

@@ -8,9 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "common/blocks.h"
-#include "contrastive/contrastive.h"
-#include "contrastive/kernels.h"
+#include "contrastive/arguments.h"
 
 namespace gapkern::contrastive {
 
@@ -157,6 +155,9 @@ class Problem {
     if (std::all_of(row_references, row_references + n, is_shift) &&
         std::all_of(column_references, column_references + m, is_shift))
       return;
+    track();
+  }
+  void track() {
     range = Range::tracked;
     shift = 0;
   }
@@ -189,14 +190,12 @@ class Problem {
     const double reach = std::sqrt(largest_x) + std::sqrt(largest_y);
     const double t = similarity == Similarity::dot ? std::sqrt(largest_x * largest_y) : reach * reach;
     const double exponent = std::abs(scale) * kLog2e * t;
+    const bool coarse = engine.shape.group > 1 && exponent <= kTriedExponent;  // bfloat16 products, and no wide range
     // Bfloat16 factors may make a logit a little larger than the norms say.
-    if (engine.shape.group > 1 && m >= 4 && t > 0 && exponent <= kTriedExponent) unit = T(1.02 * t / 32767);
+    if (coarse && m >= 4 && t > 0) unit = T(1.02 * t / 32767);
     if (exponent <= kSafeExponent) return;
-    range = Range::tracked;
-    if (exponent <= kTriedExponent && similarity == Similarity::dot && engine.shape.group > 1) {
-      range = Range::shifted;
-      shift = T(exponent - kSafeExponent);
-    }
+    range = coarse ? Range::shifted : Range::tracked;
+    if (coarse) shift = T(exponent - kSafeExponent);
   }
 
   double norms(const T* side, int64_t rows, std::vector<T>& terms) const {
@@ -211,6 +210,20 @@ class Problem {
     return -lowest;
   }
 };
+
+// Of x and y in the type of the arithmetic, which must outlive it.
+template <class T>
+Problem<T> problem_of(const Arguments& a, const Tensor& x, const Tensor& y, int64_t label_offset) {
+  return {engine_for<T>(a),
+          x.template const_data_ptr<T>(),
+          y.template const_data_ptr<T>(),
+          x.size(0),
+          y.size(0),
+          x.size(1),
+          a.scale,
+          a.similarity,
+          label_offset};
+}
 
 // dS of one chunk of rows, and the two products that consume it.
 template <class T>

@@ -6,7 +6,6 @@
 #include <limits>
 #include <tuple>
 
-#include "contrastive/arguments.h"
 #include "contrastive/blocking.h"
 
 namespace gapkern::contrastive {
@@ -79,9 +78,10 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
         f.column_largest = col_largest.data() + b * padded + t * kStripe;
       }
       // Whole blocks are kept or none, so that the backward pass finds each block in one place.
-      if (row0 + i0 + f.rows <= kept_rows && p.coded())
+      const bool keeps = row0 + i0 + f.rows <= kept_rows;
+      if (keeps && p.coded())
         f.codes = p.kept_block(reinterpret_cast<int16_t*>(kept), row0 + i0, f.rows, col0);
-      else if (row0 + i0 + f.rows <= kept_rows)
+      else if (keeps)
         f.keep = p.kept_block(kept, row0 + i0, f.rows, col0);
       f.unit = p.unit;
       f.positive = label_t.data() + row0 + i0;
@@ -171,10 +171,11 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
         g.column_log2 = col_side.log2.data() + col0;
       }
       g.positive = label_weight.data() + row0 + i0;
-      if (row0 + i0 + g.rows <= kept_rows && p.coded()) {
+      const bool there = row0 + i0 + g.rows <= kept_rows;
+      if (there && p.coded()) {
         g.codes = p.kept_block(reinterpret_cast<const int16_t*>(kept), row0 + i0, g.rows, col0);
         g.label_t = p.kept_labels(kept, kept_rows) + row0 + i0;
-      } else if (row0 + i0 + g.rows <= kept_rows) {
+      } else if (there) {
         g.kept = p.kept_block(kept, row0 + i0, g.rows, col0);
       }
       g.unit = p.unit;
@@ -202,8 +203,7 @@ template <class T>
 void run_forward(const Arguments& a, const Tensor& images, const Tensor& texts, int64_t label_offset, Tensor& row_lse,
                  Tensor& col_lse, Tensor& positive, Tensor& row_stats, Tensor& col_stats, Tensor& kept) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
-  Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0), y.size(0),
-               x.size(1), a.scale, a.similarity, label_offset);
+  Problem<T> p = problem_of<T>(a, x, y, label_offset);
   const auto side = [](Tensor& lse, Tensor& stats) -> Side {
     double* both = stats.mutable_data_ptr<double>();
     return {lse.mutable_data_ptr<double>(), both, both + stats.size(1)};
@@ -212,8 +212,7 @@ void run_forward(const Arguments& a, const Tensor& images, const Tensor& texts, 
   T* const keep = kept.size(0) ? kept.template mutable_data_ptr<T>() : nullptr;
   forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept.size(0));
   if (p.range != Range::shifted || (rows.least(p.n) >= kLeastExponent && columns.least(p.m) >= kLeastExponent)) return;
-  p.range = Range::tracked;
-  p.shift = 0;
+  p.track();
   forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept.size(0));
 }
 
@@ -244,10 +243,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor
                                                 const Tensor& col_stats, const Tensor& kept, int64_t label_offset,
                                                 const std::vector<bool>& needs) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
-  Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0), y.size(0),
-               x.size(1), a.scale, a.similarity, label_offset);
-  Tensor dx = needs[0] ? reused(x, p.n, p.d, a.type) : empty(x, {0}, a.type);
-  Tensor dy = needs[1] ? reused(x, p.m, p.d, a.type) : empty(x, {0}, a.type);
+  Problem<T> p = problem_of<T>(a, x, y, label_offset);
+  Tensor dx = gradient_of(x, needs[0], a.type), dy = gradient_of(y, needs[1], a.type);
   double dscale = 0;
   const Tensor gr = as_type(grad_row, ScalarType::Double), gc = as_type(grad_col, ScalarType::Double);
   const Tensor gp = as_type(grad_positive, ScalarType::Double);

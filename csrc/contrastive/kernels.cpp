@@ -163,6 +163,9 @@ void forward(const ForwardBlock<typename E::T>& b) {
     else
       sum_exponentials<Range::normal>(b, tile, rows, i0);
   }
+#if GAPKERN_VECTOR_BYTES == 64
+  _mm_sfence();  // what was written past the caches is there for whoever comes after
+#endif
 }
 
 // The last vector of a row, of which some lanes are another row's, or nobody's.

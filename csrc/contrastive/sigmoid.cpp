@@ -4,7 +4,6 @@
 
 #include <tuple>
 
-#include "contrastive/arguments.h"
 #include "contrastive/blocking.h"
 
 namespace gapkern::contrastive {
@@ -52,10 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call(const Arguments& a, cons
                                                         double bias, int64_t label_offset,
                                                         const std::vector<bool>& needs) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
-  const Problem<T> p(engine_for<T>(a), x.template const_data_ptr<T>(), y.template const_data_ptr<T>(), x.size(0),
-                     y.size(0), x.size(1), a.scale, a.similarity, label_offset);
-  Tensor dx = needs[0] ? reused(x, p.n, p.d, a.type) : empty(x, {0}, a.type);
-  Tensor dy = needs[1] ? reused(x, p.m, p.d, a.type) : empty(x, {0}, a.type);
+  const Problem<T> p = problem_of<T>(a, x, y, label_offset);
+  Tensor dx = gradient_of(x, needs[0], a.type), dy = gradient_of(y, needs[1], a.type);
   const Sums sums = run<T>(p, bias, needs[0] ? dx.template mutable_data_ptr<T>() : nullptr,
                            needs[1] ? dy.template mutable_data_ptr<T>() : nullptr);
   const auto scalar = [&](double value) {

@@ -93,12 +93,13 @@ Tensor shift(const Tensor& row_norms, const Tensor& col_norms, const Tensor& log
   return control;
 }
 
-Tensor add_up(const Tensor& part, int64_t tiles, int64_t count) {
-  Tensor sum = doubles(part, count);
-  sum_parts<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(part)>>>(part.const_data_ptr<float>(), tiles,
-                                                                               part.numel() / tiles, count, out(sum));
+// sums [k, count] of parts [k, tiles, stride].
+void add_up(const Tensor& part, int64_t tiles, Tensor& sums, int64_t count) {
+  const int64_t kinds = sums.numel() / count, stride = part.numel() / (kinds * tiles);
+  for (int64_t k = 0; k < kinds; ++k)
+    sum_parts<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(part)>>>(
+        part.const_data_ptr<float>() + k * tiles * stride, tiles, stride, count, out(sums) + k * count);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return sum;
 }
 
 std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const Tensor& control, Tensor kept) {
@@ -116,7 +117,10 @@ std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const
                       column_part.mutable_data_ptr<float>(), kept.numel() > 0 ? kept.data_ptr() : nullptr, pitch,
                       stream_of(images)),
           "sums");
-  return {add_up(row_part, across, in.rows), add_up(column_part, down, in.columns)};
+  Tensor of_rows = doubles(images, in.rows), of_columns = doubles(images, in.columns);
+  add_up(row_part, across, of_rows, in.rows);
+  add_up(column_part, down, of_columns, in.columns);
+  return {of_rows, of_columns};
 }
 
 std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, const Tensor& images,
@@ -253,10 +257,7 @@ std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, co
                          {first, first + across * stride, first + 2 * across * stride}, ds.data_ptr(), pitch,
                          stream_of(images)),
           "sigmoid");
-  for (int64_t i = 0; i < 3; ++i)
-    sum_parts<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream_of(images)>>>(
-        first + i * across * stride, across, stride, in.rows, out(sums) + i * in.rows);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  add_up(part, across, sums, in.rows);
   return {sums, ds};
 }
 

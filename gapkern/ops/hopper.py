@@ -18,13 +18,10 @@ from gapkern.ops.chunked import _product
 SUPER_ROWS = 16384  # rows whose partial sums are at hand at once
 GRADIENT_ELEMENTS = 9 * 2**25  # of dS at hand: 576 MiB
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and dims of a product's tile, and a Hopper's multiprocessors
-
 MOST_COLUMNS = 2**24  # of the sigmoid loss, where numbers of columns are float32
 
 _LN2, _LOG2E = math.log(2.0), 1 / math.log(2.0)
 _CEILING, _FLOOR, _WEIGHT_RANGE = 110, -102, 120  # csrc/contrastive/sm90.cuh
-
-
 _TAKEN = (
     "sm90 for dot products of bfloat16, float16, and float32 with matmul precision high or medium, where dims are a "
     "multiple of 8; chunked for the rest"
