@@ -3,6 +3,8 @@
 The limit of a recomputing implementation is four products of 2 N M D operations (8NMD), with kept logits three (6NMD).
 """
 
+import functools
+
 import torch
 
 from bench import harness
@@ -24,48 +26,81 @@ def _eager(x, y, scale):
     return (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
 
 
-def _ours(memory, precision="highest"):
+def _of_distances(squared):
+    def loss(x, y, scale):
+        logits = -scale * squared(x, y)
+        labels = torch.arange(len(x))
+        rows, columns = (torch.nn.functional.cross_entropy(s, labels) for s in (logits, logits.T))
+        return (rows + columns) / 2
+
+    return loss
+
+
+def _ours(memory, precision="highest", similarity="dot"):
     from gapkern import contrastive_loss
 
     def loss(x, y, scale):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
-            return contrastive_loss(x, y, scale, memory=memory)
+            return contrastive_loss(x, y, scale, similarity=similarity, memory=memory)
         finally:
             torch.set_float32_matmul_precision(before)
 
     return loss
 
 
+def _inputs(n: int, d: int, backward: bool) -> list[torch.Tensor]:
+    x, y = (harness.unit(n, d, seed=s) for s in (0, 1))
+    y = torch.nn.functional.normalize(y + 0.15 * x, dim=1)
+    return [t.requires_grad_(backward) for t in (x, y, torch.tensor(SCALE))]
+
+
+def _call(loss, inputs):
+    def once():
+        value = loss(*inputs)
+        return (value.detach(), *(torch.autograd.grad(value, inputs) if inputs[0].requires_grad else ()))
+
+    return once
+
+
+def _products(count, inputs, dtype=torch.float32):
+    """Of `count` products: the logits, once or with four twice, and with more than one both gradients."""
+    a, b = (t.detach().to(dtype) for t in inputs[:2])
+    logits = torch.empty(len(a), len(b), dtype=dtype)
+    out = torch.empty_like(a)
+
+    def once():
+        for _ in range(1 if count < 4 else 2):
+            torch.mm(a, b.T, out=logits)
+        if count > 1:
+            torch.mm(logits, b, out=out)
+            torch.mm(logits.T, a, out=out)
+
+    return once
+
+
+def _check(baseline: str, where: str):
+    def check(results):
+        expected = results[baseline]
+        for name, found in results.items():
+            if name.startswith("limit"):
+                continue
+            tolerance = 2e-2 if "bfloat16" in name else 2e-5
+            for ours, theirs in zip(found, expected, strict=True):
+                # The gradient of logit_scale is a small difference of large sums: it is judged by the loss.
+                size = theirs.norm() if theirs.dim() else expected[0].abs()
+                error = float((ours - theirs).norm() / size)
+                assert error < tolerance, f"{name} at {where}: relative error {error:.1e}"
+
+    return check
+
+
 def case(n: int, d: int, backward: bool) -> Case:
     import open_clip
 
-    x, y = (harness.unit(n, d, seed=s) for s in (0, 1))
-    y = torch.nn.functional.normalize(y + 0.15 * x, dim=1)
-    scale = torch.tensor(SCALE)
-    inputs = [t.requires_grad_(backward) for t in (x, y, scale)]
-
-    def call(loss):
-        def once():
-            value = loss(*inputs)
-            return (value.detach(), *(torch.autograd.grad(value, inputs) if backward else ()))
-
-        return once
-
-    def products(count, dtype=torch.float32):
-        a, b = x.detach().to(dtype), y.detach().to(dtype)
-        logits = torch.empty(n, n, dtype=dtype)
-        out = torch.empty(n, d, dtype=dtype)
-
-        def once():
-            for _ in range(1 if count < 4 else 2):
-                torch.mm(a, b.T, out=logits)
-            if count > 1:
-                torch.mm(logits, b, out=out)
-                torch.mm(logits.T, a, out=out)
-
-        return once
+    inputs = _inputs(n, d, backward)
+    call = functools.partial(_call, inputs=inputs)
 
     torch.compiler.reset()
     contenders = [
@@ -79,21 +114,31 @@ def case(n: int, d: int, backward: bool) -> Case:
     ]
     for dtype, kind in ((torch.float32, "bare"), (torch.bfloat16, "bare bfloat16")):
         for count in (4, 3) if backward else (1,):
-            contenders.append(Contender(f"limit: {count} {kind} products", products(count, dtype), "limit"))
+            contenders.append(Contender(f"limit: {count} {kind} products", _products(count, inputs, dtype), "limit"))
+    parameters = {"similarity": "dot", "N": n, "D": d, "pass": "forward+backward" if backward else "forward"}
+    return Case(parameters, contenders, _check("open_clip", f"N={n}, D={d}"), "open_clip")
 
-    def check(results):
-        expected = results["open_clip"]
-        for name, found in results.items():
-            if name.startswith("limit"):
-                continue
-            tolerance = 2e-2 if "bfloat16" in name else 2e-5
-            for ours, theirs in zip(found, expected, strict=True):
-                # The gradient of logit_scale is a small difference of large sums: it is judged by the loss.
-                size = theirs.norm() if theirs.dim() else expected[0].abs()
-                error = float((ours - theirs).norm() / size)
-                assert error < tolerance, f"{name} at N={n}, D={d}: relative error {error:.1e}"
 
-    return Case({"N": n, "D": d, "pass": "forward+backward" if backward else "forward"}, contenders, check, "open_clip")
+def distances_case(n: int, d: int) -> Case:
+    """Squared distances, forward and backward, and what the dot products of the same pairs take."""
+    inputs = _inputs(n, d, True)
+    call = functools.partial(_call, inputs=inputs)
+    by_norms = _of_distances(lambda x, y: x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1))
+    contenders = [
+        Contender("torch.cdist", call(_of_distances(lambda x, y: torch.cdist(x, y).square())), "baseline"),
+        Contender("norms and a product", call(by_norms), "baseline"),
+        Contender("gapkern, recompute", call(_ours("recompute", similarity="sqeuclidean"))),
+        Contender("gapkern, keep", call(_ours("keep", similarity="sqeuclidean"))),
+        Contender("gapkern, recompute, of dot products", call(_ours("recompute"))),
+        Contender("limit: 4 bare products", _products(4, inputs), "limit"),
+    ]
+    check = _check("norms and a product", f"N={n}, D={d}")
+    return Case(
+        {"similarity": "sqeuclidean", "N": n, "D": d, "pass": "forward+backward"},
+        contenders,
+        lambda results: check({k: v for k, v in results.items() if "dot" not in k}),
+        "norms and a product",
+    )
 
 
 def cases(mode: str):
@@ -101,6 +146,7 @@ def cases(mode: str):
         for d in WIDTHS[mode][: None if n <= WIDE_UP_TO else 1]:
             for backward in (False, True):
                 yield case(n, d, backward)
+    yield distances_case({"quick": 1024, "full": 4096}[mode], 512)
 
 
 _SETUP = """

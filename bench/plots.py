@@ -25,7 +25,7 @@ def _over_batch(result, figure_class):
     """Speed relative to open_clip over the batch size, D = 512."""
     figure = figure_class(figsize=(11, 4.2), layout="constrained")
     for ax, which in zip(figure.subplots(1, 2, sharey=True), ("forward", "forward+backward"), strict=True):
-        cases = [case for case in result["cases"] if case["pass"] == which and case["D"] == 512]
+        cases = [c for c in result["cases"] if (c["similarity"], c["pass"], c["D"]) == ("dot", which, 512)]
         batches = [case["N"] for case in cases]
         for i, name in enumerate(cases[0]["results"]):
             ratios = [case["results"]["open_clip"]["median"] / case["results"][name]["median"] for case in cases]

@@ -56,7 +56,7 @@ def test_values_and_gradients_are_as_good_as_pytorchs(poisoned, shape, dtype, si
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4])
-@pytest.mark.parametrize("norm", [0.0, 1e-3, 1.0, 1e2])
+@pytest.mark.parametrize("norm", [0.0, 1e-3, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("similarity", ["dot", "sqeuclidean"])
 def test_any_logit_scale_stays_finite_and_near(poisoned, scale, norm, similarity):
     x, y = pair(40, 50, 24, scale=1.0, seed=3)
@@ -68,6 +68,21 @@ def test_any_logit_scale_stays_finite_and_near(poisoned, scale, norm, similarity
     for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
         assert torch.isfinite(a).all(), name
         assert_three_way(a, b, c, 5e-6, name=name)
+
+
+@pytest.mark.parametrize("d", [3, 72, 1024])
+@pytest.mark.parametrize("apart", [1e-3, 0.1])
+def test_near_pairs_keep_their_distances_far_from_the_centre(poisoned, d, apart):
+    x, y = pair(60, 75, d, scale=5 / math.sqrt(d), seed=d)
+    x += 50  # what all share is no matter
+    y[:60] = x + apart * y[:60]
+    y[60:] += 50
+    s = torch.tensor(2.0, dtype=torch.float64)
+    ours = value_and_gradients(lse_pair, x, y, s, similarity="sqeuclidean")
+    theirs = value_and_gradients(reference.lse_pair, x, y, s.float(), similarity="sqeuclidean")
+    truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), s, similarity="sqeuclidean")
+    for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
+        assert_three_way(a, b, c, 2e-7 if "grad" not in name else 2e-6, name=name)
 
 
 @pytest.mark.parametrize("work_bytes", [0, 10**6])
@@ -91,9 +106,10 @@ def test_bfloat16_exponentials_stay_in_range_wherever_the_logits_lie(poisoned, c
 
 @pytest.mark.parametrize("similarity", ["dot", "sqeuclidean"])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
-def test_kept_logits_change_nothing_but_the_time(similarity, fraction):
+@pytest.mark.parametrize("scale", [5.0, 5e3])  # the second is float64's to solve, which keeps none of float32's
+def test_kept_logits_change_nothing_but_the_time(similarity, fraction, scale):
     x, y = pair(150, 170, 20)
-    scale = torch.tensor(5.0)
+    scale = torch.tensor(scale)
     kept = int(fraction * 150 * 170 * 4)
     first = value_and_gradients(lse_pair, x, y, scale, similarity=similarity)
     second = value_and_gradients(lse_pair, x, y, scale, similarity=similarity, work_bytes=kept)
@@ -213,16 +229,35 @@ def check_any_shape(n, extra, d, log_scale, dtype, similarity, seed):
     x, y = pair(n, n + extra, d, dtype, scale=1 / math.sqrt(d), seed=seed)
     scale = torch.tensor(10.0**log_scale, dtype=torch.float64)
     ours = value_and_gradients(lse_pair, x, y, scale, similarity=similarity)
-    theirs = value_and_gradients(reference.lse_pair, x.float(), y.float(), scale.float(), similarity=similarity)
+    work = torch.promote_types(dtype, torch.float32)
+    theirs = value_and_gradients(reference.lse_pair, x.to(work), y.to(work), scale.to(work), similarity=similarity)
     truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), scale, similarity=similarity)
+    rounding = {torch.float32: 5e-6, torch.float64: 1e-10, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
-        rounding = {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(dtype, 5e-6)
-        a, b, c = a.detach(), b.detach(), c.detach()
-        size = float(c.abs().max())
-        assert torch.isfinite(a).all(), name
-        assert float((a.double() - c).abs().max()) <= float((b.double() - c).abs().max()) + rounding * max(size, 1), (
-            name
-        )
+        a, b, c = (v.detach() for v in (a, b, c))
+        # A gradient beyond float16's range is infinite, which is what a gradient scaler looks for.
+        of_range, fits = c.abs() / torch.finfo(a.dtype).max, a.isfinite()
+        assert fits[of_range < 0.999].all(), name
+        assert a[of_range > 1.001].isinf().all(), name
+        if fits.any():
+            a, b, c = (v.double()[fits] for v in (a, b, c))
+            allowed = float((b - c).abs().max()) + rounding * max(float(c.abs().max()), 1)
+            assert float((a - c).abs().max()) <= allowed, name
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (4, 17, 24, 3.0, torch.float32, "sqeuclidean", 6838),  # logits of thousands, with float32's rounding
+        (34, 22, 34, 3.52427752, torch.float32, "dot", 22),
+        (33, 0, 1, 2.0, torch.float32, "sqeuclidean", 33),  # near pairs of large norm
+        (43, 0, 1, 1.21636547, torch.float32, "sqeuclidean", 120),
+        (56, 2, 1, 3.53648066, torch.float16, "dot", 45345),  # gradients beyond float16's range
+        (1, 22, 3, 2.97352784, torch.bfloat16, "dot", 733982),  # one row, whose terms cancel
+    ],
+)
+def test_shapes_that_were_hard_once(example):
+    check_any_shape(*example)
 
 
 def test_properties_of_any_shape():
@@ -252,6 +287,24 @@ def test_sigmoid_loss_and_gradients(poisoned, shape, dtype):
     truth = run(reference.sigmoid_sum, x.double(), y.double(), *values)
     for name, a, b, c in zip(("loss", "images", "texts", "scale", "bias"), ours, theirs, truth, strict=True):
         assert_three_way(a, b, c, MARGIN[dtype], name=name)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("norm", [0.0, 1e-3, 1.0, 1e2, 1e4])
+def test_sigmoid_loss_at_any_logit_scale(poisoned, scale, norm):
+    x, y = (norm * torch.nn.functional.normalize(v, dim=1) for v in pair(40, 50, 24, scale=1.0, seed=3))
+
+    def run(function, *inputs):
+        inputs = [t.detach().clone().requires_grad_() for t in inputs]
+        loss = function(*inputs)
+        return [loss, *torch.autograd.grad(loss, inputs)]
+
+    s, bias = torch.tensor(scale, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
+    ours = run(sigmoid_sum, x, y, s, bias)
+    theirs = run(reference.sigmoid_sum, x, y, s.float(), bias.float())
+    truth = run(reference.sigmoid_sum, x.double(), y.double(), s, bias)
+    for name, a, b, c in zip(("loss", "images", "texts", "scale", "bias"), ours, theirs, truth, strict=True):
+        assert_three_way(a, b, c, 2e-6, name=name)
 
 
 def test_sigmoid_gradcheck():

@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/headeronly/macros/Macros.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <vector>
@@ -20,6 +21,7 @@ struct Arguments {
   ScalarType type;  // of the arithmetic
   bool pairs;       // bfloat16 products
   double scale;
+  Arguments in_double() const { return {similarity, ScalarType::Double, false, scale}; }
 };
 
 inline Arguments check(const Tensor& images, const Tensor& texts, const Tensor& logit_scale,
@@ -43,7 +45,10 @@ inline Arguments check(const Tensor& images, const Tensor& texts, const Tensor& 
                   "images: expected float32, float64, bfloat16 or float16");
   a.type = arithmetic_type(images);
   const bool low = dtype == ScalarType::BFloat16 || (dtype == ScalarType::Float && precision != "highest");
-  a.pairs = low && a.similarity == Similarity::dot && engine_set().bf16 != nullptr;
+  // Pairs gain nothing where one side does not fill a register tile, and few rows average little of their rounding.
+  const Engine<float>* const bf16 = engine_set().bf16;
+  a.pairs = low && a.similarity == Similarity::dot && bf16 != nullptr &&
+            std::min(images.size(0), texts.size(0)) >= bf16->shape.mr;
   a.scale = *as_type(logit_scale, ScalarType::Double).const_data_ptr<double>();
   return a;
 }

@@ -21,6 +21,9 @@ inline constexpr double kSafeExponent = 80;
 // the largest logit_scale in use, 100. Terms below float32's range are then far below such a sum's rounding.
 inline constexpr double kTriedExponent = 200;
 inline constexpr double kLeastExponent = -75;
+// Where exponents may lie beyond, float32 has 13 bits left behind the point, and so has every softmax: the arithmetic
+// is float64's. Unit vectors come there at a logit_scale of 710, or 177 with distances.
+inline constexpr double kFloatExponent = 1024;
 inline constexpr int64_t kSlack = 64;                       // vector reads and writes behind the last column
 inline constexpr int64_t kSliceBytes = int64_t(256) << 10;  // packed slices a thread uses together
 inline constexpr int64_t kChunkBytes = int64_t(32) << 20;   // logit gradients at hand, at most
@@ -76,19 +79,20 @@ class Problem {
     measure();
   }
 
-  Logits<T> logits(int64_t row, int64_t col) const {
-    const bool terms = similarity == Similarity::sqeuclidean;
-    return {T(scale * kLog2e), terms ? T(2) : T(1), terms ? row_terms.data() + row : nullptr,
-            terms ? col_terms.data() + col : nullptr};
-  }
+  T k() const { return T(scale * kLog2e); }
 
   // Block b of the chunk of `rows` rows at row0, against stripe t.
   LogitBlock<T> block_at(const Buffer& images, const Buffer& texts, int64_t row0, int64_t rows, int64_t t,
                          int64_t b) const {
     const int64_t i0 = b * block, col0 = t * stripe;
-    return {
-        images.at(i0 * panel_bytes()), texts.at(col0 * panel_bytes()), std::min(block, rows - i0), stripe_columns(t), d,
-        logits(row0 + i0, col0),       row0 + i0 + label_offset - col0};
+    return {images.at(i0 * panel_bytes()),
+            texts.at(col0 * panel_bytes()),
+            std::min(block, rows - i0),
+            stripe_columns(t),
+            d,
+            k(),
+            similarity == Similarity::sqeuclidean,
+            row0 + i0 + label_offset - col0};
   }
 
   struct Place {
@@ -109,8 +113,7 @@ class Problem {
     const int64_t panels = divide_up(m, s.nr);
     Buffer packed(panels * s.nr * words * s.word);
     parallel(panels, [&](int64_t p) {
-      engine.pack_panel(y + p * s.nr * d, m - p * s.nr, s.nr, d, centre_or_null(),
-                        packed.at(p * s.nr * words * s.word));
+      engine.pack_panel(y + p * s.nr * d, m - p * s.nr, s.nr, d, packed.at(p * s.nr * words * s.word));
     });
     return packed;
   }
@@ -118,8 +121,7 @@ class Problem {
   void pack_images(int64_t row0, int64_t rows, const Buffer& packed) const {
     const Shape& s = engine.shape;
     parallel(divide_up(rows, s.mr), [&](int64_t p) {
-      engine.pack_panel(x + (row0 + p * s.mr) * d, rows - p * s.mr, s.mr, d, centre_or_null(),
-                        packed.at(p * s.mr * words * s.word));
+      engine.pack_panel(x + (row0 + p * s.mr) * d, rows - p * s.mr, s.mr, d, packed.at(p * s.mr * words * s.word));
     });
   }
 
@@ -143,8 +145,10 @@ class Problem {
     return divide_up(rows, engine.shape.group) * engine.shape.nr * engine.shape.word;
   }
   bool tracked() const { return range == Range::tracked; }
+  // Whether float64 should solve it instead.
+  bool wants_double() const { return sizeof(T) < 8 && engine.shape.group == 1 && exponent > kFloatExponent; }
   // The logit, in units of t, whose exponential is 1.
-  double reference() const { return shift == 0 ? 0 : shift / logits(0, 0).k; }
+  double reference() const { return shift == 0 ? 0 : shift / k(); }
   int64_t panel_bytes() const { return words * engine.shape.word; }  // per row or column of a panel
   int64_t stripe_columns(int64_t t) const { return std::min(stripe, m - t * stripe); }
 
@@ -171,13 +175,14 @@ class Problem {
   int64_t stripe, stripes, block, words;
   int64_t chunk, forward_chunk;  // rows between two meetings of the threads
   Range range = Range::normal;
-  double shift = 0;  // of exponents; Range::shifted only
-  T unit = 0;        // of kept logits; 0: they are kept as they are
-  std::vector<T> row_terms, col_terms, centre;
+  double shift = 0;     // of exponents; Range::shifted only
+  T unit = 0;           // of kept logits; 0: they are kept as they are
+  double exponent = 0;  // no |k t| is larger
+  std::vector<T> centre;
 
  private:
-  // Squared Euclidean distances are taken about the texts' mean, which leaves them unchanged and keeps
-  // ||x||^2 - 2 <x, y> + ||y||^2 from cancelling; then the largest |k t| decides whether exponentials need a reference.
+  // A bound of |k t| decides whether exponentials need a reference. Distances are bounded, and their gradients
+  // 2 s (sum_j dS_ij y_j - x_i sum_j dS_ij) formed, about the texts' mean: what all embeddings share cancels there.
   void measure() {
     if (similarity == Similarity::sqeuclidean) {
       centre.assign(d, T(0));
@@ -186,10 +191,10 @@ class Problem {
         for (int64_t c = 0; c < d; ++c) total[c] += y[j * d + c];
       for (int64_t c = 0; c < d; ++c) centre[c] = T(total[c] / double(m));
     }
-    const double largest_x = norms(x, n, row_terms), largest_y = norms(y, m, col_terms);
+    const double largest_x = largest_norm(x, n), largest_y = largest_norm(y, m);
     const double reach = std::sqrt(largest_x) + std::sqrt(largest_y);
     const double t = similarity == Similarity::dot ? std::sqrt(largest_x * largest_y) : reach * reach;
-    const double exponent = std::abs(scale) * kLog2e * t;
+    exponent = std::abs(scale) * kLog2e * t;
     const bool coarse = engine.shape.group > 1 && exponent <= kTriedExponent;  // bfloat16 products, and no wide range
     // Bfloat16 factors may make a logit a little larger than the norms say.
     if (coarse && m >= 4 && t > 0) unit = T(1.02 * t / 32767);
@@ -198,16 +203,19 @@ class Problem {
     if (coarse) shift = T(exponent - kSafeExponent);
   }
 
-  double norms(const T* side, int64_t rows, std::vector<T>& terms) const {
-    terms.assign(rows + kSlack, T(0));
-    parallel(divide_up(rows, 64), [&](int64_t b) {
+  // Squared; NaN where a row holds one.
+  double largest_norm(const T* side, int64_t rows) const {
+    std::vector<double> largest(divide_up(rows, 64), 0.);
+    const auto raise = [](double& to, double value) {
+      if (!(value <= to)) to = value;
+    };
+    parallel(int64_t(largest.size()), [&](int64_t b) {
       for (int64_t i = b * 64; i < std::min(rows, b * 64 + 64); ++i)
-        terms[i] = T(-engine.squared_norm(side + i * d, centre_or_null(), d));
+        raise(largest[b], engine.squared_norm(side + i * d, centre_or_null(), d));
     });
-    double lowest = 0;
-    for (int64_t i = 0; i < rows; ++i)
-      if (!(terms[i] >= lowest)) lowest = terms[i];
-    return -lowest;
+    double all = 0;
+    for (const double value : largest) raise(all, value);
+    return all;
   }
 };
 

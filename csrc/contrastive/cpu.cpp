@@ -60,7 +60,7 @@ void forward(const Problem<T>& p, const Side& row_side, const Side& column_side,
   std::vector<T> col_sum(blocks * padded), col_largest(p.tracked() ? blocks * padded : 0);
   std::vector<T> label_t(p.n, std::numeric_limits<T>::quiet_NaN());
   std::vector<Exponentials> columns(p.m);
-  const double k = p.logits(0, 0).k, sign = k < 0 ? -1 : 1;
+  const double k = p.k(), sign = k < 0 ? -1 : 1;
 
   for (int64_t row0 = 0; row0 < p.n; row0 += chunk) {
     const int64_t rows = std::min(chunk, p.n - row0), here = divide_up(rows, p.block);
@@ -199,21 +199,28 @@ void backward(const Problem<T>& p, const double* grad_row, const double* grad_co
   gradients.finish(factor, row_total, col_total);
 }
 
+// Room for logits of another type, as where float64 solves a problem of float32, stays unused.
+int64_t kept_rows_in(const Arguments& a, const Tensor& kept) { return kept.scalar_type() == a.type ? kept.size(0) : 0; }
+
 template <class T>
 void run_forward(const Arguments& a, const Tensor& images, const Tensor& texts, int64_t label_offset, Tensor& row_lse,
                  Tensor& col_lse, Tensor& positive, Tensor& row_stats, Tensor& col_stats, Tensor& kept) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   Problem<T> p = problem_of<T>(a, x, y, label_offset);
+  if (p.wants_double())
+    return run_forward<double>(a.in_double(), images, texts, label_offset, row_lse, col_lse, positive, row_stats,
+                               col_stats, kept);
   const auto side = [](Tensor& lse, Tensor& stats) -> Side {
     double* both = stats.mutable_data_ptr<double>();
     return {lse.mutable_data_ptr<double>(), both, both + stats.size(1)};
   };
   const Side rows = side(row_lse, row_stats), columns = side(col_lse, col_stats);
-  T* const keep = kept.size(0) ? kept.template mutable_data_ptr<T>() : nullptr;
-  forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept.size(0));
+  const int64_t kept_rows = kept_rows_in(a, kept);
+  T* const keep = kept_rows ? kept.template mutable_data_ptr<T>() : nullptr;
+  forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept_rows);
   if (p.range != Range::shifted || (rows.least(p.n) >= kLeastExponent && columns.least(p.m) >= kLeastExponent)) return;
   p.track();
-  forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept.size(0));
+  forward<T>(p, rows, columns, positive.mutable_data_ptr<double>(), keep, kept_rows);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_lse(const Tensor& images, const Tensor& texts,
@@ -244,6 +251,9 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor
                                                 const std::vector<bool>& needs) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   Problem<T> p = problem_of<T>(a, x, y, label_offset);
+  if (p.wants_double())
+    return run_backward<double>(a.in_double(), grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats,
+                                col_stats, kept, label_offset, needs);
   Tensor dx = gradient_of(x, needs[0], a.type), dy = gradient_of(y, needs[1], a.type);
   double dscale = 0;
   const Tensor gr = as_type(grad_row, ScalarType::Double), gc = as_type(grad_col, ScalarType::Double);
@@ -251,9 +261,10 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Arguments& a, const Tensor
   const Tensor rs = as_type(row_stats, ScalarType::Double), cs = as_type(col_stats, ScalarType::Double);
   p.follow(rs.const_data_ptr<double>(), cs.const_data_ptr<double>());
   const Tensor saved = torch::stable::contiguous(kept);
+  const int64_t kept_rows = kept_rows_in(a, kept);
   backward<T>(p, gr.const_data_ptr<double>(), gc.const_data_ptr<double>(), gp.const_data_ptr<double>(),
               rs.const_data_ptr<double>(), cs.const_data_ptr<double>(),
-              saved.size(0) ? saved.template const_data_ptr<T>() : nullptr, saved.size(0),
+              kept_rows ? saved.template const_data_ptr<T>() : nullptr, kept_rows,
               {needs[0] ? dx.template mutable_data_ptr<T>() : nullptr,
                needs[1] ? dy.template mutable_data_ptr<T>() : nullptr, &dscale});
   Tensor ds = empty(x, needs[2] ? std::vector<int64_t>{1} : std::vector<int64_t>{0}, ScalarType::Double);

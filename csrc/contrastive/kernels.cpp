@@ -5,23 +5,31 @@
 namespace gapkern::contrastive {
 namespace {
 
+// Squares are summed over this much of the depth, then those sums: squares do not cancel, so that one long sum would
+// round more than what is left of it.
+constexpr int64_t kDepthOfSquares = 64;
+
 // t of one row panel, which starts at row i0 of the block, against the stripe.
 template <class E>
-void logit_tile(const LogitBlock<typename E::T>& block, int rows, int64_t i0, typename E::T* tile) {
-  using T = typename E::T;
+void logit_tile(const LogitBlock<typename E::T>& block, int64_t i0, typename E::T* tile) {
   constexpr int nr = kWidth<E>;
   const int64_t words = (block.depth + E::group - 1) / E::group;
   const auto* a = static_cast<const typename E::Word*>(block.images) + i0 * words;
   const auto* b = static_cast<const typename E::Word*>(block.texts);
-  for (int64_t j = 0; j < block.cols; j += nr)
-    tile_product<E, 1, kRows, Result::assign>(a, b + j * words, words, tile + j, kStripe, kRows, nr);
-  const Logits<T>& logits = block.logits;
-  if (logits.row_term == nullptr) return;
-  for (int r = 0; r < rows; ++r) {
-    const auto row = splat<T>(logits.row_term[i0 + r]);
-    T* t = tile + r * kStripe;
-    for (int64_t j = 0; j < block.cols; j += Vec<T>::size)
-      store(t + j, load(t + j) * logits.inner + (row + load(logits.column_term + j)));
+  for (int64_t j = 0; j < block.cols; j += nr, b += nr * words) {
+    if constexpr (E::group == 1)
+      if (block.distances) {
+        for (int64_t k = 0; k < words; k += kDepthOfSquares) {
+          const int64_t depth = words - k < kDepthOfSquares ? words - k : kDepthOfSquares;
+          if (k == 0)
+            tile_product<E, 1, kRows, Result::assign, Term::difference>(a, b, depth, tile + j, kStripe, kRows, nr);
+          else
+            tile_product<E, 1, kRows, Result::add, Term::difference>(a + k * kRows, b + k * nr, depth, tile + j,
+                                                                     kStripe, kRows, nr);
+        }
+        continue;
+      }
+    tile_product<E, 1, kRows, Result::assign>(a, b, words, tile + j, kStripe, kRows, nr);
   }
 }
 
@@ -43,7 +51,7 @@ GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, in
     const auto inside = lanes_below<T>(j, b.cols);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      V e = exponential<kRange>(load(tile + r * kStripe + j), b.logits.k, b.shift);
+      V e = exponential<kRange>(load(tile + r * kStripe + j), b.k, b.shift);
       if (edge) e = inside ? e : V{};
       row_sum[r] += e;
       column += e;
@@ -57,7 +65,7 @@ template <class T>
 GAPKERN_INLINE void sum_exponentials_tracked(const ForwardBlock<T>& b, T* tile, int rows, int64_t i0) {
   using V = typename Vec<T>::type;
   const V lowest = splat<T>(T(-__builtin_inf()));
-  const T sign = b.logits.k < 0 ? T(-1) : T(1), k = b.logits.k * sign;
+  const T sign = b.k < 0 ? T(-1) : T(1), k = b.k * sign;
   V row_sum[kRows] = {};
   V row_largest[kRows];
   for (int r = 0; r < rows; ++r) {
@@ -146,7 +154,7 @@ void forward(const ForwardBlock<typename E::T>& b) {
   }
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
-    logit_tile<E>(b, rows, i0, tile);
+    logit_tile<E>(b, i0, tile);
     for (int r = 0; r < rows; ++r) {
       const int64_t label = b.label + i0 + r;
       if (label >= 0 && label < b.cols) b.positive[i0 + r] = tile[r * kStripe + label];
@@ -198,10 +206,10 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, const T* logits,
       const V value = edge ? load_some(t + j, b.cols - j) : load(t + j), column = load(b.column_weight + j);
       V d;
       if (kTracked)
-        d = weight * exp2((value - reference) * b.logits.k - log2) +
-            column * exp2((value - load(b.column_reference + j)) * b.logits.k - load(b.column_log2 + j));
+        d = weight * exp2((value - reference) * b.k - log2) +
+            column * exp2((value - load(b.column_reference + j)) * b.k - load(b.column_log2 + j));
       else
-        d = exponential<kRange>(value, b.logits.k, b.shift) * (weight + column);
+        d = exponential<kRange>(value, b.k, b.shift) * (weight + column);
       V product = d * value;
       if (edge) {
         const auto inside = lanes_below<T>(j, b.cols);
@@ -260,7 +268,7 @@ void gradient(const GradientBlock<typename E::T>& b) {
   double scale_sum = 0;
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
-    if (b.kept == nullptr && b.codes == nullptr) logit_tile<E>(b, rows, i0, tile);
+    if (b.kept == nullptr && b.codes == nullptr) logit_tile<E>(b, i0, tile);
     if constexpr (E::group > 1)
       for (int r = 0; b.codes != nullptr && r < rows; ++r) {
         decode(b.codes + (i0 + r) * b.cols, b.unit, b.cols, tile + r * kStripe);
@@ -297,7 +305,7 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
   double loss = 0, bias_sum = 0, scale_sum = 0;
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
-    logit_tile<E>(b, rows, i0, tile);
+    logit_tile<E>(b, i0, tile);
     for (int r = 0; r < rows; ++r) {
       T* t = tile + r * kStripe;
       const int64_t label = b.label + i0 + r;
@@ -305,7 +313,7 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
       const T label_t = labelled ? t[label] : T(0);
       V row_loss{}, row{}, dot{};
       for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
-        const V value = load(t + j), l = value * b.logits.k + b.bias;
+        const V value = load(t + j), l = value * b.k + b.bias;
         const V u = exp2((l < V{} ? l : -l) * log2e);
         V softplus = at_least(l, V{}) + log1p<T>(u);
         V d = (l < V{} ? u : splat<T>(T(1))) / (u + T(1));
@@ -326,7 +334,7 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
       bias_sum += sum<T>(row);
       scale_sum += sum<T>(dot);
       if (labelled) {
-        const T l = label_t * b.logits.k + b.bias;
+        const T l = label_t * b.k + b.bias;
         const V u = exp2(splat<T>((l < 0 ? l : -l) * log2e));
         const V minus = (l < 0 ? splat<T>(T(1)) : u) / (u + T(1));  // sigmoid(-l)
         t[label] = -minus[0];

@@ -30,25 +30,18 @@ struct Shape {
   int word;   // bytes of a packed word
 };
 
-// The logit of a pair is k t (in units of log2 for the softmax losses), with t = inner <x, y> + row_term + column_term.
-//   dot:       inner = 1, terms null          squared Euclidean: inner = 2, terms = -||.||^2
-template <class T>
-struct Logits {
-  T k;
-  T inner;
-  const T* row_term;
-  const T* column_term;
-};
-
-// `rows` rows against one stripe of `cols` columns. Arrays over columns are read and written in whole vectors: they
-// need a vector's room behind their last element.
+// `rows` rows against one stripe of `cols` columns. The logit of a pair is k t, in units of log2 for the softmax
+// losses, with t = <x, y> or, where `distances` is set, -||x - y||^2. Distances are summed as they are written: norms
+// and a product would cancel for near pairs, which count most, and save nothing where subtractions have ports of their
+// own. Arrays over columns are read and written in whole vectors: they need a vector's room behind their last element.
 template <class T>
 struct LogitBlock {
   const void* images;  // panels of the rows
   const void* texts;   // panels of the stripe
   int64_t rows, cols, depth;
-  Logits<T> logits;  // terms already offset to this block
-  int64_t label;     // column within the stripe of row 0's label; row i's is i further
+  T k;
+  bool distances;  // not where words are pairs
+  int64_t label;   // column within the stripe of row 0's label; row i's is i further
 };
 
 // Where dS, the gradient of the loss by the logit, goes.
@@ -131,7 +124,7 @@ template <class T>
 struct Engine {
   Shape shape;
   double (*squared_norm)(const T* x, const T* centre, int64_t depth);
-  void (*pack_panel)(const T* x, int64_t rows, int width, int64_t depth, const T* centre, void* out);
+  void (*pack_panel)(const T* x, int64_t rows, int width, int64_t depth, void* out);
   void (*pack_slice)(const T* x, int64_t rows, int64_t depth, int64_t slice, const T* centre, void* out);
   void (*forward)(const ForwardBlock<T>&);
   void (*gradient)(const GradientBlock<T>&);

@@ -28,7 +28,7 @@ Sums run(const Problem<T>& p, double bias, T* images, T* texts) {
     parallel(p.stripes * here, [&](int64_t item) {
       const auto [t, b] = p.place(item, here);
       SigmoidBlock<T> block{p.block_at(packed_images, packed_texts, row0, rows, t, b)};
-      block.logits.k = T(p.scale);
+      block.k = T(p.scale);
       block.bias = T(bias);
       block.loss_sum = &blocks[item].loss;
       block.bias_sum = &blocks[item].bias;
@@ -52,6 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call(const Arguments& a, cons
                                                         const std::vector<bool>& needs) {
   const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
   const Problem<T> p = problem_of<T>(a, x, y, label_offset);
+  if (p.wants_double()) {
+    auto [loss, dx, dy, scale, of_bias] = call<double>(a.in_double(), images, texts, bias, label_offset, needs);
+    return {loss, as_type(dx, a.type), as_type(dy, a.type), scale, of_bias};
+  }
   Tensor dx = gradient_of(x, needs[0], a.type), dy = gradient_of(y, needs[1], a.type);
   const Sums sums = run<T>(p, bias, needs[0] ? dx.template mutable_data_ptr<T>() : nullptr,
                            needs[1] ? dy.template mutable_data_ptr<T>() : nullptr);

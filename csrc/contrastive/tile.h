@@ -31,6 +31,10 @@ struct Plain {
   static constexpr int group = 1;
   GAPKERN_INLINE Operand operand(const Word* p) { return load(p); }
   GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) { return c + a * b; }
+  GAPKERN_INLINE V subtract_square(V c, Word a, Operand b) {
+    const V difference = b - a;
+    return c - difference * difference;
+  }
   GAPKERN_INLINE Word word(T x, T) { return x; }
   // One vector of a packed depth step, from the row (or pair of rows) it is made of.
   GAPKERN_INLINE void pack(V first, V, Word* out) { store(out, first); }
@@ -73,9 +77,12 @@ constexpr int kWidth = kVectors * Vec<typename E::T>::size;
 
 enum class Result { assign, add };
 
+// What a tile sums over the depth: a b, or -(a - b)^2.
+enum class Term { product, difference };
+
 // out [rows, cols] (=, +=) A B over `depth` words, A(r, k) = a[r * kRowStep + k * kDepthStep]. Rows beyond `rows` are
 // read but not written.
-template <class E, int kRowStep, int kDepthStep, Result kResult>
+template <class E, int kRowStep, int kDepthStep, Result kResult, Term kTerm = Term::product>
 GAPKERN_INLINE void tile_product(const typename E::Word* a, const typename E::Word* b, int64_t depth,
                                  typename E::T* out, int64_t out_stride, int rows, int cols) {
   using T = typename E::T;
@@ -94,8 +101,13 @@ GAPKERN_INLINE void tile_product(const typename E::Word* a, const typename E::Wo
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const typename E::Word ar = a[r * kRowStep];
-      c[r][0] = E::multiply_add(c[r][0], ar, b0);
-      c[r][1] = E::multiply_add(c[r][1], ar, b1);
+      if constexpr (kTerm == Term::product) {
+        c[r][0] = E::multiply_add(c[r][0], ar, b0);
+        c[r][1] = E::multiply_add(c[r][1], ar, b1);
+      } else {
+        c[r][0] = E::subtract_square(c[r][0], ar, b0);
+        c[r][1] = E::subtract_square(c[r][1], ar, b1);
+      }
     }
     a += kDepthStep;
     b += kVectors * lanes;
@@ -141,28 +153,18 @@ double squared_norm(const typename E::T* x, const typename E::T* centre, int64_t
 }
 
 template <class E>
-void pack_panel(const typename E::T* x, int64_t rows, int width, int64_t depth, const typename E::T* centre,
-                void* packed) {
+void pack_panel(const typename E::T* x, int64_t rows, int width, int64_t depth, void* packed) {
   using T = typename E::T;
   auto* out = static_cast<typename E::Word*>(packed);
-  const auto value = [&](int64_t r, int64_t d) -> T {
-    if (r >= rows || d >= depth) return T(0);
-    return centre == nullptr ? x[r * depth + d] : x[r * depth + d] - centre[d];
-  };
-  using V = typename E::V;
+  const auto value = [&](int64_t r, int64_t d) -> T { return r < rows && d < depth ? x[r * depth + d] : T(0); };
   constexpr int64_t lanes = Vec<T>::size;  // words at a time
   const int64_t words = (depth + E::group - 1) / E::group;
   for (int64_t k0 = 0; k0 < words; k0 += lanes)
     for (int r = 0; r < width; ++r) {
       if (r < rows && (k0 + lanes) * E::group <= depth) {
         const T* from = x + r * depth + k0 * E::group;
-        V first = load(from), second = load(from + (E::group - 1) * lanes);
-        if (centre != nullptr) {
-          first -= load(centre + k0 * E::group);
-          second -= load(centre + k0 * E::group + (E::group - 1) * lanes);
-        }
         typename E::Word packed_words[lanes];
-        E::pack_along(first, second, packed_words);
+        E::pack_along(load(from), load(from + (E::group - 1) * lanes), packed_words);
         for (int64_t k = 0; k < lanes; ++k) out[(k0 + k) * width + r] = packed_words[k];
         continue;
       }
