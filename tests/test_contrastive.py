@@ -55,19 +55,25 @@ def test_values_and_gradients_are_as_good_as_pytorchs(poisoned, shape, dtype, si
         assert_three_way(a, b, c, MARGIN[dtype], name=name)
 
 
+ROUNDING = {torch.float32: 5e-6, torch.float64: 1e-10, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0, 1e4])
 @pytest.mark.parametrize("norm", [0.0, 1e-3, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("similarity", ["dot", "sqeuclidean"])
-def test_any_logit_scale_stays_finite_and_near(poisoned, scale, norm, similarity):
+def test_any_logit_scale_stays_finite_and_near(poisoned, dtype, scale, norm, similarity):
     x, y = pair(40, 50, 24, scale=1.0, seed=3)
-    x, y = norm * torch.nn.functional.normalize(x, dim=1), norm * torch.nn.functional.normalize(y, dim=1)
+    x, y = ((norm * torch.nn.functional.normalize(v, dim=1)).to(dtype) for v in (x, y))
     s = torch.tensor(scale, dtype=torch.float64)
+    work = torch.promote_types(dtype, torch.float32)
     ours = value_and_gradients(lse_pair, x, y, s, similarity=similarity)
-    theirs = value_and_gradients(reference.lse_pair, x, y, s.float(), similarity=similarity)
+    theirs = value_and_gradients(reference.lse_pair, x.to(work), y.to(work), s.to(work), similarity=similarity)
     truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), s, similarity=similarity)
     for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
-        assert torch.isfinite(a).all(), name
-        assert_three_way(a, b, c, 5e-6, name=name)
+        assert not a.isnan().any(), name
+        # Float16 has no room for the largest gradients: there they are infinite.
+        assert_three_way(a, b.to(a.dtype), c.to(a.dtype), ROUNDING[dtype], name=name)
 
 
 @pytest.mark.parametrize("d", [3, 72, 1024])
@@ -225,14 +231,13 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def check_any_shape(n, extra, d, log_scale, dtype, similarity, seed):
-    x, y = pair(n, n + extra, d, dtype, scale=1 / math.sqrt(d), seed=seed)
+def check_any_shape(n, extra, d, log_scale, dtype, similarity, seed, log_norm):
+    x, y = pair(n, n + extra, d, dtype, scale=10.0**log_norm / math.sqrt(d), seed=seed)
     scale = torch.tensor(10.0**log_scale, dtype=torch.float64)
     ours = value_and_gradients(lse_pair, x, y, scale, similarity=similarity)
     work = torch.promote_types(dtype, torch.float32)
     theirs = value_and_gradients(reference.lse_pair, x.to(work), y.to(work), scale.to(work), similarity=similarity)
     truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), scale, similarity=similarity)
-    rounding = {torch.float32: 5e-6, torch.float64: 1e-10, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
         a, b, c = (v.detach() for v in (a, b, c))
         # A gradient beyond float16's range is infinite, which is what a gradient scaler looks for.
@@ -241,7 +246,7 @@ def check_any_shape(n, extra, d, log_scale, dtype, similarity, seed):
         assert a[of_range > 1.001].isinf().all(), name
         if fits.any():
             a, b, c = (v.double()[fits] for v in (a, b, c))
-            allowed = float((b - c).abs().max()) + rounding * max(float(c.abs().max()), 1)
+            allowed = float((b - c).abs().max()) + ROUNDING[dtype] * max(float(c.abs().max()), 1)
             assert float((a - c).abs().max()) <= allowed, name
 
 
@@ -257,7 +262,7 @@ def check_any_shape(n, extra, d, log_scale, dtype, similarity, seed):
     ],
 )
 def test_shapes_that_were_hard_once(example):
-    check_any_shape(*example)
+    check_any_shape(*example, 0.0)
 
 
 def test_properties_of_any_shape():
@@ -266,6 +271,7 @@ def test_properties_of_any_shape():
     given = hypothesis.given(
         n=st.integers(1, 60), extra=st.integers(0, 30), d=st.integers(1, 40), log_scale=st.floats(-3, 4),
         dtype=st.sampled_from(DTYPES), similarity=st.sampled_from(["dot", "sqeuclidean"]), seed=st.integers(0, 2**20),
+        log_norm=st.floats(-3, 4),
     )  # fmt: skip
     hypothesis.settings(max_examples=40, deadline=None)(given(check_any_shape))()
 

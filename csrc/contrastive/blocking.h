@@ -22,8 +22,9 @@ inline constexpr double kSafeExponent = 80;
 inline constexpr double kTriedExponent = 200;
 inline constexpr double kLeastExponent = -75;
 // Where exponents may lie beyond, float32 has 13 bits left behind the point, and so has every softmax: the arithmetic
-// is float64's. Unit vectors come there at a logit_scale of 710, or 177 with distances.
-inline constexpr double kFloatExponent = 1024;
+// is float64's. Unit vectors come there at a logit_scale of 710, or 177 with distances. Bfloat16 products need no more
+// bits than bfloat16 has.
+inline constexpr double kFloatExponent = 1024, kPairsExponent = 65536;
 inline constexpr int64_t kSlack = 64;                       // vector reads and writes behind the last column
 inline constexpr int64_t kSliceBytes = int64_t(256) << 10;  // packed slices a thread uses together
 inline constexpr int64_t kChunkBytes = int64_t(32) << 20;   // logit gradients at hand, at most
@@ -146,7 +147,9 @@ class Problem {
   }
   bool tracked() const { return range == Range::tracked; }
   // Whether float64 should solve it instead.
-  bool wants_double() const { return sizeof(T) < 8 && engine.shape.group == 1 && exponent > kFloatExponent; }
+  bool wants_double() const {
+    return sizeof(T) < 8 && exponent > (engine.shape.group > 1 ? kPairsExponent : kFloatExponent);
+  }
   // The logit, in units of t, whose exponential is 1.
   double reference() const { return shift == 0 ? 0 : shift / k(); }
   int64_t panel_bytes() const { return words * engine.shape.word; }  // per row or column of a panel
@@ -243,11 +246,12 @@ class LogitGradients {
         images(images),
         texts(texts),
         rows_words(p.chunk * row_stride(p.engine.shape.group)),
-        columns_words(p.chunk / p.engine.shape.group * column_stride(p.engine.shape.group)) {
+        panel_words(p.chunk / p.engine.shape.group * p.engine.shape.mr),
+        columns_words(divide_up(p.stripe, p.engine.shape.mr) * panel_words) {
     const Shape& s = p.engine.shape;
     // The register tile reads up to mr rows (or columns) past the last; what it finds there is not used.
     if (images || texts) by_rows = Buffer((p.stripes * rows_words + s.mr * row_stride(s.group)) * s.word);
-    if ((images || texts) && s.group > 1) by_columns = Buffer((p.stripes * columns_words + s.mr) * s.word);
+    if ((images || texts) && s.group > 1) by_columns = Buffer(p.stripes * columns_words * s.word);
     if (images && s.group > 1) {
       text_slices = Buffer(p.stripes * p.slices() * p.slice_bytes(p.stripe));
       parallel(p.stripes, [&](int64_t t) { pack_text_slices(t, 0, p.slices(), text_slices.at(text_slice(t, 0))); });
@@ -258,10 +262,10 @@ class LogitGradients {
   // Where the block of stripe t that starts at row i0 of the chunk writes its dS.
   GradientOutput output(int64_t t, int64_t i0, double* scale_sum) const {
     const Shape& s = p.engine.shape;
-    GradientOutput out{nullptr, nullptr, scale_sum};
+    GradientOutput out{nullptr, nullptr, panel_words, scale_sum};
     if (images || texts) out.by_rows = by_rows.at((t * rows_words + i0 * row_stride(s.group)) * s.word);
     if ((images || texts) && s.group > 1)
-      out.by_columns = by_columns.at((t * columns_words + i0 / s.group * column_stride(s.group)) * s.word);
+      out.by_columns = by_columns.at((t * columns_words + i0 / s.group * s.mr) * s.word);
     return out;
   }
 
@@ -305,10 +309,11 @@ class LogitGradients {
         for (int64_t i = 0; i < p.slices(); i += together) {
           const int64_t count = std::min(together, p.slices() - i), column = i * s.nr;
           if (s.group == 1) pack_text_slices(t, i, count, own.at());
-          p.engine.product_rows(
-              {by_rows.at((t * rows_words + from * row_stride(s.group)) * s.word),
-               s.group > 1 ? text_slices.at(text_slice(t, i)) : own.at(), divide_up(p.stripe_columns(t), s.group),
-               to - from, std::min(count * s.nr, p.d - column), images + (row0 + from) * p.d + column, p.d, t == 0});
+          p.engine.product_rows({by_rows.at((t * rows_words + from * row_stride(s.group)) * s.word),
+                                 s.group > 1 ? text_slices.at(text_slice(t, i)) : own.at(), s.mr * row_stride(s.group),
+                                 divide_up(p.stripe_columns(t), s.group), to - from,
+                                 std::min(count * s.nr, p.d - column), images + (row0 + from) * p.d + column, p.d,
+                                 t == 0});
         }
     });
   }
@@ -331,15 +336,18 @@ class LogitGradients {
     parallel(p.slices(), [&](int64_t i) {
       p.engine.pack_slice(p.x + row0 * p.d, rows, p.d, i, p.centre_or_null(), image_slices.at(i * bytes));
     });
-    const Buffer& a = s.group > 1 ? by_columns : by_rows;
+    const int64_t together = std::clamp<int64_t>(kSliceBytes / bytes, 1, p.slices());
     const int64_t per_stripe = divide_up(p.stripe, s.mr);
-    torch::stable::parallel_for(0, p.stripes * per_stripe, 1, [&](int64_t begin, int64_t end) {
+    const int64_t panels = (p.stripes - 1) * per_stripe + divide_up(p.stripe_columns(p.stripes - 1), s.mr);
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin / per_stripe; t * per_stripe < end; ++t) {
         const int64_t from = std::max(begin - t * per_stripe, int64_t(0)) * s.mr;
         const int64_t to = std::min((end - t * per_stripe) * s.mr, p.stripe_columns(t));
-        for (int64_t i = 0; from < to && i < p.slices(); ++i)
-          p.engine.product_columns({a.at((t * columns_words + from) * s.word), image_slices.at(i * bytes),
-                                    divide_up(rows, s.group), to - from, p.slice_columns(i),
+        const char* const a = s.group > 1 ? by_columns.at((t * columns_words + from / s.mr * panel_words) * s.word)
+                                          : by_rows.at((t * rows_words + from) * s.word);
+        for (int64_t i = 0; from < to && i < p.slices(); i += together)
+          p.engine.product_columns({a, image_slices.at(i * bytes), s.group > 1 ? panel_words : s.mr,
+                                    divide_up(rows, s.group), to - from, std::min(together * s.nr, p.d - i * s.nr),
                                     texts + (t * p.stripe + from) * p.d + i * s.nr, p.d, row0 == 0});
       }
     });
@@ -347,7 +355,7 @@ class LogitGradients {
 
   const Problem<T>& p;
   T *images, *texts;
-  int64_t rows_words, columns_words;  // of one stripe
+  int64_t rows_words, panel_words, columns_words;  // of one stripe, one panel of its columns, all of them
   Buffer by_rows, by_columns, image_slices, text_slices;
 };
 

@@ -139,6 +139,7 @@ GAPKERN_INLINE void decode(const int16_t* codes, float unit, int64_t count, floa
       std::memcpy(&code, codes + j, size_t(count - j) * sizeof *codes);
     else
       code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
+    __builtin_prefetch(codes + j + kRows * count);
     store(t + j, (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(code)) * unit);
   }
 }
@@ -243,19 +244,29 @@ GAPKERN_INLINE void emit(Plain<T>, const GradientOutput& out, const T* tile, int
 
 #if defined(GAPKERN_ISA_avx512bf16)
 GAPKERN_INLINE void emit(Pairs, const GradientOutput& out, const float* tile, int rows, int64_t cols, int64_t i0) {
-  auto* across = static_cast<uint32_t*>(out.by_rows);
-  auto* down = static_cast<uint32_t*>(out.by_columns);
-  for (int r = 0; r < rows; r += 2)
-    for (int64_t j = 0; j < cols; j += 16) {
-      const __m256i even = (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + r * kStripe + j));
-      const __m256i odd = r + 1 < rows ? (__m256i)_mm512_cvtneps_pbh((__m512)load(tile + (r + 1) * kStripe + j))
-                                       : _mm256_setzero_si256();
-      _mm256_storeu_si256((__m256i*)(across + (i0 + r) * row_stride(2) + j / 2), even);
-      if (r + 1 < rows) _mm256_storeu_si256((__m256i*)(across + (i0 + r + 1) * row_stride(2) + j / 2), odd);
-      const __m512i both =
-          _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-      _mm512_storeu_si512(down + (i0 + r) / 2 * column_stride(2) + j, both);
+  auto* across = static_cast<uint32_t*>(out.by_rows) + i0 * row_stride(2);
+  for (int r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < cols; j += 32) {
+      const float* t = tile + r * kStripe + j;
+      _mm512_storeu_si512(across + r * row_stride(2) + j / 2,
+                          (__m512i)_mm512_cvtne2ps_pbh((__m512)load(t + 16), (__m512)load(t)));
     }
+  static_assert(kRows <= 16, "a panel's step is one vector");
+  constexpr __mmask16 panel = (1u << kRows) - 1;
+  alignas(64) uint16_t pairs[32];
+  for (int i = 0; i < 32; ++i) pairs[i] = uint16_t(i / 2 + i % 2 * 16);
+  const __m512i interleave = _mm512_load_si512(pairs);
+  for (int64_t j = 0; j < cols; j += kRows) {
+    auto* down = static_cast<uint32_t*>(out.by_columns) + j / kRows * out.panel + i0 / 2 * kRows;
+    for (int r = 0; r < rows; r += 2, down += kRows) {
+      const float* t = tile + r * kStripe + j;
+      const __m512 even = _mm512_maskz_loadu_ps(panel, t);
+      const __m512 odd = r + 1 < rows ? _mm512_maskz_loadu_ps(panel, t + kStripe) : _mm512_setzero_ps();
+      __builtin_prefetch(down + kRows / 2 * kRows, 1);
+      _mm512_mask_storeu_epi32(down, panel,
+                               _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+    }
+  }
 }
 #endif
 
@@ -348,28 +359,6 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
   *b.loss_sum = loss;
   *b.bias_sum = bias_sum;
   *b.out.scale_sum = scale_sum;
-}
-
-template <class E, bool kAlongRows, Result kResult>
-void product(const ProductBlock<typename E::T>& b) {
-  constexpr int along = row_stride(E::group), down = column_stride(E::group), nr = kWidth<E>;
-  const auto* a = static_cast<const typename E::Word*>(b.a);
-  const auto* slices = static_cast<const typename E::Word*>(b.slices);
-  for (int64_t i = 0; i < b.rows; i += kRows) {
-    const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
-    for (int64_t j = 0; j < b.cols; j += nr)
-      tile_product<E, kAlongRows ? along : 1, kAlongRows ? 1 : down, kResult>(
-          a + (kAlongRows ? i * along : i), slices + j * b.depth, b.depth, b.c + i * b.c_stride + j, b.c_stride, rows,
-          b.cols - j < nr ? int(b.cols - j) : nr);
-  }
-}
-
-template <class E, bool kAlongRows>
-void product(const ProductBlock<typename E::T>& b) {
-  if (b.first)
-    product<E, kAlongRows, Result::assign>(b);
-  else
-    product<E, kAlongRows, Result::add>(b);
 }
 
 template <class E>

@@ -18,10 +18,9 @@ namespace gapkern::contrastive {
 // problems take narrow ones, so that every thread has some.
 constexpr int kStripe = 448, kNarrowStripe = 224;
 constexpr int64_t kNarrowUpTo = 2048;  // columns
-// Words between the rows of dS, and between the depth steps of its copy for dY. Not a power of two, so that the rows
-// the register tile reads at once do not fall on the same cache sets; constants, so that they become address offsets.
+// Words between the rows of dS. Not a power of two, so that the rows the register tile reads at once do not fall on the
+// same cache sets; a constant, so that they become address offsets.
 constexpr int row_stride(int group) { return kStripe / group + 16; }
-constexpr int column_stride(int group) { return group > 1 ? kStripe + 16 : row_stride(1); }
 
 struct Shape {
   int mr;     // rows of the register tile
@@ -46,9 +45,9 @@ struct LogitBlock {
 
 // Where dS, the gradient of the loss by the logit, goes.
 struct GradientOutput {
-  void* by_rows;  // left operand of dX, row-major, row_stride(group) words a row; null: no product wants dS
-  void*
-      by_columns;  // where words are pairs: left operand of dY, pairs down the rows, column_stride(group) words a step
+  void* by_rows;      // left operand of dX, row-major, row_stride(group) words a row; null: no product wants dS
+  void* by_columns;   // where words are pairs: left operand of dY, panels of mr columns, pairs down the rows
+  int64_t panel;      // words between those panels
   double* scale_sum;  // sum of dS t over the block
 };
 
@@ -114,6 +113,7 @@ template <class T>
 struct ProductBlock {
   const void* a;
   const void* slices;
+  int64_t panel;  // words between A's panels of mr rows
   int64_t depth, rows, cols;
   T* c;
   int64_t c_stride;

@@ -1,5 +1,5 @@
-// The register tile of the contrastive kernels: the arithmetic of each engine, packing, and the product of one tile.
-// Only for kernels.cpp, which is compiled once per instruction set.
+// The register tile of the contrastive kernels: the arithmetic of each engine, the product of one tile and of dS,
+// packing. Only for kernels.cpp, which is compiled once per instruction set.
 #pragma once
 #include "common/vec.h"
 #include "contrastive/kernels.h"
@@ -130,6 +130,50 @@ GAPKERN_INLINE void tile_product(const typename E::Word* a, const typename E::Wo
   for (int r = 0; r < rows; ++r)
     for (int j = 0; j < cols; ++j)
       out[r * out_stride + j] = kResult == Result::add ? out[r * out_stride + j] + edge[r][j] : edge[r][j];
+}
+
+// Words between the rows, and between the depth steps, of a panel of dS that a product reads.
+template <class E, bool kAlongRows>
+struct Steps {
+  static constexpr int row = kAlongRows ? row_stride(E::group) : 1;
+  static constexpr int depth = kAlongRows ? 1 : E::group > 1 ? kRows : row_stride(1);
+};
+
+// Asks for one of `parts` parts of a panel that is needed next: the tiles before it take as long as its way to the
+// first-level cache.
+template <class E, bool kAlongRows>
+GAPKERN_INLINE void fetch(const typename E::Word* panel, int64_t depth, int64_t part, int64_t parts) {
+  using S = Steps<E, kAlongRows>;
+  constexpr int64_t line = 64 / int64_t(sizeof *panel);
+  const int64_t from = part * depth / parts, to = (part + 1) * depth / parts;
+  for (int r = 0; r < (kAlongRows ? kRows : 1); ++r)
+    for (int64_t k = from; k < to; k += kAlongRows ? line : 1) __builtin_prefetch(panel + r * S::row + k * S::depth);
+}
+
+template <class E, bool kAlongRows, Result kResult>
+void product(const ProductBlock<typename E::T>& b) {
+  using S = Steps<E, kAlongRows>;
+  constexpr int nr = kWidth<E>;
+  const auto* a = static_cast<const typename E::Word*>(b.a);
+  const auto* slices = static_cast<const typename E::Word*>(b.slices);
+  const int64_t tiles = (b.cols + nr - 1) / nr;
+  for (int64_t i = 0; i < b.rows; i += kRows, a += b.panel) {
+    const int rows = b.rows - i < kRows ? int(b.rows - i) : kRows;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      if (i + kRows < b.rows) fetch<E, kAlongRows>(a + b.panel, b.depth, tile, tiles);
+      const int64_t j = tile * nr;
+      tile_product<E, S::row, S::depth, kResult>(a, slices + j * b.depth, b.depth, b.c + i * b.c_stride + j, b.c_stride,
+                                                 rows, b.cols - j < nr ? int(b.cols - j) : nr);
+    }
+  }
+}
+
+template <class E, bool kAlongRows>
+void product(const ProductBlock<typename E::T>& b) {
+  if (b.first)
+    product<E, kAlongRows, Result::assign>(b);
+  else
+    product<E, kAlongRows, Result::add>(b);
 }
 
 template <class E>
