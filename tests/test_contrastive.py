@@ -76,6 +76,16 @@ def test_any_logit_scale_stays_finite_and_near(poisoned, dtype, scale, norm, sim
         assert_three_way(a, b.to(a.dtype), c.to(a.dtype), ROUNDING[dtype], name=name)
 
 
+@pytest.mark.parametrize("similarity", ["dot", "sqeuclidean"])
+def test_norms_whose_squares_leave_float32(poisoned, similarity):
+    x, y = pair(30, 40, 16, scale=1e22, seed=1)
+    s = torch.tensor(1.0, dtype=torch.float64)
+    ours = value_and_gradients(lse_pair, x, y, s, similarity=similarity)
+    truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), s, similarity=similarity)
+    for name, a, c in zip(NAMES, ours, truth, strict=True):
+        assert_near(a, c, 1e-6, name=name)
+
+
 @pytest.mark.parametrize("d", [3, 72, 1024])
 @pytest.mark.parametrize("apart", [1e-3, 0.1])
 def test_near_pairs_keep_their_distances_far_from_the_centre(poisoned, d, apart):
