@@ -23,7 +23,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _over_batch(result, figure_class):
     """Speed relative to open_clip over the batch size, D = 512."""
-    figure = figure_class(figsize=(11, 4.2), layout="constrained")
+    figure = figure_class(figsize=(12.5, 4.2), layout="constrained")
     for ax, which in zip(figure.subplots(1, 2, sharey=True), ("forward", "forward+backward"), strict=True):
         cases = [c for c in result["cases"] if (c["similarity"], c["pass"], c["D"]) == ("dot", which, 512)]
         batches = [case["N"] for case in cases]
@@ -37,7 +37,7 @@ def _over_batch(result, figure_class):
         ax.set_title(which, fontsize=10)
         ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("times as fast as open_clip's ClipLoss")
-    figure.axes[1].legend(fontsize=7)
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return figure
 
 
