@@ -55,6 +55,16 @@ def test_values_and_gradients_are_as_good_as_pytorchs(poisoned, shape, dtype, si
         assert_three_way(a, b, c, MARGIN[dtype], name=name)
 
 
+def three_ways(x, y, scale, similarity):
+    """Ours, PyTorch's in float32 (float64 for float64), and float64's."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    return (
+        value_and_gradients(lse_pair, x, y, scale, similarity=similarity),
+        value_and_gradients(reference.lse_pair, x.to(work), y.to(work), scale.to(work), similarity=similarity),
+        value_and_gradients(reference.lse_pair, x.double(), y.double(), scale, similarity=similarity),
+    )
+
+
 ROUNDING = {torch.float32: 5e-6, torch.float64: 1e-10, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -65,12 +75,8 @@ ROUNDING = {torch.float32: 5e-6, torch.float64: 1e-10, torch.bfloat16: 8e-3, tor
 def test_any_logit_scale_stays_finite_and_near(poisoned, dtype, scale, norm, similarity):
     x, y = pair(40, 50, 24, scale=1.0, seed=3)
     x, y = ((norm * torch.nn.functional.normalize(v, dim=1)).to(dtype) for v in (x, y))
-    s = torch.tensor(scale, dtype=torch.float64)
-    work = torch.promote_types(dtype, torch.float32)
-    ours = value_and_gradients(lse_pair, x, y, s, similarity=similarity)
-    theirs = value_and_gradients(reference.lse_pair, x.to(work), y.to(work), s.to(work), similarity=similarity)
-    truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), s, similarity=similarity)
-    for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
+    results = three_ways(x, y, torch.tensor(scale, dtype=torch.float64), similarity)
+    for name, a, b, c in zip(NAMES, *results, strict=True):
         assert not a.isnan().any(), name
         # Float16 has no room for the largest gradients: there they are infinite.
         assert_three_way(a, b.to(a.dtype), c.to(a.dtype), ROUNDING[dtype], name=name)
@@ -79,9 +85,7 @@ def test_any_logit_scale_stays_finite_and_near(poisoned, dtype, scale, norm, sim
 @pytest.mark.parametrize("similarity", ["dot", "sqeuclidean"])
 def test_norms_whose_squares_leave_float32(poisoned, similarity):
     x, y = pair(30, 40, 16, scale=1e22, seed=1)
-    s = torch.tensor(1.0, dtype=torch.float64)
-    ours = value_and_gradients(lse_pair, x, y, s, similarity=similarity)
-    truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), s, similarity=similarity)
+    ours, _, truth = three_ways(x, y, torch.tensor(1.0, dtype=torch.float64), similarity)
     for name, a, c in zip(NAMES, ours, truth, strict=True):
         assert_near(a, c, 1e-6, name=name)
 
@@ -93,11 +97,8 @@ def test_near_pairs_keep_their_distances_far_from_the_centre(poisoned, d, apart)
     x += 50  # what all share is no matter
     y[:60] = x + apart * y[:60]
     y[60:] += 50
-    s = torch.tensor(2.0, dtype=torch.float64)
-    ours = value_and_gradients(lse_pair, x, y, s, similarity="sqeuclidean")
-    theirs = value_and_gradients(reference.lse_pair, x, y, s.float(), similarity="sqeuclidean")
-    truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), s, similarity="sqeuclidean")
-    for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
+    results = three_ways(x, y, torch.tensor(2.0, dtype=torch.float64), "sqeuclidean")
+    for name, a, b, c in zip(NAMES, *results, strict=True):
         assert_three_way(a, b, c, 2e-7 if "grad" not in name else 2e-6, name=name)
 
 
@@ -243,12 +244,8 @@ def test_two_runs_and_any_number_of_threads_agree_bit_for_bit():
 
 def check_any_shape(n, extra, d, log_scale, dtype, similarity, seed, log_norm):
     x, y = pair(n, n + extra, d, dtype, scale=10.0**log_norm / math.sqrt(d), seed=seed)
-    scale = torch.tensor(10.0**log_scale, dtype=torch.float64)
-    ours = value_and_gradients(lse_pair, x, y, scale, similarity=similarity)
-    work = torch.promote_types(dtype, torch.float32)
-    theirs = value_and_gradients(reference.lse_pair, x.to(work), y.to(work), scale.to(work), similarity=similarity)
-    truth = value_and_gradients(reference.lse_pair, x.double(), y.double(), scale, similarity=similarity)
-    for name, a, b, c in zip(NAMES, ours, theirs, truth, strict=True):
+    results = three_ways(x, y, torch.tensor(10.0**log_scale, dtype=torch.float64), similarity)
+    for name, a, b, c in zip(NAMES, *results, strict=True):
         a, b, c = (v.detach() for v in (a, b, c))
         # A gradient beyond float16's range is infinite, which is what a gradient scaler looks for.
         of_range, fits = c.abs() / torch.finfo(a.dtype).max, a.isfinite()
@@ -286,22 +283,26 @@ def test_properties_of_any_shape():
     hypothesis.settings(max_examples=40, deadline=None)(given(check_any_shape))()
 
 
+SIGMOID_NAMES = ("loss", "images", "texts", "scale", "bias")
+
+
+def sigmoid_and_gradients(function, *inputs, **options):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    loss = function(*inputs, **options)
+    return [loss, *torch.autograd.grad(loss, inputs)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sigmoid_loss_and_gradients(poisoned, shape, dtype):
     n, m, d = shape
     x, y = pair(n, m, d, dtype)
     values = [torch.tensor(v, dtype=torch.float64) for v in (10.0, -6.0)]
-
-    def run(function, *inputs):
-        inputs = [t.detach().clone().requires_grad_() for t in inputs]
-        loss = function(*inputs, label_offset=1 if m > n else 0)
-        return [loss, *torch.autograd.grad(loss, inputs)]
-
-    ours = run(sigmoid_sum, x, y, *values)
-    theirs = run(reference.sigmoid_sum, x, y, *(v.to(dtype) for v in values))
-    truth = run(reference.sigmoid_sum, x.double(), y.double(), *values)
-    for name, a, b, c in zip(("loss", "images", "texts", "scale", "bias"), ours, theirs, truth, strict=True):
+    offset = 1 if m > n else 0
+    ours = sigmoid_and_gradients(sigmoid_sum, x, y, *values, label_offset=offset)
+    theirs = sigmoid_and_gradients(reference.sigmoid_sum, x, y, *(v.to(dtype) for v in values), label_offset=offset)
+    truth = sigmoid_and_gradients(reference.sigmoid_sum, x.double(), y.double(), *values, label_offset=offset)
+    for name, a, b, c in zip(SIGMOID_NAMES, ours, theirs, truth, strict=True):
         assert_three_way(a, b, c, MARGIN[dtype], name=name)
 
 
@@ -309,17 +310,11 @@ def test_sigmoid_loss_and_gradients(poisoned, shape, dtype):
 @pytest.mark.parametrize("norm", [0.0, 1e-3, 1.0, 1e2, 1e4])
 def test_sigmoid_loss_at_any_logit_scale(poisoned, scale, norm):
     x, y = (norm * torch.nn.functional.normalize(v, dim=1) for v in pair(40, 50, 24, scale=1.0, seed=3))
-
-    def run(function, *inputs):
-        inputs = [t.detach().clone().requires_grad_() for t in inputs]
-        loss = function(*inputs)
-        return [loss, *torch.autograd.grad(loss, inputs)]
-
-    s, bias = torch.tensor(scale, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
-    ours = run(sigmoid_sum, x, y, s, bias)
-    theirs = run(reference.sigmoid_sum, x, y, s.float(), bias.float())
-    truth = run(reference.sigmoid_sum, x.double(), y.double(), s, bias)
-    for name, a, b, c in zip(("loss", "images", "texts", "scale", "bias"), ours, theirs, truth, strict=True):
+    values = [torch.tensor(v, dtype=torch.float64) for v in (scale, -10.0)]
+    ours = sigmoid_and_gradients(sigmoid_sum, x, y, *values)
+    theirs = sigmoid_and_gradients(reference.sigmoid_sum, x, y, *(v.float() for v in values))
+    truth = sigmoid_and_gradients(reference.sigmoid_sum, x.double(), y.double(), *values)
+    for name, a, b, c in zip(SIGMOID_NAMES, ours, theirs, truth, strict=True):
         assert_three_way(a, b, c, 2e-6, name=name)
 
 

@@ -246,8 +246,8 @@ class LogitGradients {
         images(images),
         texts(texts),
         rows_words(p.chunk * row_stride(p.engine.shape.group)),
-        panel_words(p.chunk / p.engine.shape.group * p.engine.shape.mr),
-        columns_words(divide_up(p.stripe, p.engine.shape.mr) * panel_words) {
+        panel_words(p.engine.shape.mr * (p.engine.shape.group > 1 ? p.chunk / p.engine.shape.group : 1)),
+        columns_words(p.engine.shape.group > 1 ? divide_up(p.stripe, p.engine.shape.mr) * panel_words : rows_words) {
     const Shape& s = p.engine.shape;
     // The register tile reads up to mr rows (or columns) past the last; what it finds there is not used.
     if (images || texts) by_rows = Buffer((p.stripes * rows_words + s.mr * row_stride(s.group)) * s.word);
@@ -336,6 +336,7 @@ class LogitGradients {
     parallel(p.slices(), [&](int64_t i) {
       p.engine.pack_slice(p.x + row0 * p.d, rows, p.d, i, p.centre_or_null(), image_slices.at(i * bytes));
     });
+    const Buffer& a = s.group > 1 ? by_columns : by_rows;
     const int64_t together = std::clamp<int64_t>(kSliceBytes / bytes, 1, p.slices());
     const int64_t per_stripe = divide_up(p.stripe, s.mr);
     const int64_t panels = (p.stripes - 1) * per_stripe + divide_up(p.stripe_columns(p.stripes - 1), s.mr);
@@ -343,11 +344,10 @@ class LogitGradients {
       for (int64_t t = begin / per_stripe; t * per_stripe < end; ++t) {
         const int64_t from = std::max(begin - t * per_stripe, int64_t(0)) * s.mr;
         const int64_t to = std::min((end - t * per_stripe) * s.mr, p.stripe_columns(t));
-        const char* const a = s.group > 1 ? by_columns.at((t * columns_words + from / s.mr * panel_words) * s.word)
-                                          : by_rows.at((t * rows_words + from) * s.word);
         for (int64_t i = 0; from < to && i < p.slices(); i += together)
-          p.engine.product_columns({a, image_slices.at(i * bytes), s.group > 1 ? panel_words : s.mr,
-                                    divide_up(rows, s.group), to - from, std::min(together * s.nr, p.d - i * s.nr),
+          p.engine.product_columns({a.at((t * columns_words + from / s.mr * panel_words) * s.word),
+                                    image_slices.at(i * bytes), panel_words, divide_up(rows, s.group), to - from,
+                                    std::min(together * s.nr, p.d - i * s.nr),
                                     texts + (t * p.stripe + from) * p.d + i * s.nr, p.d, row0 == 0});
       }
     });
@@ -355,7 +355,8 @@ class LogitGradients {
 
   const Problem<T>& p;
   T *images, *texts;
-  int64_t rows_words, panel_words, columns_words;  // of one stripe, one panel of its columns, all of them
+  // Words between stripes of dX's operand, between panels and between stripes of dY's.
+  int64_t rows_words, panel_words, columns_words;
   Buffer by_rows, by_columns, image_slices, text_slices;
 };
 

@@ -18,9 +18,9 @@
 //
 // Arithmetic: float64 for float64 inputs, float32 otherwise; with precision "high" or "medium", and for bfloat16
 // inputs, products of bfloat16 with float32 accumulation where the processor, or a Hopper GPU, has them (dot similarity
-// only). On the CPU: where norms allow logits too large for float32 (blocking.h: kFloatExponent), float64 instead;
-// distances are sums of squared differences. On CUDA they are norms and a product, about the texts' mean: near pairs
-// far from it lose bits.
+// only). On the CPU: where norms allow logits too large for float32 (blocking.h: kFloatExponent, kPairsExponent),
+// float64 instead; distances are sums of squared differences. On CUDA they are norms and a product, about the texts'
+// mean: near pairs far from it lose bits.
 // Work: 2NMD forward, 6NMD backward (4NMD for kept rows, 2NMD less for each of dX and dY not asked for).
 // Memory: O((N + M) D) and one chunk of logit gradients; never N x M beyond what work_bytes allows.
 // Results do not depend on the number of threads.

@@ -9,6 +9,17 @@ namespace {
 // round more than what is left of it.
 constexpr int64_t kDepthOfSquares = 64;
 
+template <class E>
+GAPKERN_INLINE void distance_tile(const typename E::Word* a, const typename E::Word* b, int64_t depth,
+                                  typename E::T* tile) {
+  constexpr int nr = kWidth<E>;
+  constexpr Term squares = Term::difference;
+  const auto part = [&](int64_t k) { return depth - k < kDepthOfSquares ? depth - k : kDepthOfSquares; };
+  tile_product<E, 1, kRows, Result::assign, squares>(a, b, part(0), tile, kStripe, kRows, nr);
+  for (int64_t k = kDepthOfSquares; k < depth; k += kDepthOfSquares)
+    tile_product<E, 1, kRows, Result::add, squares>(a + k * kRows, b + k * nr, part(k), tile, kStripe, kRows, nr);
+}
+
 // t of one row panel, which starts at row i0 of the block, against the stripe.
 template <class E>
 void logit_tile(const LogitBlock<typename E::T>& block, int64_t i0, typename E::T* tile) {
@@ -19,14 +30,7 @@ void logit_tile(const LogitBlock<typename E::T>& block, int64_t i0, typename E::
   for (int64_t j = 0; j < block.cols; j += nr, b += nr * words) {
     if constexpr (E::group == 1)
       if (block.distances) {
-        for (int64_t k = 0; k < words; k += kDepthOfSquares) {
-          const int64_t depth = words - k < kDepthOfSquares ? words - k : kDepthOfSquares;
-          if (k == 0)
-            tile_product<E, 1, kRows, Result::assign, Term::difference>(a, b, depth, tile + j, kStripe, kRows, nr);
-          else
-            tile_product<E, 1, kRows, Result::add, Term::difference>(a + k * kRows, b + k * nr, depth, tile + j,
-                                                                     kStripe, kRows, nr);
-        }
+        distance_tile<E>(a, b, words, tile + j);
         continue;
       }
     tile_product<E, 1, kRows, Result::assign>(a, b, words, tile + j, kStripe, kRows, nr);

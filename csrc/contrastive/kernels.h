@@ -19,7 +19,7 @@ namespace gapkern::contrastive {
 constexpr int kStripe = 448, kNarrowStripe = 224;
 constexpr int64_t kNarrowUpTo = 2048;  // columns
 // Words between the rows of dS. Not a power of two, so that the rows the register tile reads at once do not fall on the
-// same cache sets; a constant, so that they become address offsets.
+// same cache sets; a constant, so that multiples become address offsets.
 constexpr int row_stride(int group) { return kStripe / group + 16; }
 
 struct Shape {
