@@ -4,6 +4,8 @@ import torch
 
 from gapkern.models import zero_shot_classifier
 
+HANGS = 1200  # seconds after which a process that a test waits for is taken to hang; no bound on how long it works
+
 
 def unit(x):
     return torch.nn.functional.normalize(x, dim=-1)

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from gapkern import ClipLoss, DistillClipLoss, MeanShift, SigLipLoss, contrastive_loss, sigmoid_loss
 from gapkern.testing import assert_near
+from tests.scenes import HANGS
 
 pytestmark = pytest.mark.distributed
 
@@ -201,7 +202,7 @@ def test_ranks_together_do_what_one_process_does(world):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=240)
+        process.join(timeout=HANGS)
         if process.is_alive():
             process.kill()
             pytest.fail("a rank hangs")

@@ -21,6 +21,7 @@ import torch
 from gapkern import models
 from gapkern.cli import main
 from gapkern.embeddings import Embeddings, embed, sources, verify
+from tests.scenes import HANGS
 
 open_clip = pytest.importorskip("open_clip")
 pytest.importorskip("sklearn")
@@ -308,7 +309,7 @@ def test_ten_kills_change_nothing(place, whole, tmp_path):
             # Once another shard has appeared (the last time: as it starts), and a moment later: while it encodes,
             # writes a shard, its metadata or its note, or renames.
             wanted = shards(out) + 1 if kill < 9 else 0
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + HANGS
             while shards(out) < wanted and time.monotonic() < deadline:
                 time.sleep(0.0002)
             time.sleep(chance.random() * 0.01)
@@ -360,10 +361,9 @@ def test_a_rank_that_dies_ends_the_others_and_loses_nothing(place, whole, tmp_pa
     script.write_text(_DIES)
     dying = sources.images(place / "images").names[16 * 5 + 3]  # in a shard of rank 1
     environment = {**ENVIRONMENT, "DIES_AT": dying}
-    started = time.perf_counter()
     if launcher == "torchrun":
         run = subprocess.run(
-            [*TORCHRUN, str(script), *line(place, out)], env=environment, capture_output=True, text=True
+            [*TORCHRUN, str(script), *line(place, out)], env=environment, capture_output=True, text=True, timeout=HANGS
         )
         assert run.returncode != 0
     else:
@@ -376,10 +376,9 @@ def test_a_rank_that_dies_ends_the_others_and_loses_nothing(place, whole, tmp_pa
             subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env={**common, "RANK": r, "LOCAL_RANK": r})
             for r in ("0", "1")
         ]
-        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=HANGS)[1] for rank in ranks]
         assert [rank.returncode for rank in ranks] == [1, -9]
         assert "gapkern embed: rank 0: lost another rank" in errors[0]
-    assert time.perf_counter() - started < 60
     assert not (out / "img_emb" / "manifest.json").exists()
     assert shards(out) > 0
     assert main(line(place, out)) == 0

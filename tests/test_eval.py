@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from gapkern import MeanShift, datasets, models
 from gapkern.cli import main
 from gapkern.embeddings import write_folder
 from gapkern.evaluation import inputs, records
-from tests.scenes import Batches, draw, scene
+from tests.scenes import HANGS, Batches, draw, scene
 
 
 def run(capsys, *arguments):
@@ -89,7 +88,7 @@ def test_any_number_of_ranks_writes_the_same(files_of_all_tasks, tmp_path):
     for world in (1, 2, 4):
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port", port(),
                    "many.py", f"out{world}"]  # fmt: skip
-        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANGS)
         assert done.returncode == 0, done.stderr
         found = {file.name: json.loads(file.read_text()) for file in (tmp_path / f"out{world}").glob("*.json")}
         assert {record.pop("env")["ranks"] for record in found.values()} == {world}
@@ -107,7 +106,7 @@ if os.environ["RANK"] == "1":
     ranks = Ranks(60)
     if sys.argv[1] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    time.sleep(3600)
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -120,14 +119,13 @@ def test_a_rank_that_leaves_takes_the_others_with_it(how, timeout, files_of_all_
     (tmp_path / "leaves.py").write_text(LEAVES)
     place = environment(WORLD_SIZE="3")
     command = [sys.executable, "leaves.py", how, "eval", *files_of_all_tasks[0], "--timeout", str(timeout)]
-    started = time.monotonic()
     ranks = [
         subprocess.Popen(command, cwd=tmp_path, env=place | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(3)
     ]
     try:
         for rank in (0, 2):
-            _, error = ranks[rank].communicate(timeout=60 - (time.monotonic() - started))
+            _, error = ranks[rank].communicate(timeout=HANGS)
             assert ranks[rank].returncode == 1, error
             assert f"gapkern eval: rank {rank}: lost another rank" in error
             assert "Traceback" not in error
@@ -135,7 +133,6 @@ def test_a_rank_that_leaves_takes_the_others_with_it(how, timeout, files_of_all_
         for process in ranks:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    assert time.monotonic() - started < 60
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +234,7 @@ def test_ranks_encode_what_one_encodes(digits_model, tmp_path):
     many = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--master_port", port()]
     for start, out in (([sys.executable], "one"), (many, "three")):
         done = subprocess.run(
-            [*start, *command, out], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=180
+            [*start, *command, out], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANGS
         )
         assert done.returncode == 0, done.stderr
     for file in (tmp_path / "one").iterdir():
