@@ -4,6 +4,10 @@ import importlib.util
 import os
 from pathlib import Path
 
+# Read as OpenMP is loaded, here and in every process a test starts. Its threads otherwise spin where they wait for each
+# other: beside another busy process that multiplies the time of each parallel region, twenty times in a training step.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 import torch
