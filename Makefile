@@ -26,22 +26,26 @@ SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(orig
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint mypy format bench docs build clean distclean FORCE
+.PHONY: help demo test test-slow lint mypy format bench docs build clean distclean FORCE
 
 help:
-	@echo "make demo    train on handwritten digits, measure the modality gap, close it, write a report"
-	@echo "make test    the test suite"
-	@echo "make lint    ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
-	@echo "make bench   time the kernels against plain PyTorch and open_clip"
-	@echo "make docs    the documentation as a site, in build/docs; warnings are errors"
-	@echo "make build   set up $(VENV) and build the native libraries there"
-	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
+	@echo "make demo       train on handwritten digits, measure the modality gap, close it, write a report"
+	@echo "make test       the tests, but for the slow ones"
+	@echo "make test-slow  the slow tests: several processes, kills, whole runs, planted mistakes"
+	@echo "make lint       ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
+	@echo "make bench      time the kernels against plain PyTorch and open_clip"
+	@echo "make docs       the documentation as a site, in build/docs; warnings are errors"
+	@echo "make build      set up $(VENV) and build the native libraries there"
+	@echo "make clean      remove what was built; make distclean removes $(VENV) too"
 
 demo: $(STAMPS)/demo
 	$(BIN)/gapkern demo $(DEMO_ARGS)
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+
+test-slow: $(STAMPS)/test
+	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 bench: $(STAMPS)/test
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

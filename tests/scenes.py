@@ -1,4 +1,11 @@
-"""What several files of tests evaluate and search."""
+"""What several files of tests evaluate and search, and how they start processes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 
 import torch
 
@@ -65,3 +72,57 @@ def cloud(queries=40, gallery=15, dims=32, spread=0.1, noise=0.03, offset=0.5, s
     )
     y[:, -1] += offset
     return y, x
+
+
+_FORKS = """
+import json, os, sys
+import {modules}
+from gapkern.cli import main
+for line in sys.stdin:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main(json.loads(line)))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """Runs command lines of `gapkern`, each in a process forked from one that has imported `modules` already.
+
+    Within `with`: `start` gives a process's number, `status` waits for its end, `kill` kills it before. What a command
+    prints is lost.
+    """
+
+    def __init__(self, modules: str, **environment: str):
+        command = [sys.executable, "-c", _FORKS.format(modules=modules)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=os.environ | environment, **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._process.stdin.close()
+        self._process.kill() if exception[0] else self._process.wait(HANGS)
+        self._process.stdout.close()
+        self._process.wait(HANGS)
+
+    def start(self, arguments) -> int:
+        self._process.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
+        self._process.stdin.flush()
+        return self._number()
+
+    def status(self) -> int:
+        return self._number()
+
+    def kill(self, process: int) -> bool:
+        """Whether it was still running."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        return self.status() == -signal.SIGKILL
+
+    def _number(self) -> int:
+        return int(self._process.stdout.readline())

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 from gapkern import models
 from gapkern.cli import main
 from gapkern.embeddings import Embeddings, embed, sources, verify
-from tests.scenes import HANGS
+from tests.scenes import HANGS, Forks
 
 open_clip = pytest.importorskip("open_clip")
 pytest.importorskip("sklearn")
@@ -277,35 +276,14 @@ def shards(folder: Path) -> int:
     return len(list(folder.glob("*/[it]*_emb_*.npy")))
 
 
-# Imports once, then forks a process for each line of arguments: ten runs in the time of one import.
-_FORKS = """
-import json, os, sys
-import open_clip, pyarrow.parquet, torchvision
-from gapkern import embeddings, evaluation, models
-from gapkern.embeddings import run
-from gapkern.cli import main
-for line in sys.stdin:
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        os._exit(main(json.loads(line)))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 @pytest.mark.slow
 def test_ten_kills_change_nothing(place, whole, tmp_path):
     out, chance = tmp_path / "out", random.Random(0)
     survivors: dict[str, int] = {}
-    arguments = json.dumps(line(place, out)) + "\n"
-    with subprocess.Popen(
-        [sys.executable, "-c", _FORKS], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as forks:
+    modules = "open_clip, pyarrow.parquet, torchvision, gapkern.evaluation, gapkern.embeddings.run"
+    with Forks(modules, OMP_NUM_THREADS="1") as forks:
         for kill in range(10):
-            forks.stdin.write(arguments)
-            forks.stdin.flush()
-            child = int(forks.stdout.readline())
+            child = forks.start(line(place, out))
             # Once another shard has appeared (the last time: as it starts), and a moment later: while it encodes,
             # writes a shard, its metadata or its note, or renames.
             wanted = shards(out) + 1 if kill < 9 else 0
@@ -313,15 +291,13 @@ def test_ten_kills_change_nothing(place, whole, tmp_path):
             while shards(out) < wanted and time.monotonic() < deadline:
                 time.sleep(0.0002)
             time.sleep(chance.random() * 0.01)
-            os.kill(child, signal.SIGKILL)
-            assert int(forks.stdout.readline()) == -signal.SIGKILL, "it ended before it was killed"
+            assert forks.kill(child), "it ended before it was killed"
             for name, written in survivors.items():
                 assert (out / name).stat().st_mtime_ns == written, f"{name} was computed again"
             survivors = {p.relative_to(out).as_posix(): p.stat().st_mtime_ns for p in out.glob("*/[it]*_emb_*.npy")}
         assert 9 <= len(survivors) < 19
-        forks.stdin.write(arguments)
-        forks.stdin.close()
-        assert [int(forks.stdout.readline()) > 0, forks.stdout.readlines()[-1]] == [True, "0\n"]
+        forks.start(line(place, out))
+        assert forks.status() == 0
     assert contents(out) == whole
     assert {name: (out / name).stat().st_mtime_ns for name in survivors} == survivors
 

@@ -1,10 +1,8 @@
 """Indexes built from files block by block, killed and taken up, and the command line of index and search."""
 
 import json
+import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from gapkern import MeanShift, cli, files
 from gapkern.retrieval import GapIndex, disk
 from gapkern.testing import clip_like
-from tests.scenes import truth
+from tests.scenes import HANGS, Forks, truth
 
 pytestmark = pytest.mark.faiss
 
@@ -54,31 +52,33 @@ def test_an_index_from_files_is_the_index_of_memory(folder, factory):
     assert torch.equal(GapIndex.load(folder / "copy").search(images, 5)[1], got[1])
 
 
-def _build(folder, *more):
-    command = [sys.executable, "-m", "gapkern", "index", folder / "texts", "--factory", "IVF8,SQ8", "--block", "150"]
-    return subprocess.Popen([*command, "--out", *more], stdout=subprocess.DEVNULL)
-
-
 @pytest.mark.slow
 def test_a_build_killed_ten_times_gives_the_same_bytes(folder):
-    started = time.perf_counter()
-    assert _build(folder, folder / "straight").wait() == 0
-    whole = time.perf_counter() - started
-    generator, killed = np.random.default_rng(0), 0
+    def build(out):
+        return ["index", folder / "texts", "--factory", "IVF8,SQ8", "--block", "100", "--out", out]
+
+    def steps():
+        return len(list(out.rglob("*.faiss")))
+
+    chance, killed = random.Random(0), 0
     out = folder / "killed"
-    while killed < 10:
-        run = _build(folder, out)
-        # Mostly in the part after the imports, where files are written.
-        deadline = time.perf_counter() + generator.uniform(0.5, 1.0) * whole
-        while time.perf_counter() < deadline and run.poll() is None:
-            time.sleep(0.005)
-        if run.poll() is None:
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-            killed += 1
-        else:
-            shutil.rmtree(out)
-    assert _build(folder, out).wait() == 0
+    with Forks("faiss, gapkern.retrieval.disk, gapkern.cli.index") as forks:
+        forks.start(build(folder / "straight"))
+        assert forks.status() == 0
+        while killed < 10:
+            child = forks.start(build(out))
+            # Before the first file (every third time), else once another is there; and a moment later.
+            wanted = steps() + 1 if killed % 3 else 0
+            deadline = time.monotonic() + HANGS
+            while steps() < wanted and not (out / "manifest.json").exists() and time.monotonic() < deadline:
+                time.sleep(0.0002)
+            time.sleep(chance.random() * 0.01)
+            if forks.kill(child):
+                killed += 1
+            else:
+                shutil.rmtree(out)
+        forks.start(build(out))
+        assert forks.status() == 0
     assert contents(out) == contents(folder / "straight")
     assert sorted(GapIndex.load(out).ids()) == list(range(2100))
 
