@@ -35,8 +35,8 @@ def test_names_are_where_they_are_said_to_be(module):
         assert isinstance(documented, dict) or documented.__doc__, name
 
 
-def test_importing_gapkern_imports_none_of_its_extras():
-    extras = ("open_clip", "matplotlib", "pandas", "faiss", "sklearn", "scipy", "rich")
+def test_importing_gapkern_imports_none_of_its_extras_and_no_compiler():
+    extras = ("open_clip", "matplotlib", "pandas", "faiss", "sklearn", "scipy", "rich", "torch._dynamo")
     code = f"import sys, gapkern; print([m for m in {extras} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == "[]\n"

@@ -22,10 +22,13 @@ def work_bytes(memory: str | int, images: Tensor, texts: Tensor) -> int:
     return _check.integer("memory", memory, low=0)
 
 
-@torch.compiler.assume_constant_result
 def _matmul_precision() -> str:
     """What products of float32 may round to; asked once per compiled graph."""
     return torch.get_float32_matmul_precision()
+
+
+# As torch.compiler.assume_constant_result leaves it; calling that imports torch._dynamo, half of this package's import.
+_matmul_precision.__dict__["_dynamo_marked_constant"] = True
 
 
 def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
