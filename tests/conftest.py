@@ -38,6 +38,17 @@ def real_data():
     return real_embeddings
 
 
+@pytest.fixture(scope="session")
+def trained_digits():
+    """The digits under seed 0, and the model that the demo trains on them with its defaults; once for all tests."""
+    pytest.importorskip("open_clip")
+    pytest.importorskip("sklearn")
+    from gapkern.experiments import digits
+
+    data = digits.load(0)
+    return data, digits.train(data)
+
+
 @pytest.fixture
 def poisoned():
     """New tensors hold NaN (integers their largest value): an element a kernel forgets to write is found."""
@@ -45,6 +56,18 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made and saved as empty files: for tests of the numbers beside them."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+
+    def savefig(self, target, **options):
+        if not hasattr(target, "write"):
+            Path(target).write_bytes(b"")
+
+    monkeypatch.setattr(figure, "savefig", savefig)
 
 
 def _missing_hardware() -> dict[str, str]:

@@ -196,7 +196,8 @@ def test_ranks_together_do_what_one_process_does(world):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["gapkern", "pytest", "torch._dynamo", "torch.distributed"])
     queue = context.Queue()
     ranks = [context.Process(target=worker, args=(rank, world, port, queue)) for rank in range(world)]
     for process in ranks:

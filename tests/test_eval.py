@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -72,7 +71,9 @@ import json, sys
 from gapkern.cli import main
 from gapkern.ranks import Ranks
 with Ranks(60):
-    for command in json.load(open("commands.json")):
+    with open("commands.json") as file:
+        commands = json.load(file)
+    for command in commands:
         status = main(["eval", *command, "--out", sys.argv[1]])
         assert status == 0, status
 """
@@ -131,25 +132,23 @@ def test_a_rank_that_leaves_takes_the_others_with_it(how, timeout, files_of_all_
             assert "Traceback" not in error
     finally:
         for process in ranks:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
-def digits_model(tmp_path_factory):
-    """What `gapkern demo --export` writes, of a model briefly trained; and the model's embeddings."""
-    pytest.importorskip("open_clip")
-    pytest.importorskip("sklearn")
+def digits_model(tmp_path_factory, trained_digits):
+    """What `gapkern demo --export` writes, and the model's embeddings."""
     from safetensors.torch import save_file
 
     from gapkern.experiments import digits
 
     folder = tmp_path_factory.mktemp("model")
-    trained = digits.train(digits.load(0), steps=90)
-    digits.export(trained, digits.load(0), folder)
-    images = digits.embed_images(trained, digits.load(0).test_images)
+    data, trained = trained_digits
+    digits.export(trained, data, folder)
+    images = digits.embed_images(trained, data.test_images)
     tensors = {"images": images, "prompts": digits.embed_prompts(trained, digits.TEMPLATES)}
-    save_file({**tensors, "labels": digits.load(0).test_digits}, folder / "embeddings.safetensors")
+    save_file({**tensors, "labels": data.test_digits}, folder / "embeddings.safetensors")
     return folder
 
 

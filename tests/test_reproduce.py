@@ -174,7 +174,7 @@ def test_every_baseline_is_answered_for(done):
     assert all(0 <= row["gini"] <= 1 and row["answer"] for row in table["rows"])
 
 
-def test_a_seed_repeats_every_number(tmp_path, capsys, monkeypatch):
+def test_a_seed_repeats_every_number(tmp_path, capsys, monkeypatch, undrawn):
     pytest.importorskip("open_clip")
     monkeypatch.setattr(sources, "QUICK_STEPS", 4)
 
@@ -223,7 +223,7 @@ def counted():
     reproduce.TARGETS.update(before)
 
 
-def test_what_is_finished_is_not_done_again(counted, tmp_path, pair, capsys):
+def test_what_is_finished_is_not_done_again(counted, tmp_path, pair, capsys, undrawn):
     calls, _ = counted
     first = ("fig1", "--out", tmp_path / "r", "--quick")
     assert run(capsys, *first)[0] == 0

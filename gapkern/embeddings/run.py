@@ -167,10 +167,18 @@ class _Job:
         self.notes.mkdir(exist_ok=True)
         lock = open(self.notes / "lock", "w")  # noqa: SIM115
         try:
+            self._take(lock, resume)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
+    def _take(self, lock: Any, resume: bool) -> None:
+        """Locks the open file; the rest of `_prepare`."""
+        try:
             # Of this process alone: workers that outlive it by seconds do not hold it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.close()
             raise ValueError(f"out: expected a folder that no other run writes, got {self.folder}") from None
         plan = self.notes / "plan.json"
         if not resume:
@@ -186,7 +194,6 @@ class _Job:
             differing = [f"{key} {known.get(key)} there, {value} now" for key, value in self.facts.items()
                          if known.get(key) != value]  # fmt: skip
             if differing:
-                lock.close()
                 if not plan.exists():
                     shutil.rmtree(self.notes, ignore_errors=True)
                 raise ValueError(
@@ -196,7 +203,6 @@ class _Job:
         files.write_json(plan, self.facts)
         for old in (*self.folder.glob(".*.tmp*"), *self.beside.glob(".*.tmp*"), *self.notes.glob(".*.tmp*")):
             old.unlink(missing_ok=True)
-        return lock
 
     def _clear(self) -> None:
         for old in (self.folder / folders.MANIFEST, *self.folder.glob(f"{self.kind}_*.npy"),
