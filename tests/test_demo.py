@@ -126,6 +126,7 @@ def test_the_three_methods_agree_on_the_digits(report):
                 assert abs(difference) < 4 * results[method].stderr + 1e-4, (alpha, method, name)
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_every_number(tmp_path, capsys, undrawn):
     def numbers(name, seed):
         assert main(["demo", "--out", str(tmp_path / name), "--steps", "3", "--seed", seed, "--json"]) == 0

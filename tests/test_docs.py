@@ -25,7 +25,7 @@ LINES = list(
 OURS = [line for line in LINES if line.startswith("gapkern ")]
 # Too long for a test; that they parse is tested, and what they do elsewhere.
 LONG = ("reproduce all",)
-SHORT = ["--steps", "20"]  # for the demo
+SHORT = ["--steps", "3"]  # for the demo
 
 
 def test_there_is_something_to_test():
@@ -52,7 +52,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def test_the_command_lines_run_in_their_order(workplace, monkeypatch, capsys):
+def test_the_command_lines_run_in_their_order(workplace, monkeypatch, capsys, undrawn):
     from gapkern.cli import main, parser
 
     monkeypatch.chdir(workplace)

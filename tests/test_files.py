@@ -58,8 +58,9 @@ def test_large_files_are_mapped_not_read(tmp_path):
 def test_a_shift_is_fitted_to_a_file_without_reading_it_whole(tmp_path):
     generator = np.random.default_rng(0)
     big = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.float16, shape=(2**20, 256))
+    rows = generator.standard_normal((2**16, 256), dtype=np.float32)
     for first in range(0, 2**20, 2**16):
-        big[first : first + 2**16] = generator.standard_normal((2**16, 256), dtype=np.float32)
+        big[first : first + 2**16] = rows
     big.flush()
     setup = f"""
 from gapkern import MeanShift, files
