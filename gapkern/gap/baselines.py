@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern.gap.meanshift import MeanShift
 from gapkern.gap.moments import Moments, principal
 
@@ -31,6 +32,7 @@ class Baseline:
 
     paired = False
 
+    @isolated
     def fit(self, gallery: Tensor | np.ndarray, queries: Tensor | np.ndarray) -> "Baseline":
         """Learns from a gallery (G, D) and queries (Q, D). Returns self.
 

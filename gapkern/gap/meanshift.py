@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern._ambient import isolated
 from gapkern._nearest import nearest
 from gapkern.gap.moments import Moments, Sample, batches, hull, numerical_rank, principal
 
@@ -85,6 +86,7 @@ class MeanShift:
             f"normalize={self.normalize}, agreement={self.agreement:g})"
         )
 
+    @isolated
     def fit(self, gallery: Tensor | np.ndarray, queries: Tensor | np.ndarray) -> "MeanShift":
         """Learns g and g' from a gallery (G, D) and queries (Q, D). Returns self."""
         gallery, queries = _check.matrix("gallery", gallery, rows="G"), _check.matrix("queries", queries, rows="Q")
@@ -92,6 +94,7 @@ class MeanShift:
         self._sides = _Side(gallery.shape[1]), _Side(gallery.shape[1])
         return self.partial_fit(gallery, queries)
 
+    @isolated
     def partial_fit(
         self, gallery: Tensor | np.ndarray | None = None, queries: Tensor | np.ndarray | None = None
     ) -> "MeanShift":
@@ -117,6 +120,7 @@ class MeanShift:
         self._forget()
         return self
 
+    @isolated
     def merge(self, other: "MeanShift") -> "MeanShift":
         """Adds what another shift, fitted elsewhere on other rows, has seen. Returns self."""
         for mine, theirs in zip(self._seen(), other._seen(), strict=True):
@@ -128,6 +132,7 @@ class MeanShift:
         self._forget()
         return self
 
+    @isolated
     def all_reduce(self, group: Any = None) -> "MeanShift":
         """Adds what every rank of a torch.distributed group has seen; the same result on every rank. Returns self."""
         import torch.distributed as dist
@@ -161,6 +166,7 @@ class MeanShift:
             return vars(self)[name]
         raise AttributeError(f"MeanShift has no attribute {name!r}; fitted ones are there after fit")
 
+    @isolated
     def _finish(self, gallery: "_Side", queries: "_Side") -> None:
         gap = self.gap_vector_ = queries.moments.mean - gallery.moments.mean
         self.components_, self.shift_vector_ = self._choose(gap, gallery, queries)

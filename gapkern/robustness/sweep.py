@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, check, title
 from gapkern.robustness.estimators import robustness
@@ -76,6 +77,7 @@ class SweepResult:
         return figure
 
 
+@isolated
 def sweep(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -164,6 +166,7 @@ def sweep(
     return SweepResult(rows, shift)
 
 
+@isolated
 def best_alpha(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,

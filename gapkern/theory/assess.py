@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
 from gapkern.perturb import Gaussian
 from gapkern.theory.gradients import freeze, leading_gradient
@@ -30,6 +31,7 @@ class Verdict:
     numbers: dict[str, float]
 
 
+@isolated
 def assess(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,

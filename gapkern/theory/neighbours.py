@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern._nearest import distances
 from gapkern.gap import MeanShift
 from gapkern.gap.moments import Moments, hull
@@ -50,6 +51,7 @@ class Orthogonality:
         )
 
 
+@isolated
 def orthogonality(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray) -> Orthogonality:
     """How far Assumption 3.3 is met by queries (Q, D) and a gallery (G, D).
 
@@ -131,6 +133,7 @@ class Preservation:
         return [float((self.reach >= abs(a)).double().mean()) for a in ([self.alpha] if alphas is None else alphas)]
 
 
+@isolated
 def preservation(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -232,6 +235,7 @@ class RobustnessCurve:
         }
 
 
+@isolated
 def robustness_curve(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
