@@ -45,7 +45,7 @@ def fitted_baselines(x, y):
 def shifts(x, y):
     parts = MeanShift().partial_fit(y[:40], x[:50]).merge(MeanShift().fit(y[40:], x[50:]))
     return [
-        (s.gap_vector_, s.shift_vector_, s.components_, s.orthogonality_, s.agreement_, s.transform(y))
+        (s.gap_vector_, s.shift_vector_, s.n_components_, s.orthogonality_, s.agreement_, s.transform(y))
         for s in (MeanShift().fit(y, x), parts, MeanShift(normalize=True).fit(y, x).at(0.5))
     ]
 

@@ -71,7 +71,7 @@ class Settings:
         for seed in self.seeds:
             _check.integer("seeds", seed, low=0, high=2**63 - 1)
         if self.shift is not None and not isinstance(self.shift, MeanShift):
-            MeanShift(components=self.shift)  # says what is wrong with them
+            MeanShift(n_components=self.shift).check_parameters()  # says what is wrong with them
 
     def fitted(self, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift:
         if isinstance(self.shift, MeanShift):
@@ -84,7 +84,7 @@ class Settings:
         if not shifts:
             return {"name": "none"}
         facts = [
-            {"components": s.components_, "orthogonality": s.orthogonality_, "agreement": s.agreement_,
+            {"components": s.n_components_, "orthogonality": s.orthogonality_, "agreement": s.agreement_,
              "gap_norm": float(s.gap_vector_.norm())} for s in shifts.values()
         ]  # fmt: skip
         first = next(iter(shifts.values()))

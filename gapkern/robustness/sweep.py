@@ -103,7 +103,7 @@ def sweep(
         alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
         perturbations: one or several.
         labels, gallery_labels, on, when, method, trials, seed: as for `robustness`.
-        shift: a fitted `MeanShift`; by default one is fitted here, with components="auto".
+        shift: a fitted `MeanShift`; by default one is fitted here, with n_components="auto".
         progress: show a progress bar.
         journal: a file that keeps each row as it is done. A later call with the same arguments takes up from there;
             remove the file once the result is kept elsewhere.
@@ -194,7 +194,7 @@ def best_alpha(
         >>> from gapkern import Gaussian
         >>> gallery = torch.eye(3, 8)
         >>> queries = gallery + torch.tensor([0.0] * 7 + [2.0])
-        >>> shift = MeanShift(components="exact").fit(gallery, queries)
+        >>> shift = MeanShift(n_components="exact").fit(gallery, queries)
         >>> round(best_alpha(queries, gallery, Gaussian(2.0), shift=shift), 1)
         1.0
     """

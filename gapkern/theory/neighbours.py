@@ -251,7 +251,7 @@ def robustness_curve(
         gallery: (G, D).
         noise: Gaussian, on the gallery.
         alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
-        shift: a fitted `MeanShift`; by default one with components="exact", to which the theorem applies.
+        shift: a fitted `MeanShift`; by default one with n_components="exact", to which the theorem applies.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -270,7 +270,7 @@ def robustness_curve(
     alphas = sorted(_check.number("alphas", a) for a in alphas)
     if not alphas:
         raise ValueError("alphas: expected at least one, got none")
-    shift = MeanShift(components="exact").fit(gallery, queries) if shift is None else shift
+    shift = MeanShift(n_components="exact").fit(gallery, queries) if shift is None else shift
     v, _ = _vector(shift)
     results = [robustness(queries, gallery, noise, shift=shift.at(a), method="exact") for a in alphas]
     per_query = torch.stack([r.per_query for r in results])

@@ -302,7 +302,7 @@ def _orthogonal(generator: torch.Generator) -> tuple[Tensor, Tensor, Gaussian]:
 
 def _curve(data: Embeddings, quick: bool):
     noise = noise_that_keeps(0.7, data)
-    shift = MeanShift(components="exact").fit(data.gallery, data.queries)
+    shift = MeanShift(n_components="exact").fit(data.gallery, data.queries)
     alphas = tuple(i / 4 for i in range(7)) if quick else tuple(i / 8 for i in range(13))
     return robustness_curve(data.queries, data.gallery, noise, alphas=alphas, shift=shift), noise
 
@@ -314,7 +314,7 @@ def thm3_5(context: Context) -> Result:
     panels = []
     for data in context.embeddings:
         claims.append(_orthogonal_shifts(data, context.seed))
-        shift = MeanShift(components=0).fit(data.gallery, data.queries)
+        shift = MeanShift(n_components=0).fit(data.gallery, data.queries)
         alphas = [i / 4 for i in range(7)] if context.quick else [i / 16 for i in range(25)]
         found = preservation(data.queries, data.gallery, shift, alpha=max(alphas))
         before = nearest(data.queries, data.gallery)
