@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern._compare import same_fields
 from gapkern._nearest import nearest
 from gapkern._rows import squarable, unit, with_float64
 from gapkern._together import gather
@@ -25,7 +26,7 @@ SAMPLE = 2**14  # rows of each side by which neighbours are judged
 _X = TypeVar("_X", Tensor, np.ndarray)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """What a fit found: g and g' (D,) in float64, the k in use, ||g'|| / ||g||, and the share of neighbours kept."""
 
@@ -34,6 +35,8 @@ class Fit:
     n_components: int
     orthogonality: float
     agreement: float
+
+    __eq__ = same_fields
 
 
 class MeanShift(Estimator):
@@ -366,7 +369,7 @@ def _largest_closure(
     return high
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Side:
     """What was seen of one modality: its moments, and some of its rows. Never changed in place."""
 
