@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-def same_fields(self: Any, other: Any) -> bool:
+def same_fields(self: Any, other: Any) -> Any:
     """For `__eq__` of a dataclass with eq=False: one class, and all compared fields the same to the bit.
 
     Tensors are the same by dtype, shape and values, on whatever device; NaN is the same as NaN, as a result computed

@@ -43,6 +43,7 @@ def in_tiles(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
     if queries.dtype != gallery.dtype or gallery.dtype == torch.float64:
         queries, gallery = queries.float(), gallery.float()
     centre = gallery.mean(0, dtype=torch.float64).float()
+    found: Tensor
     found, best, second, slack = torch.ops.gapkern.robustness_nearest(queries, gallery, centre)
     close = (second <= best + slack).nonzero()[:, 0] if exact else found[:0]
     if len(close):

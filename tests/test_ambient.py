@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, gap_metrics, sweep
+from gapkern._ambient import isolated, isolation, steps
+from gapkern._threads import one_thread
 from gapkern.dynamics import descend, evaluate, isotropic_gaussians, measure, tight_clusters
 from gapkern.evaluation import classification, multiple_choice, retrieval, templates
 from gapkern.evaluation.tasks import Settings
@@ -327,3 +329,123 @@ def test_one_thread_or_two_agree_and_the_number_stays(name, entry):
             assert surroundings() == before
     finally:
         torch.set_num_threads(threads)
+
+
+REFUSED = {
+    "gap_metrics": lambda x, y: gap_metrics(x, y[:5]),
+    "fit": lambda x, y: MeanShift(n_components=-1).fit(y, x),
+    "robustness": lambda x, y: robustness(x, y, Gaussian(0.5), method="sample", shift=MeanShift()),
+    "sweep": lambda x, y: sweep(x, y, [0.0], [Gaussian(1.0)], labels=[-1] * 96),
+    "assess": lambda x, y: assess(x, y[:5], 2.0),
+    "descend": lambda x, y: descend(x, y, 1e4, lr=1e300, steps=5),
+    "recall": lambda x, y: recall(x, y, [96] * 96),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_error_leaves_everything_as_it_was(name):
+    x, y = pairs()
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), np.errstate(all="raise"):
+        before = surroundings()
+        with pytest.raises((ValueError, RuntimeError)):
+            REFUSED[name](x, y)
+        assert surroundings() == before
+
+
+def test_a_callback_runs_in_the_callers_surroundings():
+    seen = []
+
+    def look(row):
+        seen.append((threading.current_thread(), surroundings()))
+
+    x, y = pairs()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), np.errstate(all="raise"):
+        before = surroundings()
+        descend(x, y, 2.0, lr=0.1, steps=4, record_every=1, on_record=look)
+    assert seen == [(threading.current_thread(), before)] * 5
+
+
+def test_a_callback_that_raises_stops_the_descent():
+    def stop(row):
+        raise KeyError("enough")
+
+    before = surroundings()
+    with pytest.raises(KeyError, match="enough"):
+        descend(*pairs(), 2.0, lr=0.1, steps=4, on_record=stop)
+    assert surroundings() == before
+
+
+def test_a_generator_is_isolated_step_by_step():
+    @isolated
+    def states():
+        try:
+            for _ in range(3):
+                yield torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.zeros(1).device.type
+        finally:
+            closed.append(torch.is_grad_enabled())
+
+    closed = []
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        before = surroundings()
+        for inside in states():
+            assert inside == (False, False, "cpu")
+            assert surroundings() == before
+        for _ in states():
+            break
+    assert closed[0] is False
+    assert len(closed) == 2
+    assert [float(v) for v in steps(iter([1.0, 2.0]))] == [1.0, 2.0]
+
+
+def test_two_threads_at_once_leave_each_others_state_alone():
+    """Each in its own state, and past a barrier: one is within the guard while the other enters and leaves."""
+    x, y = pairs()
+    truth = plain(ENTRIES["descend"](x, y))
+    threads, failures = torch.get_num_threads(), []
+    meet = threading.Barrier(2, timeout=60)
+
+    def one(state):
+        try:
+            with STATES[state]():
+                before = surroundings()[:6]
+                for _ in range(2):
+                    meet.wait()
+                    if plain(ENTRIES["descend"](x, y)) != truth or surroundings()[:6] != before:
+                        failures.append(state)
+                meet.wait()
+                with isolation():
+                    meet.wait()
+                    if torch.is_autocast_enabled("cpu"):
+                        failures.append(f"{state}: autocast within")
+                if surroundings()[:6] != before:
+                    failures.append(f"{state}: after")
+        except Exception as error:
+            failures.append(error)
+            meet.abort()
+
+    workers = [threading.Thread(target=one, args=(s,)) for s in ("autocast bfloat16", "inference mode")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+    assert torch.get_num_threads() == in_a_new_thread() == threads
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_one_thread_raises_what_its_function_raises():
+    with one_thread() as run, pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+def test_transforms_keep_their_gradients():
+    x, y = (t.double() for t in pairs())
+    for shift in (MeanShift(normalize=True).fit(y, x), MeanShift(moves="queries").fit(y, x)):
+        for move in (shift.transform, shift.transform_queries):
+            z = y[:3].clone().requires_grad_()
+            assert torch.autograd.gradcheck(move, (z,))
+    with torch.inference_mode():
+        shift = MeanShift().fit(y, x)
+    z = y[:3].clone().requires_grad_()
+    shift.transform(z).sum().backward()
+    assert torch.equal(z.grad, torch.ones_like(z))

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated, isolation
+from gapkern._rows import unit
 from gapkern._threads import one_thread
 from gapkern.dynamics.measures import Evaluation, evaluate_unchecked, measure, pairs
 from gapkern.dynamics.trajectory import COLUMNS, Snapshot, Trajectory
+
+__all__ = ["OPTIMIZERS", "descend", "isotropic_gaussians", "tight_clusters"]
 
 OPTIMIZERS = ("gd", "sgd", "adam")
 SMALL = 2**22  # N x N x D below which one thread is as fast as many
@@ -236,7 +239,6 @@ def _batches(pairs: int, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def _unit(name: str, x: Tensor) -> Tensor:
-    norms = x.norm(dim=1, keepdim=True)
-    if not bool((norms > 0).all()):
+    if not bool((x != 0).any(1).all()):
         raise ValueError(f"{name}: expected rows of a length above 0 for sphere=True, got a zero row")
-    return x / norms
+    return unit(x)

@@ -21,6 +21,8 @@ from gapkern.gap.moments import Moments, principal
 from gapkern.losses.functional import check_pairs, scalar, work_bytes
 from gapkern.ops.contrastive import lse_pair
 
+__all__ = ["Evaluation", "evaluate", "evaluate_unchecked", "measure", "pair_losses", "pairs", "spearman"]
+
 HELD = 0.999  # share of the variance that the principal directions of `orthogonality` hold
 
 
@@ -158,7 +160,8 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def _ranks(x: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
-    return (ends - (counts - 1).double() / 2)[inverse]
+    ranks: Tensor = (ends - (counts - 1).double() / 2)[inverse]
+    return ranks
 
 
 @isolated

@@ -11,6 +11,8 @@ from torch import Tensor
 from gapkern import _check, files
 from gapkern._compare import same_fields
 
+__all__ = ["COLUMNS", "Snapshot", "Trajectory"]
+
 COLUMNS = (
     "step", "loss", "gradient_norm", "logit_scale", "gap_norm", "variance_along_images", "variance_across_images",
     "variance_along_texts", "variance_across_texts", "residual_images", "residual_texts", "sum_distance_correlation",
@@ -81,23 +83,23 @@ class Trajectory:
                 first = before["step"]
         return first
 
-    def to_dataframe(self):
+    def to_dataframe(self) -> Any:
         """A pandas DataFrame with the columns of `COLUMNS`."""
         pandas = _check.extra("pandas", "pandas", "tables")
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))
 
-    def to_json(self, path: str | os.PathLike | None = None) -> str:
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Settings and rows as JSON; written to `path` too where one is given."""
         value = {"settings": self.settings, "rows": self.rows}
         if path is not None:
             files.write_json(path, value)
         return json.dumps(files.plain(value), indent=2)
 
-    def to_csv(self, path: str | os.PathLike) -> Path:
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Writes the rows as a table."""
         return files.write(path, lambda temporary: self.to_dataframe().to_csv(temporary, index=False))
 
-    def plot(self, path: str | os.PathLike | None = None):
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """A figure: loss and gradient, gap, variance along and across it, and softmax sums. Written to `path` too."""
         from gapkern import figures
 

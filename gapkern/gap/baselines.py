@@ -214,7 +214,7 @@ class Procrustes(Baseline):
 
     def _fit(self, gallery: Tensor, queries: Tensor) -> None:
         u, _, v = torch.linalg.svd((gallery - self.g.mean).T @ (queries - self.q.mean))
-        self.rotation = u @ v
+        self.rotation: Tensor = u @ v
 
     def _gallery(self, x: Tensor) -> Tensor:
         return (x - self.g.mean) @ self.rotation + self.q.mean

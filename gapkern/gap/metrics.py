@@ -55,7 +55,8 @@ def _effective_rank(gram: Tensor) -> float:
 
 def _square_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
 
 
 def _frechet(gap: Tensor, a: Tensor, b: Tensor) -> float:

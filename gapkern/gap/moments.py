@@ -69,7 +69,7 @@ class Moments:
 
 def batches(x: Tensor) -> tuple[Tensor, ...]:
     """The rows of x, as many at a time as a streamed file gives."""
-    return x.split(max(1, files.CHUNK // max(1, x.shape[1])))  # type: ignore[no-untyped-call, no-any-return]
+    return x.split(max(1, files.CHUNK // max(1, x.shape[1])))  # type: ignore[no-any-return]
 
 
 class Sample:
@@ -135,7 +135,8 @@ def hull(seen: Moments, rows: Tensor) -> Tensor:
         centred = rows.double() - rows.double().mean(0)
         _, singular, vectors = torch.linalg.svd(centred, full_matrices=False)
         rank = int((singular > singular[0] * 1e-12 * max(rows.shape)).sum()) if len(singular) else 0
-        return vectors[:rank].T
+        basis: Tensor = vectors[:rank].T
+        return basis
     values, vectors = principal(seen.gram)
     return vectors[:, : numerical_rank(values)]
 

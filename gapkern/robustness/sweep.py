@@ -19,6 +19,8 @@ from gapkern.perturb import Perturbation, check, title
 from gapkern.robustness.estimators import robustness
 from gapkern.robustness.journal import Journal
 
+__all__ = ["COLUMNS", "SweepResult", "best_alpha", "sweep"]
+
 COLUMNS = (
     "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness",
     "robustness_low", "robustness_high", "agreement", "accuracy", "clean_accuracy", "gini", "stderr", "method",
@@ -52,22 +54,22 @@ class SweepResult:
         """For each perturbation, by its title: the alpha with the largest value."""
         return {name: alphas[int(np.argmax(values))] for name, (alphas, values) in self.series(value).items()}
 
-    def to_dataframe(self):
+    def to_dataframe(self) -> Any:
         """A pandas DataFrame with the columns of `COLUMNS`."""
         pandas = _check.extra("pandas", "pandas", "tables")
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))
 
-    def to_json(self, path: str | os.PathLike | None = None) -> str:
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The rows as JSON; written to `path` too where one is given."""
         if path is not None:
             files.write_json(path, self.rows)
         return json.dumps(files.plain(self.rows), indent=2)
 
-    def to_csv(self, path: str | os.PathLike) -> Path:
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Writes the rows as a table."""
         return files.write(path, lambda temporary: self.to_dataframe().to_csv(temporary, index=False))
 
-    def plot(self, path: str | os.PathLike | None = None):
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """A figure: robustness, agreement and, where labels were given, accuracy over alpha. Written to `path` too."""
         from gapkern import figures
 
@@ -93,7 +95,7 @@ def sweep(
     trials: int = 100,
     seed: int = 0,
     progress: bool = False,
-    journal: str | os.PathLike | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> SweepResult:
     """`robustness` for every alpha and perturbation; all draws share their noise over alphas.
 
@@ -144,7 +146,7 @@ def sweep(
     if progress:
         from rich.progress import track
 
-        steps: Iterable = track(cases, "sweep", transient=True)
+        steps: Iterable[tuple[float, Perturbation]] = track(cases, "sweep", transient=True)
     else:
         steps = cases
     rows = []
@@ -205,7 +207,8 @@ def best_alpha(
         raise ValueError(f"high: expected a number above low = {low:g}, got {high:g}")
 
     def at(alpha: float) -> float:
-        return getattr(robustness(queries, gallery, perturbation, shift=shift.at(alpha), **options), value)
+        result = robustness(queries, gallery, perturbation, shift=shift.at(alpha), **options)
+        return float(getattr(result, value))
 
     golden = (math.sqrt(5) - 1) / 2
     left, right = high - golden * (high - low), low + golden * (high - low)

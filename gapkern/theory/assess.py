@@ -13,6 +13,8 @@ from gapkern.perturb import Gaussian
 from gapkern.theory.gradients import freeze, leading_gradient
 from gapkern.theory.neighbours import orthogonality, preservation, robustness_curve
 
+__all__ = ["Verdict", "assess"]
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -17,6 +17,8 @@ from gapkern._compare import same_fields
 from gapkern.dynamics.measures import evaluate, pair_losses, pairs
 from gapkern.losses.functional import scalar
 
+__all__ = ["FAR", "TIGHT", "Freeze", "LeadingGradient", "freeze", "leading_gradient"]
+
 TIGHT, FAR = 0.1, 10.0  # below and above which an expansion's next term is a tenth of it
 
 

@@ -19,6 +19,16 @@ from gapkern.gap.moments import Moments, hull
 from gapkern.perturb import Gaussian, check
 from gapkern.robustness import robustness
 
+__all__ = [
+    "ALPHAS",
+    "Orthogonality",
+    "Preservation",
+    "RobustnessCurve",
+    "orthogonality",
+    "preservation",
+    "robustness_curve",
+]
+
 ALPHAS = tuple(i / 8 for i in range(13))
 
 
