@@ -15,6 +15,7 @@ import torch
 
 from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, gap_metrics, sweep
 from gapkern._ambient import isolated, isolation, steps
+from gapkern._logs import quiet
 from gapkern._threads import one_thread
 from gapkern.dynamics import descend, evaluate, isotropic_gaussians, measure, tight_clusters
 from gapkern.evaluation import classification, multiple_choice, retrieval, templates
@@ -31,8 +32,8 @@ faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="fa
 
 def pairs():
     generator = torch.Generator().manual_seed(3)
-    images = torch.randn(96, 24, generator=generator, dtype=torch.float32)
-    texts = images + 0.4 * torch.randn(96, 24, generator=generator, dtype=torch.float32) + 0.5
+    images = torch.randn(48, 12, generator=generator, dtype=torch.float32)
+    texts = images + 0.4 * torch.randn(48, 12, generator=generator, dtype=torch.float32) + 0.5
     return images, texts
 
 
@@ -45,7 +46,7 @@ def fitted_baselines(x, y):
 
 
 def shifts(x, y):
-    parts = MeanShift().partial_fit(y[:40], x[:50]).merge(MeanShift().fit(y[40:], x[50:]))
+    parts = MeanShift().partial_fit(y[:20], x[:25]).merge(MeanShift().fit(y[20:], x[25:]))
     return [
         (s.gap_vector_, s.shift_vector_, s.n_components_, s.orthogonality_, s.agreement_, s.transform(y))
         for s in (MeanShift().fit(y, x), parts, MeanShift(normalize=True).fit(y, x).at(0.5))
@@ -87,19 +88,19 @@ def descents(x, y):
     options = {"lr": 0.1, "steps": 6, "record_every": 2}
     return [
         descend(x, y, 2.0, **options).rows,
-        descend(x, y, 2.0, optimizer="adam", sphere=True, learn_scale=True, batch=32, snapshots=[3], **options),
+        descend(x, y, 2.0, optimizer="adam", sphere=True, learn_scale=True, batch=16, snapshots=[3], **options),
     ]
 
 
 def tasks(x, y):
     rows, others = Rows(x, 0, len(x)), Rows(y, 0, len(y))
     settings = Settings("auto", (Gaussian(0.2), Quantize(4)))
-    of, all_rows = torch.arange(96, device="cpu") // 4, torch.arange(96, device="cpu")
+    of, all_rows = torch.arange(48, device="cpu") // 4, torch.arange(48, device="cpu")
     return [
         classification(rows, of, y[::4], settings),
         templates(rows, of, torch.stack([y[::4], y[1::4]]), ["a", "b"], settings),
         retrieval(rows, others, all_rows, (1, 5), settings),
-        multiple_choice(Rows(x[::4], 0, 24), others, of, all_rows[:24] // 24, settings),
+        multiple_choice(Rows(x[::4], 0, 12), others, of, all_rows[:12] // 12, settings),
     ]
 
 
@@ -113,7 +114,7 @@ def indexes(x, y):
     return (
         found,
         [{k: v for k, v in r.items() if k != "queries_per_second"} for r in rows],
-        recall(x, None, range(96), index=index),
+        recall(x, None, range(48), index=index),
     )
 
 
@@ -133,7 +134,7 @@ ENTRIES = {
     "dynamics": lambda x, y: [evaluate(x, y, 2.0), measure(x, y), tight_clusters(5, 3, 0.1, 1.0),
                               isotropic_gaussians(5, 3, 1.0)],
     "descend": descents,
-    "recall": lambda x, y: recall(x, y, [[i, (i + 1) % 96] for i in range(96)], metric="l2"),
+    "recall": lambda x, y: recall(x, y, [[i, (i + 1) % 48] for i in range(48)], metric="l2"),
     "evaluation": tasks,
     "index": pytest.param(indexes, marks=faiss),
 }  # fmt: skip
@@ -335,10 +336,10 @@ REFUSED = {
     "gap_metrics": lambda x, y: gap_metrics(x, y[:5]),
     "fit": lambda x, y: MeanShift(n_components=-1).fit(y, x),
     "robustness": lambda x, y: robustness(x, y, Gaussian(0.5), method="sample", shift=MeanShift()),
-    "sweep": lambda x, y: sweep(x, y, [0.0], [Gaussian(1.0)], labels=[-1] * 96),
+    "sweep": lambda x, y: sweep(x, y, [0.0], [Gaussian(1.0)], labels=[-1] * 48),
     "assess": lambda x, y: assess(x, y[:5], 2.0),
     "descend": lambda x, y: descend(x, y, 1e4, lr=1e300, steps=5),
-    "recall": lambda x, y: recall(x, y, [96] * 96),
+    "recall": lambda x, y: recall(x, y, [48] * 48),
 }
 
 
@@ -449,3 +450,44 @@ def test_transforms_keep_their_gradients():
     z = y[:3].clone().requires_grad_()
     shift.transform(z).sum().backward()
     assert torch.equal(z.grad, torch.ones_like(z))
+
+
+def test_only_the_thread_that_loads_a_model_is_quiet():
+    root, seen = logging.root, []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            seen.append(record.getMessage())
+
+    handlers, filters, keep = list(root.handlers), list(root.filters), Keep()
+    root.handlers = [keep]
+    try:
+        entered, leave = threading.Event(), threading.Event()
+
+        def load():
+            with quiet():
+                logging.error("from the loader")
+                entered.set()
+                leave.wait(60)
+                logging.error("from the loader, later")
+                logging.critical("too bad to drop")
+
+        loader = threading.Thread(target=load)
+        loader.start()
+        entered.wait(60)
+        with quiet():
+            logging.error("from a second loader")
+        logging.error("from the program")
+        leave.set()
+        loader.join()
+        logging.error("after")
+        assert seen == ["from the program", "too bad to drop", "after"]
+        assert root.handlers == [keep]
+        assert root.filters == filters
+        root.handlers = []
+        with quiet():
+            logging.error("installs no handler")
+        assert root.handlers == []
+        assert root.manager.disable == 0
+    finally:
+        root.handlers = handlers
