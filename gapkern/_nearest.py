@@ -1,10 +1,11 @@
 """Euclidean distances and nearest neighbours, never Q x G at once."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from gapkern._ambient import product
 
 CHUNK = 2**22  # elements of a Q x G block at hand
 
@@ -26,7 +27,7 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         >>> nearest(torch.tensor([[0.9, 0.0], [0.0, 0.2]]), torch.eye(2)).tolist()
         [0, 1]
     """
-    if gallery.is_cuda and gallery.dtype != torch.float64:
+    if gallery.is_cuda and gallery.dtype != torch.float64 and _squares_in_float32(queries, gallery):
         return in_tiles(queries, gallery, exact=exact)
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for rows, squared, slack in distances(queries, gallery):
@@ -42,6 +43,7 @@ def in_tiles(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
     if queries.dtype != gallery.dtype or gallery.dtype == torch.float64:
         queries, gallery = queries.float(), gallery.float()
     centre = gallery.mean(0, dtype=torch.float64).float()
+    found: Tensor
     found, best, second, slack = torch.ops.gapkern.robustness_nearest(queries, gallery, centre)
     close = (second <= best + slack).nonzero()[:, 0] if exact else found[:0]
     if len(close):
@@ -57,11 +59,15 @@ def distances(
     """Squared distances (n, G) of some queries at a time, and (n,) what rounding may have moved them by.
 
     They are formed about `centre` (D,), by default the gallery's mean, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from
-    cancelling, in `work`: by default float64 for a float64 gallery and float32 otherwise.
+    cancelling, in `work`: by default float64 for a float64 gallery and float32 otherwise. Rows whose squares leave
+    float32 take float64 whatever `work` is.
     """
     work = work or (torch.float64 if gallery.dtype == torch.float64 else torch.float32)
     # Any centre serves as long as both sides take the same one.
-    centre = (gallery.mean(0, dtype=torch.float64) if centre is None else centre).to(work)
+    centre = gallery.mean(0, dtype=torch.float64) if centre is None else centre
+    if work == torch.float32 and not _squares_in_float32(queries, gallery, centre):
+        work = torch.float64
+    centre = centre.to(work)
     x = gallery.to(work) - centre
     norms = x.square().sum(1, keepdim=True)
     reach = norms.max().sqrt() if len(x) else norms.sum()
@@ -72,8 +78,7 @@ def distances(
         rows = slice(first, min(len(queries), first + step))
         y = queries[rows].to(work) - centre
         own = y.square().sum(1, keepdim=True)
-        with _full_precision():
-            squared = torch.cat([y, torch.ones_like(own), own], 1) @ x.T
+        squared = product(torch.cat([y, torch.ones_like(own), own], 1), x.T)
         yield rows, squared, 8 * torch.finfo(work).eps * (own[:, 0].sqrt() + reach).square()
 
 
@@ -106,12 +111,12 @@ def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> t
     return found, torch.where(rows[:, 0] == found, rows[:, 1], rows[:, 0])
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the program allows its own."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
+def _squares_in_float32(queries: Tensor, gallery: Tensor, centre: Tensor | None = None) -> bool:
+    """Whether squared distances about the centre are normal float32 numbers, but for those that do not matter."""
+    largest = 0.0
+    for x in (queries, gallery):
+        if len(x):
+            low, high = x.amin(0).double(), x.amax(0).double()
+            middle = 0 if centre is None else centre.double()
+            largest = max(largest, float(torch.maximum((low - middle).abs(), (high - middle).abs()).max()))
+    return largest == 0 or 1e-15 < largest < 1e15

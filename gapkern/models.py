@@ -1,11 +1,9 @@
 """open_clip's models behind one face: loaded by name, checkpoint or folder, known by an id, encoding to float32."""
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern._logs import quiet
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -121,7 +120,7 @@ def load(
         raise ValueError(f"pretrained: expected {expected}, got {pretrained!r} for {model}")
     name, identity = _identify(open_clip, model, pretrained)
     try:
-        with _quiet():
+        with quiet():  # open_clip logs what it raises too; one of the two is enough
             module, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
             tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
@@ -162,14 +161,3 @@ def _hash_of(folder: Path) -> str:
         raise ValueError(f"model: expected a folder with open_clip_config.json, got {folder}")
     parts = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin", ".pth", ".pt")]
     return hashlib.sha256("".join(f"{p.name} {files.digest(p)}\n" for p in parts).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip logs what it raises too; one of the two is enough."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -159,11 +159,25 @@ def shifts(rank, world):
     gallery, queries = (torch.randn(world * ROWS, DIMS, generator=generator) + i for i in range(2))
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     for components in (2, "exact", "auto"):
-        whole = MeanShift(components=components).fit(gallery, queries)
-        found = MeanShift(components=components).fit(gallery[own], queries[own]).all_reduce()
-        assert found.components_ == whole.components_
+        whole = MeanShift(n_components=components).fit(gallery, queries)
+        found = MeanShift(n_components=components).fit(gallery[own], queries[own]).all_reduce()
+        assert found.n_components_ == whole.n_components_
         assert_near(found.gap_vector_, whole.gap_vector_, 1e-12)
         assert float((found.shift_vector_ - whole.shift_vector_).abs().max()) < 1e-12
+
+
+def a_rank_with_nothing(rank, world):
+    """Every rank is told, at once, instead of waiting for one that raised alone."""
+    if world == 1:
+        return
+    shift = MeanShift(n_components=2)
+    if rank != 1:
+        shift.fit(torch.eye(4, 3), torch.eye(4, 3) + 1)
+    with pytest.raises(ValueError, match="rank 1: MeanShift: nothing was seen here; call fit"):
+        shift.all_reduce()
+    other = MeanShift(n_components=2).fit(torch.eye(4, 3 + rank), torch.eye(4, 3 + rank) + 1)
+    with pytest.raises(ValueError, match="rank 1: expected D = 3 as on rank 0, got 4"):
+        other.all_reduce()
 
 
 def misplaced(rank, world):
@@ -171,7 +185,7 @@ def misplaced(rank, world):
         ClipLoss(rank=0, world_size=world + 1)(torch.eye(2), torch.eye(2), torch.tensor(1.0))
 
 
-JOBS = {f.__name__: f for f in (functions, classes, uneven, training, shifts, misplaced)}
+JOBS = {f.__name__: f for f in (functions, classes, uneven, training, shifts, a_rank_with_nothing, misplaced)}
 
 
 def worker(rank, world, port, queue):

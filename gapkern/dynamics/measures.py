@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
+from gapkern._compare import same_fields
+from gapkern._rows import squarable, with_float64
 from gapkern.gap.moments import Moments, principal
-from gapkern.losses.functional import check_pairs, contrastive_loss, scalar
+from gapkern.losses.functional import check_pairs, scalar, work_bytes
+from gapkern.ops.contrastive import lse_pair
+
+__all__ = ["Evaluation", "evaluate", "evaluate_unchecked", "measure", "pair_losses", "pairs", "spearman"]
 
 HELD = 0.999  # share of the variance that the principal directions of `orthogonality` hold
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """The contrastive loss of N pairs at a point.
 
@@ -39,6 +45,8 @@ class Evaluation:
     sums_images: Tensor
     sums_texts: Tensor
 
+    __eq__ = same_fields
+
     @property
     def residual_images(self) -> float:
         """max |S_i^x - 1|: how far the texts' softmaxes are from doubly stochastic."""
@@ -50,6 +58,7 @@ class Evaluation:
         return float((self.sums_texts - 1).abs().max())
 
 
+@isolated
 def evaluate(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,
@@ -80,31 +89,46 @@ def evaluate(
         raise ValueError(f"logit_scale: expected a finite number > 0, got {float(scale):g}")
     check_pairs(images, texts, scale)
     _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
-    return evaluate_unchecked(images, texts, scale, similarity)
+    at = evaluate_unchecked(images, texts, scale, similarity)
+    if not math.isfinite(at.loss):
+        raise ValueError(
+            f"images and texts: expected a loss that is finite in {str(images.dtype)[6:]}, got {at.loss} of magnitudes "
+            f"up to {float(images.abs().max()):g} and {float(texts.abs().max()):g}"
+        )
+    return at
 
 
 def evaluate_unchecked(images: Tensor, texts: Tensor, scale: Tensor, similarity: str) -> Evaluation:
     """`evaluate` of what is known to be sound; scale float64, 0-d."""
     n, dims = images.shape
     # Small beside the rest, so that squared distances keep their digits.
-    c = float(texts.abs().max()) * 2**-10 or 1.0
+    c = max(float(texts.abs().max()) * 2**-10, 2**-60)
     ones, zeros = images.new_full((n, 1), c), images.new_zeros(n, 1)
     x = torch.cat([images, ones, zeros], 1).requires_grad_()
     y = torch.cat([texts, zeros, ones], 1).requires_grad_()
     s = scale.detach().requires_grad_()
     with torch.enable_grad():
-        loss = contrastive_loss(x, y, s, similarity=similarity)
+        loss = pair_losses(x, y, s, similarity).mean()
         of_x, of_y, of_scale = torch.autograd.grad(loss, (x, y, s))
     # d loss / d y[i, dims] = (k s c / 2N) sum_k (Qx(k, i) + Qy(i, k) - 2 [k = i]), and sum_k Qy(i, k) = 1.
     factor = 2 * n / (float(scale) * c * (2 if similarity == "sqeuclidean" else 1))
     return Evaluation(
-        loss=float(loss.detach()),
+        loss=float(loss.detach().to(images.dtype)),
         images=of_x[:, :dims],
         texts=of_y[:, :dims],
         logit_scale=float(of_scale),
         sums_images=1 + factor * of_x[:, dims + 1].double(),
         sums_texts=1 + factor * of_y[:, dims].double(),
     )
+
+
+def pair_losses(images: Tensor, texts: Tensor, scale: Tensor, similarity: str) -> Tensor:
+    """(N,) float64: each pair's loss, float32 products in full precision whatever the program allows its own."""
+    row, col, positive = lse_pair(
+        images, texts, scale, similarity=similarity, label_offset=0, precision="highest",
+        work_bytes=work_bytes("auto", images, texts),
+    )  # fmt: skip
+    return (row + col) / 2 - positive
 
 
 def pairs(images: Any, texts: Any) -> tuple[Tensor, Tensor]:
@@ -115,10 +139,10 @@ def pairs(images: Any, texts: Any) -> tuple[Tensor, Tensor]:
     for name, x in (("images", images), ("texts", texts)):
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
-        _check.finite(name, x)
+        squarable(name, _check.finite(name, x))
     if images.dtype != texts.dtype:
         raise TypeError(f"texts: expected {images.dtype} as in images, got {texts.dtype}")
-    return images.detach(), texts.detach()
+    return with_float64(images.detach()), with_float64(texts.detach())
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -136,9 +160,11 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def _ranks(x: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]
+    ranks: Tensor = (ends - (counts - 1).double() / 2)[inverse]
+    return ranks
 
 
+@isolated
 def measure(images: Tensor, texts: Tensor, at: Evaluation | None = None) -> dict[str, float]:
     """The geometry of N pairs, in float64: how far apart, how spread, how aligned.
 

@@ -9,6 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern._compare import same_fields
+
+__all__ = ["COLUMNS", "Snapshot", "Trajectory"]
 
 COLUMNS = (
     "step", "loss", "gradient_norm", "logit_scale", "gap_norm", "variance_along_images", "variance_across_images",
@@ -17,7 +20,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """Embeddings and softmax sums at one step: images, texts (N, D); sums_images, sums_texts (N,)."""
 
@@ -26,8 +29,10 @@ class Snapshot:
     sums_images: Tensor
     sums_texts: Tensor
 
+    __eq__ = same_fields
 
-@dataclass
+
+@dataclass(eq=False)
 class Trajectory:
     """A descent, as it was recorded.
 
@@ -46,6 +51,8 @@ class Trajectory:
     logit_scale: float
     snapshots: dict[int, Snapshot] = field(repr=False)
     settings: dict[str, Any]
+
+    __eq__ = same_fields
 
     def series(self, value: str) -> tuple[list[int], list[float]]:
         """The recorded steps and the values there."""
@@ -76,23 +83,23 @@ class Trajectory:
                 first = before["step"]
         return first
 
-    def to_dataframe(self):
+    def to_dataframe(self) -> Any:
         """A pandas DataFrame with the columns of `COLUMNS`."""
         pandas = _check.extra("pandas", "pandas", "tables")
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))
 
-    def to_json(self, path: str | os.PathLike | None = None) -> str:
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Settings and rows as JSON; written to `path` too where one is given."""
         value = {"settings": self.settings, "rows": self.rows}
         if path is not None:
             files.write_json(path, value)
         return json.dumps(files.plain(value), indent=2)
 
-    def to_csv(self, path: str | os.PathLike) -> Path:
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Writes the rows as a table."""
         return files.write(path, lambda temporary: self.to_dataframe().to_csv(temporary, index=False))
 
-    def plot(self, path: str | os.PathLike | None = None):
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """A figure: loss and gradient, gap, variance along and across it, and softmax sums. Written to `path` too."""
         from gapkern import figures
 

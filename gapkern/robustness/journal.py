@@ -7,6 +7,8 @@ from typing import Any
 
 from gapkern import files
 
+__all__ = ["Journal"]
+
 
 class Journal:
     """Finished rows on disk, one JSON line each, below a line that says what they belong to.
@@ -25,7 +27,7 @@ class Journal:
         ({'robustness': 0.5}, None)
     """
 
-    def __init__(self, path: str | os.PathLike, facts: dict[str, Any]):
+    def __init__(self, path: str | os.PathLike[str], facts: dict[str, Any]):
         self.path, self._rows = Path(path), {}
         heading = json.dumps(facts, sort_keys=True)
         whole = self._whole_lines()

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, check, title
 from gapkern.robustness.estimators import robustness
 from gapkern.robustness.journal import Journal
+
+__all__ = ["COLUMNS", "SweepResult", "best_alpha", "sweep"]
 
 COLUMNS = (
     "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness",
@@ -51,22 +54,22 @@ class SweepResult:
         """For each perturbation, by its title: the alpha with the largest value."""
         return {name: alphas[int(np.argmax(values))] for name, (alphas, values) in self.series(value).items()}
 
-    def to_dataframe(self):
+    def to_dataframe(self) -> Any:
         """A pandas DataFrame with the columns of `COLUMNS`."""
         pandas = _check.extra("pandas", "pandas", "tables")
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))
 
-    def to_json(self, path: str | os.PathLike | None = None) -> str:
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The rows as JSON; written to `path` too where one is given."""
         if path is not None:
             files.write_json(path, self.rows)
         return json.dumps(files.plain(self.rows), indent=2)
 
-    def to_csv(self, path: str | os.PathLike) -> Path:
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """Writes the rows as a table."""
         return files.write(path, lambda temporary: self.to_dataframe().to_csv(temporary, index=False))
 
-    def plot(self, path: str | os.PathLike | None = None):
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """A figure: robustness, agreement and, where labels were given, accuracy over alpha. Written to `path` too."""
         from gapkern import figures
 
@@ -76,6 +79,7 @@ class SweepResult:
         return figure
 
 
+@isolated
 def sweep(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -91,7 +95,7 @@ def sweep(
     trials: int = 100,
     seed: int = 0,
     progress: bool = False,
-    journal: str | os.PathLike | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> SweepResult:
     """`robustness` for every alpha and perturbation; all draws share their noise over alphas.
 
@@ -101,7 +105,7 @@ def sweep(
         alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
         perturbations: one or several.
         labels, gallery_labels, on, when, method, trials, seed: as for `robustness`.
-        shift: a fitted `MeanShift`; by default one is fitted here, with components="auto".
+        shift: a fitted `MeanShift`; by default one is fitted here, with n_components="auto".
         progress: show a progress bar.
         journal: a file that keeps each row as it is done. A later call with the same arguments takes up from there;
             remove the file once the result is kept elsewhere.
@@ -142,7 +146,7 @@ def sweep(
     if progress:
         from rich.progress import track
 
-        steps: Iterable = track(cases, "sweep", transient=True)
+        steps: Iterable[tuple[float, Perturbation]] = track(cases, "sweep", transient=True)
     else:
         steps = cases
     rows = []
@@ -164,6 +168,7 @@ def sweep(
     return SweepResult(rows, shift)
 
 
+@isolated
 def best_alpha(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -191,7 +196,7 @@ def best_alpha(
         >>> from gapkern import Gaussian
         >>> gallery = torch.eye(3, 8)
         >>> queries = gallery + torch.tensor([0.0] * 7 + [2.0])
-        >>> shift = MeanShift(components="exact").fit(gallery, queries)
+        >>> shift = MeanShift(n_components="exact").fit(gallery, queries)
         >>> round(best_alpha(queries, gallery, Gaussian(2.0), shift=shift), 1)
         1.0
     """
@@ -202,7 +207,8 @@ def best_alpha(
         raise ValueError(f"high: expected a number above low = {low:g}, got {high:g}")
 
     def at(alpha: float) -> float:
-        return getattr(robustness(queries, gallery, perturbation, shift=shift.at(alpha), **options), value)
+        result = robustness(queries, gallery, perturbation, shift=shift.at(alpha), **options)
+        return float(getattr(result, value))
 
     golden = (math.sqrt(5) - 1) / 2
     left, right = high - golden * (high - low), low + golden * (high - low)

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern.dynamics.measures import evaluate, pairs
-from gapkern.losses.functional import contrastive_loss
+from gapkern._ambient import isolated
+from gapkern._compare import same_fields
+from gapkern.dynamics.measures import evaluate, pair_losses, pairs
+from gapkern.losses.functional import scalar
+
+__all__ = ["FAR", "TIGHT", "Freeze", "LeadingGradient", "freeze", "leading_gradient"]
 
 TIGHT, FAR = 0.1, 10.0  # below and above which an expansion's next term is a tenth of it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LeadingGradient:
     """Theorem 3.1 against the gradient as it is.
 
@@ -45,11 +49,14 @@ class LeadingGradient:
     tightness: float
     distance: float
 
+    __eq__ = same_fields
+
     @property
     def applies(self) -> bool:
         return self.tightness < TIGHT and self.distance > FAR
 
 
+@isolated
 def leading_gradient(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,
@@ -102,22 +109,24 @@ def leading_gradient(
                                             (predicted, first_order, measured))  # fmt: skip
     varies = torch.cat([a @ (own.mean(0) if similarity == "dot" else 2 * towards),
                         b @ (other.mean(0) if similarity == "dot" else 2 * towards)]).abs().max()  # fmt: skip
-    p, m = predicted.ravel() - predicted.mean(), measured.ravel() - measured.mean()
-    size = measured.norm()
+    # In units of the largest entry: squares of what is the third power of small embeddings leave float64.
+    top = float(torch.stack([v.abs().max() for v in (predicted, measured, first_order)]).max()) or 1.0
+    p, m, f = predicted / top, measured / top, first_order / top
+    deviation_p, deviation_m, size = p.ravel() - p.mean(), m.ravel() - m.mean(), m.norm()
     return LeadingGradient(
         measured=measured,
         predicted=predicted,
         first_order=first_order,
-        slope=float((predicted * measured).sum() / predicted.square().sum()),
-        correlation=float(p @ m / (p.norm() * m.norm())),
-        relative_error=float((measured - predicted).norm() / size),
-        first_order_error=float((measured - first_order).norm() / size),
+        slope=float((p * m).sum() / p.square().sum()),
+        correlation=float(deviation_p @ deviation_m / (deviation_p.norm() * deviation_m.norm())),
+        relative_error=float((m - p).norm() / size),
+        first_order_error=float((m - f).norm() / size),
         tightness=s * float(varies),
         distance=distance,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Freeze:
     """Theorem 3.2 against the gradient as it is: along a unit direction u, by default the gap's.
 
@@ -147,11 +156,14 @@ class Freeze:
     drift: float
     drift_bound: float
 
+    __eq__ = same_fields
+
     def holds(self, tolerance: float = 1e-6) -> bool:
         """Whether both conditions hold to within `tolerance`: doubly stochastic, and constant along u."""
         return max(self.residual_images, self.residual_texts, self.deviation_images, self.deviation_texts) <= tolerance
 
 
+@isolated
 def freeze(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,
@@ -196,7 +208,7 @@ def freeze(
     if not float(u.norm()) > 0:
         raise ValueError(f"{name}: expected a length above 0, got {float(u.norm()):g}")
     u = u / u.norm()
-    losses = contrastive_loss(x, y, logit_scale, similarity=similarity, reduction="none").double()
+    losses = pair_losses(x, y, scalar("logit_scale", logit_scale, x), similarity)
     on_x, on_y, s = x64 @ u, y64 @ u, float(logit_scale)
     of_x = _along(at.images.double() @ u, at.sums_images, on_x, on_y, losses, s, similarity)
     of_y = _along(at.texts.double() @ u, at.sums_texts, on_y, on_x, losses, s, similarity)

@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
+from gapkern._compare import same_fields
 from gapkern._nearest import distances
+from gapkern._rows import squarable
 from gapkern.gap import MeanShift
 from gapkern.gap.moments import Moments, hull
 from gapkern.perturb import Gaussian, check
 from gapkern.robustness import robustness
+
+__all__ = [
+    "ALPHAS",
+    "Orthogonality",
+    "Preservation",
+    "RobustnessCurve",
+    "orthogonality",
+    "preservation",
+    "robustness_curve",
+]
 
 ALPHAS = tuple(i / 8 for i in range(13))
 
@@ -50,6 +63,7 @@ class Orthogonality:
         )
 
 
+@isolated
 def orthogonality(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray) -> Orthogonality:
     """How far Assumption 3.3 is met by queries (Q, D) and a gallery (G, D).
 
@@ -73,7 +87,7 @@ def orthogonality(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray) ->
     outside = [float((gap - basis @ (basis.T @ gap)).norm()) / norm for basis in (of_g, of_q)]
     along = gap / norm
     variance = [float((x.double() @ along).var(correction=0)) for x in (gallery, queries)]
-    share = [v * side.count / max(float(side.gram.trace()), 1e-300) for v, side in zip(variance, (g, q), strict=True)]
+    share = [v * side.count / (float(side.gram.trace()) or 1.0) for v, side in zip(variance, (g, q), strict=True)]
     return Orthogonality(
         gap_norm=norm,
         outside_gallery=outside[0],
@@ -87,7 +101,7 @@ def orthogonality(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray) ->
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preservation:
     """Which queries keep their nearest neighbour when the gallery moves by alpha v, and up to which alpha.
 
@@ -108,6 +122,8 @@ class Preservation:
     reach: Tensor = field(repr=False)
     slack: Tensor = field(repr=False)
     alpha: float
+
+    __eq__ = same_fields
 
     @property
     def guaranteed(self) -> Tensor:
@@ -131,6 +147,7 @@ class Preservation:
         return [float((self.reach >= abs(a)).double().mean()) for a in ([self.alpha] if alphas is None else alphas)]
 
 
+@isolated
 def preservation(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -192,7 +209,7 @@ def preservation(
     return Preservation(found, margin, bound, reach, slack, alpha)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RobustnessCurve:
     """Theorem 3.4 as numbers: exact robustness over alpha, query by query.
 
@@ -219,6 +236,8 @@ class RobustnessCurve:
     peaks: Tensor = field(repr=False)
     orthogonality: Orthogonality
 
+    __eq__ = same_fields
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the queries' own curves."""
         return {
@@ -232,6 +251,7 @@ class RobustnessCurve:
         }
 
 
+@isolated
 def robustness_curve(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -247,7 +267,7 @@ def robustness_curve(
         gallery: (G, D).
         noise: Gaussian, on the gallery.
         alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
-        shift: a fitted `MeanShift`; by default one with components="exact", to which the theorem applies.
+        shift: a fitted `MeanShift`; by default one with n_components="exact", to which the theorem applies.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -266,7 +286,7 @@ def robustness_curve(
     alphas = sorted(_check.number("alphas", a) for a in alphas)
     if not alphas:
         raise ValueError("alphas: expected at least one, got none")
-    shift = MeanShift(components="exact").fit(gallery, queries) if shift is None else shift
+    shift = MeanShift(n_components="exact").fit(gallery, queries) if shift is None else shift
     v, _ = _vector(shift)
     results = [robustness(queries, gallery, noise, shift=shift.at(a), method="exact") for a in alphas]
     per_query = torch.stack([r.per_query for r in results])
@@ -290,7 +310,11 @@ def robustness_curve(
 def _pair(queries: Any, gallery: Any) -> tuple[Tensor, Tensor]:
     queries, gallery = _check.matrix("queries", queries, rows="Q"), _check.matrix("gallery", gallery, rows="G")
     _check.same_width(gallery=gallery, queries=queries)
-    return (_check.finite("queries", queries).detach().cpu(), _check.finite("gallery", gallery).detach().cpu())
+    queries, gallery = (
+        _check.finite("queries", queries).detach().cpu(),
+        _check.finite("gallery", gallery).detach().cpu(),
+    )
+    return squarable("queries", queries), squarable("gallery", gallery)
 
 
 def _vector(shift: Any) -> tuple[Tensor, float]:
