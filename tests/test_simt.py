@@ -97,7 +97,7 @@ PLANTED = {
         ("found.beaten ? 0. : 1.", "1."),
         ("return deviation > 0 ? lead / deviation : lead < 0 ? -kApart : kApart;", "return lead / deviation;"),
         ("deviations[query]};", "deviations[i]};"),
-        ("double(list[r]) + z)", "double(list[r]) - z)"),
+        ("erfc(-(double(list[r]) + z)", "erfc((double(list[r]) + z)"),
     ],
     "sm90": [
         ("fmaf(k, acc, shift)", "fmaf(k, acc, -shift)"),
