@@ -1,10 +1,11 @@
 """Euclidean distances and nearest neighbours, never Q x G at once."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from gapkern._ambient import product
 
 CHUNK = 2**22  # elements of a Q x G block at hand
 
@@ -72,8 +73,7 @@ def distances(
         rows = slice(first, min(len(queries), first + step))
         y = queries[rows].to(work) - centre
         own = y.square().sum(1, keepdim=True)
-        with _full_precision():
-            squared = torch.cat([y, torch.ones_like(own), own], 1) @ x.T
+        squared = product(torch.cat([y, torch.ones_like(own), own], 1), x.T)
         yield rows, squared, 8 * torch.finfo(work).eps * (own[:, 0].sqrt() + reach).square()
 
 
@@ -104,14 +104,3 @@ def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> t
         equal = squared == least[row]
         found[some] = found.new_full((len(some),), len(gallery)).scatter_reduce(0, row[equal], column[equal], "amin")
     return found, torch.where(rows[:, 0] == found, rows[:, 1], rows[:, 0])
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the program allows its own."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)

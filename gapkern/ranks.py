@@ -169,7 +169,7 @@ def normalized(rows: Rows) -> Rows:
 
 def fit(components: str | int | float, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift:
     """The mean shift of rows on all ranks, the same to the bit for any number of them; memory: one batch."""
-    shift = MeanShift(components=components)
+    shift = MeanShift(n_components=components)
     for batch in ranks.batches(gallery):
         shift.partial_fit(gallery=batch)
     for batch in ranks.batches(queries):

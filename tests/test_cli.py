@@ -59,7 +59,7 @@ def test_shift_fit_and_apply(pair, capsys):
     status, _, _ = run(capsys, "shift", "apply", fitted, pair / "texts.npy", "--out", moved, "--alpha", "0.5")
     assert status == 0
     texts, images = np.load(pair / "texts.npy"), np.load(pair / "images.npy")
-    expected = MeanShift(0.5, components=4).fit(texts, images).transform(texts)
+    expected = MeanShift(0.5, n_components=4).fit(texts, images).transform(texts)
     assert np.array_equal(np.load(moved), expected)
 
 

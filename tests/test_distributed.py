@@ -158,9 +158,9 @@ def shifts(rank, world):
     gallery, queries = (torch.randn(world * ROWS, DIMS, generator=generator) + i for i in range(2))
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     for components in (2, "exact", "auto"):
-        whole = MeanShift(components=components).fit(gallery, queries)
-        found = MeanShift(components=components).fit(gallery[own], queries[own]).all_reduce()
-        assert found.components_ == whole.components_
+        whole = MeanShift(n_components=components).fit(gallery, queries)
+        found = MeanShift(n_components=components).fit(gallery[own], queries[own]).all_reduce()
+        assert found.n_components_ == whole.n_components_
         assert_near(found.gap_vector_, whole.gap_vector_, 1e-12)
         assert float((found.shift_vector_ - whole.shift_vector_).abs().max()) < 1e-12
 

@@ -301,7 +301,7 @@ def test_folders_are_evaluated_as_files_are(folders, tmp_path, capsys):
     expected = run(capsys, "eval", "--images", "images.npy", "--texts", "captions.npy", *folders)
     (expected,) = json.loads(expected[1])["results"]
     x = torch.from_numpy(np.load("images.npy"))
-    MeanShift(components=2, model="tiny/1").fit(x, x + 1).save("s.safetensors")
+    MeanShift(n_components=2, model="tiny/1").fit(x, x + 1).save("s.safetensors")
     status, out, error = run(capsys, "eval", "--images", "out", "--texts", "out", *folders, "--shift", "s.safetensors")
     assert status == 0, error
     found = json.loads(out)["results"][0]
@@ -459,7 +459,7 @@ def test_bad_input_is_one_line(case, files_of_all_tasks, tmp_path, capsys, monke
     (tmp_path / "bad.json").write_text('["a {c}", "a {}"]')
     (tmp_path / "two.json").write_text('["a {c}", "the {c}"]')
     x = torch.randn(30, 24)
-    shift = MeanShift(components=2, model="theirs").fit(x, x + 1)
+    shift = MeanShift(n_components=2, model="theirs").fit(x, x + 1)
     shift.save("s.safetensors")
     arguments, message = BAD[case]
     status, out, error = run(capsys, "eval", *arguments, "--device", "cpu")

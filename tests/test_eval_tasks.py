@@ -74,7 +74,7 @@ def test_shifted_and_perturbed_classification_by_hand():
     outcomes = classification(ALONE.rows(images), labels, classes(prompts), settings)
     assert len(outcomes) == 8
     queries, gallery = unit(images), classes(prompts)
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     for closed, current in ((False, gallery), (True, shift.transform(gallery))):
         for perturbation in (None, *noise):
             accuracies = []
@@ -104,10 +104,10 @@ def test_retrieval_shift_by_hand():
     images, texts = unit(draw(40, 16) + 1), unit(draw(80, 16, seed=1))
     image_of = torch.arange(40).repeat_interleave(2)
     texts = unit(texts + images[image_of] - 1)
-    given = MeanShift(components=6).fit(texts, images)
+    given = MeanShift(n_components=6).fit(texts, images)
     for shift in (given, 6):
         found = retrieval(ALONE.rows(images), ALONE.rows(texts), image_of, (3,), Settings(shift, [Quantize(32)]))[-1]
-        other = given if shift is given else MeanShift(components=6).fit(images, texts)
+        other = given if shift is given else MeanShift(n_components=6).fit(images, texts)
         if shift is given:
             asking, searched = given.transform(texts), perturb(images, Quantize(32), 0)
         else:
@@ -167,7 +167,7 @@ def test_templates_by_hand():
     assert (metrics["acc1_template_worst"], metrics["acc1_template_best"]) == (min(each), max(each))
     assert metrics["acc1_template_spread"] == pytest.approx(max(each) - min(each))
     assert metrics["acc1_template_std"] == pytest.approx(np.std(each))
-    shift = MeanShift(components="exact").fit(classes(prompts), unit(images))
+    shift = MeanShift(n_components="exact").fit(classes(prompts), unit(images))
     moved = [
         float((torch.cdist(unit(images), shift.transform(unit(p))).argmin(1) == labels).double().mean())
         for p in prompts

@@ -56,7 +56,7 @@ def test_a_shift_is_fitted_to_a_file_without_reading_it_whole(tmp_path):
     big.flush()
     setup = f"""
 from gapkern import MeanShift, files
-shift = MeanShift(components=8)
+shift = MeanShift(n_components=8)
 shift.partial_fit(queries=next(files.chunks({str(tmp_path / "big.npy")!r}, 4096)) + 1)
 """
     code = f"""

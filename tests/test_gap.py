@@ -104,16 +104,16 @@ def test_moments_do_not_cancel_far_from_the_origin():
 def test_the_shift_is_the_papers(components):
     gallery, queries = clusters()
     gallery = gallery + 0.3 * torch.randn(12, 64, generator=torch.Generator().manual_seed(5))
-    shift = MeanShift(components=components).fit(gallery, queries)
+    shift = MeanShift(n_components=components).fit(gallery, queries)
     expected = reference.shift_vector(gallery, queries, components)
     assert_near(shift.shift_vector_, expected, 1e-9)
-    assert shift.components_ == components
+    assert shift.n_components_ == components
     assert shift.orthogonality_ == pytest.approx(float(expected.norm() / shift.gap_vector_.norm()))
 
 
 def test_closing_the_gap_makes_the_means_meet_outside_the_hull():
     gallery, queries = clusters()
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     moved = shift.transform(gallery)
     basis = hull(Moments.of(gallery), gallery)
     left = queries.double().mean(0) - moved.double().mean(0)
@@ -125,9 +125,9 @@ def test_closing_the_gap_makes_the_means_meet_outside_the_hull():
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
 def test_theorem_3_5_a_full_rank_shift_changes_no_neighbour(real_data, dtype, alpha):
     images, texts = (torch.from_numpy(x).to(dtype) for x in real_data("clip"))
-    shift = MeanShift(alpha, components="exact").fit(texts, images)
+    shift = MeanShift(alpha, n_components="exact").fit(texts, images)
     assert torch.equal(nearest(images, texts), nearest(images, shift.transform(texts)))
-    other = MeanShift(alpha, components="exact", moves="queries").fit(texts, images)
+    other = MeanShift(alpha, n_components="exact", moves="queries").fit(texts, images)
     assert torch.equal(nearest(images, texts), nearest(other.transform_queries(images), texts))
 
 
@@ -136,7 +136,7 @@ def test_the_published_k_table_on_real_embeddings(real_data):
     labels = torch.arange(500)
 
     def recall(k):
-        shift = MeanShift(components=k).fit(texts, images)
+        shift = MeanShift(n_components=k).fit(texts, images)
         return (nearest(images, shift.transform(texts)) == labels).double().mean().item(), shift.agreement_
 
     for k, right, kept in ((0, 0.300, 0.31), (100, 0.530, 0.78), (200, 0.556, 0.88), (499, 0.554, 0.99)):
@@ -150,7 +150,7 @@ def test_auto_keeps_the_agreement_it_promises(real_data):
     for agreement in (0.8, 0.95, 0.99):
         shift = MeanShift(agreement=agreement).fit(texts, images)
         assert shift.agreement_ >= agreement
-        fewer = MeanShift(components=max(0, shift.components_ - 40)).fit(texts, images)
+        fewer = MeanShift(n_components=max(0, shift.n_components_ - 40)).fit(texts, images)
         assert fewer.orthogonality_ > shift.orthogonality_
         assert fewer.agreement_ < shift.agreement_ + 0.02
 
@@ -158,20 +158,20 @@ def test_auto_keeps_the_agreement_it_promises(real_data):
 def test_a_share_of_the_variance():
     gallery = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))
     gallery = torch.cat([gallery, -gallery])
-    shift = MeanShift(components=0.9).fit(gallery, gallery + 1)
+    shift = MeanShift(n_components=0.9).fit(gallery, gallery + 1)
     variances = torch.tensor([16.0, 4, 1, 0.25])
-    assert variances[: shift.components_].sum() / variances.sum() >= 0.9
-    assert variances[: shift.components_ - 1].sum() / variances.sum() < 0.9
+    assert variances[: shift.n_components_].sum() / variances.sum() >= 0.9
+    assert variances[: shift.n_components_ - 1].sum() / variances.sum() < 0.9
 
 
 def test_alpha_and_sides():
     gallery, queries = clusters()
-    shift = MeanShift(0.5, components="exact").fit(gallery, queries)
+    shift = MeanShift(0.5, n_components="exact").fit(gallery, queries)
     step = shift.transform(gallery).double() - gallery.double()
     assert_near(step, (0.5 * shift.shift_vector_).expand(12, -1), 1e-6)
     assert shift.transform_queries(queries) is queries
     assert shift.at(0.0).transform(gallery) is gallery
-    other = MeanShift(0.5, components="exact", moves="queries").fit(gallery, queries)
+    other = MeanShift(0.5, n_components="exact", moves="queries").fit(gallery, queries)
     assert other.transform(gallery) is gallery
     assert_near(
         queries.double() - other.transform_queries(queries).double(), (0.5 * shift.shift_vector_).expand(40, -1), 1e-6
@@ -180,14 +180,14 @@ def test_alpha_and_sides():
 
 def test_normalised_output_has_unit_rows():
     gallery, queries = clusters()
-    moved = MeanShift(components="exact", normalize=True).fit(gallery, queries).transform(gallery)
+    moved = MeanShift(n_components="exact", normalize=True).fit(gallery, queries).transform(gallery)
     assert_near(moved.norm(dim=1), torch.ones(12), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_arrays_come_back_as_arrays_of_their_dtype(dtype):
     gallery, queries = (x.numpy().astype(dtype) for x in clusters())
-    moved = MeanShift(components=3).fit(gallery, queries).transform(gallery)
+    moved = MeanShift(n_components=3).fit(gallery, queries).transform(gallery)
     assert isinstance(moved, np.ndarray)
     assert moved.dtype == dtype
     assert moved.shape == gallery.shape
@@ -195,13 +195,13 @@ def test_arrays_come_back_as_arrays_of_their_dtype(dtype):
 
 def test_saved_and_loaded_shifts_do_the_same(tmp_path):
     gallery, queries = clusters()
-    shift = MeanShift(0.75, components="exact", normalize=True).fit(gallery, queries)
+    shift = MeanShift(0.75, n_components="exact", normalize=True).fit(gallery, queries)
     shift.save(tmp_path / "shift.safetensors")
     loaded = MeanShift.load(tmp_path / "shift.safetensors")
     assert repr(loaded) == repr(shift)
     assert torch.equal(loaded.transform(gallery), shift.transform(gallery))
-    assert (loaded.components_, loaded.orthogonality_, loaded.agreement_) == (
-        shift.components_, shift.orthogonality_, shift.agreement_,
+    assert (loaded.n_components_, loaded.orthogonality_, loaded.agreement_) == (
+        shift.n_components_, shift.orthogonality_, shift.agreement_,
     )  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["shift.safetensors"]
 
@@ -248,7 +248,7 @@ def test_a_program_that_allows_rounded_products_gets_exact_neighbours():
 def same_fit(a, b, tolerance=1e-12):
     assert_near(a.gap_vector_, b.gap_vector_, tolerance)
     assert float((a.shift_vector_ - b.shift_vector_).norm()) < 1e3 * tolerance * float(b.gap_vector_.norm())
-    assert a.components_ == b.components_
+    assert a.n_components_ == b.n_components_
     assert a.agreement_ == b.agreement_
 
 
@@ -257,21 +257,21 @@ def same_fit(a, b, tolerance=1e-12):
 def test_batches_learn_what_the_whole_teaches(components, size):
     gallery, queries = clusters(gallery=90, queries=130, dims=24)
     gallery = gallery + 0.01 * torch.randn(90, 24, generator=torch.Generator().manual_seed(4))
-    whole = MeanShift(components=components).fit(gallery, queries)
-    parts = MeanShift(components=components)
+    whole = MeanShift(n_components=components).fit(gallery, queries)
+    parts = MeanShift(n_components=components)
     for rows in gallery.split(size):
         parts.partial_fit(rows)
     for rows in queries.split(size):
         parts.partial_fit(queries=rows)
     same_fit(parts, whole, 1e-11)
-    halves = [MeanShift(components=components).partial_fit(gallery[a:b], queries[a:c])
+    halves = [MeanShift(n_components=components).partial_fit(gallery[a:b], queries[a:c])
               for a, b, c in ((0, 40, 40), (40, 90, 130))]  # fmt: skip
     same_fit(halves[0].merge(halves[1]), whole, 1e-11)
 
 
 def test_more_batches_change_the_fit():
     gallery, queries = clusters()
-    shift = MeanShift(components=2).fit(gallery, queries)
+    shift = MeanShift(n_components=2).fit(gallery, queries)
     before = shift.gap_vector_
     shift.partial_fit(queries=queries + 1)
     assert_near(shift.gap_vector_, before + 0.5, 1e-6)
@@ -329,7 +329,8 @@ def test_baselines_have_one_face_and_do_what_they_say(name):
         assert (g - q).norm() < (gallery - gallery.mean(0) - queries + queries.mean(0)).norm()
 
 
-FITTED = MeanShift(components=0).fit(*clusters())
+PAIRS = clusters()
+FITTED = MeanShift(n_components=0).fit(*PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -343,21 +344,33 @@ FITTED = MeanShift(components=0).fit(*clusters())
             lambda: gap_metrics(torch.tensor([[1.0], [math.nan]]), torch.ones(2, 1)), ValueError,
             "images: expected finite values, got NaN or infinity, first in row 1",
         ),
-        (lambda: MeanShift("1"), TypeError, "alpha: expected a number, got str"),
-        (lambda: MeanShift(components="all"), ValueError, "components: expected one of 'auto', 'exact', got 'all'"),
-        (lambda: MeanShift(components=1.5), ValueError, "components: expected a finite number > 0 and <= 1"),
-        (lambda: MeanShift(components=-1), ValueError, "components: expected an integer >= 0, got -1"),
-        (lambda: MeanShift(moves="both"), ValueError, "moves: expected one of 'gallery', 'queries', got 'both'"),
-        (lambda: MeanShift(agreement=2), ValueError, "agreement: expected a finite number >= 0 and <= 1, got 2"),
+        (lambda: MeanShift("1").fit(*PAIRS), TypeError, "alpha: expected a number, got str"),
+        (
+            lambda: MeanShift(n_components="all").fit(*PAIRS), ValueError,
+            "n_components: expected one of 'auto', 'exact', got 'all'",
+        ),
+        (
+            lambda: MeanShift(n_components=1.5).fit(*PAIRS), ValueError,
+            "n_components: expected a finite number > 0 and <= 1",
+        ),
+        (lambda: MeanShift(n_components=-1).fit(*PAIRS), ValueError, "n_components: expected an integer >= 0, got -1"),
+        (
+            lambda: MeanShift(moves="both").fit(*PAIRS), ValueError,
+            "moves: expected one of 'gallery', 'queries', got 'both'",
+        ),
+        (
+            lambda: MeanShift(agreement=2).fit(*PAIRS), ValueError,
+            "agreement: expected a finite number >= 0 and <= 1, got 2",
+        ),
         (lambda: MeanShift().transform(torch.ones(1, 2)), ValueError, "MeanShift: call fit before transform"),
         (lambda: MeanShift().save("x"), ValueError, "MeanShift: call fit before save"),
         (lambda: MeanShift().fit(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "queries: expected D = 3"),
-        (lambda: MeanShift().partial_fit(torch.ones(2, 3)).components_, ValueError, "expected rows of both sides"),
+        (lambda: MeanShift().partial_fit(torch.ones(2, 3)).n_components_, ValueError, "expected rows of both sides"),
         (lambda: MeanShift().merge(FITTED), ValueError, "MeanShift: nothing was seen here"),
         (lambda: MeanShift().partial_fit(torch.ones(1, 3)).merge(FITTED), ValueError, "other: expected D = 3"),
-        (lambda: MeanShift().fit(*clusters()).partial_fit(torch.ones(1, 3)), ValueError, "gallery: expected D = 64 as"),
+        (lambda: MeanShift().fit(*PAIRS).partial_fit(torch.ones(1, 3)), ValueError, "gallery: expected D = 64 as"),
         (lambda: BASELINES["center"]().transform(torch.ones(2, 3)), ValueError, "Center: call fit before transform"),
-        (lambda: BASELINES["procrustes"]().fit(*clusters()), ValueError, "queries: expected 12 rows as in gallery"),
+        (lambda: BASELINES["procrustes"]().fit(*PAIRS), ValueError, "queries: expected 12 rows as in gallery"),
         (lambda: FITTED.transform(torch.ones(2, 3)), ValueError, "gallery: expected D = 64 as fitted"),
         (lambda: FITTED.transform(torch.full((1, 64), math.inf)), ValueError, "gallery: expected finite values"),
     ],

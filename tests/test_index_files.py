@@ -39,7 +39,7 @@ def contents(path):
 )
 def test_an_index_from_files_is_the_index_of_memory(folder, factory):
     texts, images = files.load_embeddings(folder / "texts"), files.load_embeddings(folder / "images.npy")
-    shift = MeanShift(components=4).fit(texts, images)
+    shift = MeanShift(n_components=4).fit(texts, images)
     manifest = disk.build(folder / "texts", folder / "index", factory, shift=shift, block=400)
     assert (manifest["count"], manifest["dims"]) == (2100, 32)
     loaded = GapIndex.load(folder / "index", verify=True)

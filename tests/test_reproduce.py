@@ -139,7 +139,7 @@ def rows_of(path):
 def test_figure_8_draws_what_robustness_says(done, pair):
     out, _ = done
     images, texts = np.load(pair / "images.npy"), np.load(pair / "texts.npy")
-    shift = MeanShift(components="auto").fit(texts, images)
+    shift = MeanShift(n_components="auto").fit(texts, images)
     points = [r for r in rows_of(out / "fig8_images___texts.csv") if r["perturbation"] == "gaussian 0.04 total"]
     assert [float(r["alpha"]) for r in points] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
     for row in points:

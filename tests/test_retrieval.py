@@ -184,7 +184,7 @@ def test_what_is_wrong_is_named(act, error, message):
 @pytest.mark.parametrize("moves", ["gallery", "queries"])
 def test_the_shift_moves_its_side_and_is_kept(tmp_path, moves):
     images, texts = clip_like(300, 64)
-    shift = MeanShift(components=8, moves=moves, model="a model").fit(texts, images)
+    shift = MeanShift(n_components=8, moves=moves, model="a model").fit(texts, images)
     index = GapIndex(shift=shift).add(texts)
     expected = truth(shift.transform_queries(images), shift.transform(texts))[0]
     assert torch.equal(index.search(images, 5)[1], expected[:, :5])

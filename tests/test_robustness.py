@@ -48,7 +48,7 @@ def test_noise_before_the_shift_in_one_pass_is_noise_then_shift(moves, normalize
 @pytest.mark.parametrize("when", ["after", "before"])
 def test_cuda_robustness(method, when):
     queries, gallery = cloud(queries=300, gallery=60, dims=64)
-    shift = MeanShift(components=5).fit(gallery, queries)
+    shift = MeanShift(n_components=5).fit(gallery, queries)
     labels = nearest(queries, gallery)
     options = {"shift": shift, "when": when, "method": method, "trials": 20, "labels": labels, "seed": 3}
     on_cpu = robustness(queries, gallery, Gaussian(0.2), **options)
@@ -84,7 +84,7 @@ def test_brute_force_confirms_every_query(variance):
 def test_the_methods_agree_on_real_embeddings(real_data, model, variance):
     images, texts = real_data(model)
     labels = np.arange(len(images))
-    shift = MeanShift(components=0.9).fit(texts, images)
+    shift = MeanShift(n_components=0.9).fit(texts, images)
     exact = robustness(images, texts, Gaussian(variance), labels=labels, shift=shift)
     assert (exact.method, exact.trials, exact.stderr) == ("exact", 0, 0.0)
     for method in ("projected", "sample"):
@@ -159,7 +159,7 @@ def test_quantisation_is_literal():
 def test_replaced_galleries_take_the_same_shift():
     queries, gallery = cloud()
     other = gallery + 0.02 * torch.randn(15, 32, generator=torch.Generator().manual_seed(9))
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     moved = shift.transform(other)
     expected = (nearest(queries, moved) == nearest(queries, shift.transform(gallery))).double()
     assert torch.equal(robustness(queries, gallery, Replace(other), shift=shift).per_query, expected)
@@ -168,7 +168,7 @@ def test_replaced_galleries_take_the_same_shift():
 def test_agreement_looks_back_to_the_neighbours_before_the_shift():
     queries, gallery = cloud(offset=0.0)
     queries = queries + 2 * (gallery[0] - gallery.mean(0))
-    shift = MeanShift(components=0).fit(gallery, queries)
+    shift = MeanShift(n_components=0).fit(gallery, queries)
     found = robustness(queries, gallery, Gaussian(1e-9), shift=shift)
     kept = (nearest(queries, gallery) == nearest(queries, shift.transform(gallery))).double().mean().item()
     assert kept < 1
@@ -178,7 +178,7 @@ def test_agreement_looks_back_to_the_neighbours_before_the_shift():
 
 def test_noise_on_the_queries_gains_nothing_from_closing_the_gap():
     queries, gallery = cloud(queries=200, offset=1.0)
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     found = [
         robustness(queries, gallery, Gaussian(0.3), on="queries", shift=shift.at(a), trials=60).robustness
         for a in (0, 1)
@@ -232,7 +232,7 @@ def test_sweep_tables_and_plots(tmp_path):
 
 def test_the_best_alpha_closes_the_gap():
     queries, gallery = cloud(queries=100, offset=1.0, noise=0.01)
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     found = best_alpha(queries, gallery, Gaussian(0.3), shift=shift)
     assert found == pytest.approx(1.0, abs=0.03)
     peak = robustness(queries, gallery, Gaussian(0.3), shift=shift.at(found)).robustness
@@ -315,14 +315,14 @@ def test_flips_name_who_takes_the_place():
 
 def test_before_the_shift_is_another_order_and_the_same_where_it_must_be():
     queries, gallery = cloud(queries=200, gallery=60, dims=16, noise=0.08)
-    shift = MeanShift(components=3, normalize=True).fit(gallery, queries)
-    plain = MeanShift(components=3).fit(gallery, queries)
+    shift = MeanShift(n_components=3, normalize=True).fit(gallery, queries)
+    plain = MeanShift(n_components=3).fit(gallery, queries)
     noise, cells = Gaussian(1e-3, "per_coordinate"), Quantize(3)
     found = robustness(queries, gallery, cells, shift=shift, when="before").per_query
     moved = nearest(queries, shift.transform(perturb(gallery, cells, 0)))
     assert torch.equal(found, (moved == nearest(queries, shift.transform(gallery))).double())
     # One range for all dimensions: it differs once the queries have moved.
-    cells, moves_queries = Quantize(3, "global"), MeanShift(components=3, moves="queries").fit(gallery, queries)
+    cells, moves_queries = Quantize(3, "global"), MeanShift(n_components=3, moves="queries").fit(gallery, queries)
     before, after = (
         robustness(queries, gallery, cells, shift=moves_queries, on="queries", when=w) for w in ("before", "after")
     )

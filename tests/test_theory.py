@@ -8,7 +8,7 @@ import torch
 
 from gapkern import Gaussian, MeanShift, contrastive_loss
 from gapkern._nearest import nearest
-from gapkern._threads import threads
+from gapkern._threads import one_thread
 from gapkern.dynamics import descend, isotropic_gaussians, tight_clusters
 from gapkern.gap import BASELINES
 from gapkern.robustness import robustness
@@ -168,7 +168,7 @@ def orthogonal_gap(seed, dims=32, gallery=10, queries=60):
 @pytest.mark.parametrize("variance", [0.02, 0.05, 0.1])
 def test_theorem_3_4_robustness_rises_for_every_query_until_the_means_meet(seed, variance):
     gallery, queries = orthogonal_gap(seed)
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     noise = Gaussian(variance, "per_coordinate")
     alphas = torch.linspace(0, 1, 9).tolist()
     survival = torch.stack([robustness(queries, gallery, noise, shift=shift.at(a)).per_query for a in alphas])
@@ -182,24 +182,24 @@ def test_theorem_3_4_robustness_rises_for_every_query_until_the_means_meet(seed,
 def test_theorem_3_4_in_a_thousand_random_orthogonal_cases():
     generator = torch.Generator().manual_seed(4)
     gains = []
-    for case in range(1000):
-        g, q, inner = (
-            int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((2, 9), (1, 6), (1, 6))
-        )
-        dims = inner + int(torch.randint(1, 4, (1,), generator=generator))
-        basis = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64)).Q
-        x = torch.randn(g, inner, generator=generator, dtype=torch.float64) @ basis[:inner]
-        y = torch.randn(q, inner, generator=generator, dtype=torch.float64) @ basis[:inner]
-        away = torch.randn(dims - inner, generator=generator, dtype=torch.float64) @ basis[inner:]
-        # The means differ by a vector that is orthogonal to both hulls.
-        y = y - y.mean(0) + x.mean(0) + away * 3 * torch.rand(1, generator=generator, dtype=torch.float64)
-        noise = Gaussian(float(10 ** (2 * torch.rand(1, generator=generator) - 1.5)), "per_coordinate")
-        with threads(1):
-            curve = robustness_curve(y, x, noise, alphas=[0, 0.25, 0.5, 0.75, 1])
-        assert curve.worst_fall < 2e-5, f"case {case}"
-        assert curve.rising == 1
-        assert curve.orthogonality.holds()
-        gains.append(curve.robustness[-1] - curve.robustness[0])
+    with one_thread() as run:
+        for case in range(1000):
+            g, q, inner = (
+                int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((2, 9), (1, 6), (1, 6))
+            )
+            dims = inner + int(torch.randint(1, 4, (1,), generator=generator))
+            basis = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64)).Q
+            x = torch.randn(g, inner, generator=generator, dtype=torch.float64) @ basis[:inner]
+            y = torch.randn(q, inner, generator=generator, dtype=torch.float64) @ basis[:inner]
+            away = torch.randn(dims - inner, generator=generator, dtype=torch.float64) @ basis[inner:]
+            # The means differ by a vector that is orthogonal to both hulls.
+            y = y - y.mean(0) + x.mean(0) + away * 3 * torch.rand(1, generator=generator, dtype=torch.float64)
+            noise = Gaussian(float(10 ** (2 * torch.rand(1, generator=generator) - 1.5)), "per_coordinate")
+            curve = run(robustness_curve, y, x, noise, alphas=[0, 0.25, 0.5, 0.75, 1])
+            assert curve.worst_fall < 2e-5, f"case {case}"
+            assert curve.rising == 1
+            assert curve.orthogonality.holds()
+            gains.append(curve.robustness[-1] - curve.robustness[0])
     assert min(gains) > -1e-5
     assert np.mean(gains) > 0.02
 
@@ -207,7 +207,7 @@ def test_theorem_3_4_in_a_thousand_random_orthogonal_cases():
 def test_theorem_3_4_each_query_is_safest_where_the_gallery_meets_it():
     gallery, queries = orthogonal_gap(1)
     queries[:, -1] = torch.linspace(0.5, 2.5, len(queries))  # not constant along the gap: every query has its own peak
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     alphas, noise = torch.linspace(0, 2, 81).tolist(), Gaussian(0.1, "per_coordinate")
     curve = robustness_curve(queries, gallery, noise, alphas=alphas, shift=shift)
     best = torch.tensor(curve.alphas)[curve.per_query.argmax(0)]
@@ -223,7 +223,7 @@ def test_theorem_3_4_fails_visibly_without_its_assumption():
     gallery, queries = orthogonal_gap(0)
     # A gap within the gallery's hull: towards one of its points.
     queries = queries + 3 * (gallery[0] - gallery.mean(0))
-    shift = MeanShift(components=0).fit(gallery, queries)
+    shift = MeanShift(n_components=0).fit(gallery, queries)
     before = nearest(queries, gallery)
     after = nearest(queries, shift.transform(gallery))
     assert (before != after).double().mean() > 0.2
@@ -240,7 +240,7 @@ def test_theorem_3_5_no_neighbour_changes_for_any_orthogonal_shift(seed):
 
 def test_why_l2_inner_products_gain_nothing_from_closing_the_gap():
     gallery, queries = (t.float() for t in orthogonal_gap(3))
-    shift = MeanShift(components="exact").fit(gallery, queries)
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
     generator = torch.Generator().manual_seed(0)
     kept = {}
     for alpha in (0.0, 1.0):
@@ -307,7 +307,7 @@ def test_margins_are_never_violated_on_real_embeddings(real_data, name, turned):
 
 def test_margins_one_pass_predicts_every_alpha():
     x, y = isotropic_gaussians(300, 16, 3.0)
-    shift = MeanShift(components=4).fit(x, y)
+    shift = MeanShift(n_components=4).fit(x, y)
     found = preservation(y, x, shift)
     alphas = [0.0, 0.2, 0.5, 1.0]
     measured = [float((nearest(y, x) == nearest(y, shift.at(a).transform(x))).double().mean()) for a in alphas]
@@ -342,7 +342,7 @@ def test_assessing_real_embeddings_says_what_applies(real_data):
     assert list(verdicts) == ["3.1", "3.2", "assumption 3.3", "3.4", "3.5"]
     assert not verdicts["3.1"].applies
     assert 0.9 < verdicts["3.5"].numbers["guaranteed"] <= verdicts["3.5"].numbers["kept"]
-    exact = MeanShift(components="exact").fit(texts, images)
+    exact = MeanShift(n_components="exact").fit(texts, images)
     assert {v.statement: v for v in assess(images, texts, shift=exact)}["3.5"].applies
 
 

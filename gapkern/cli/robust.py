@@ -57,7 +57,7 @@ def run(arguments) -> int:
         shift = MeanShift.load(arguments.shift)
         agreed({"shift": shift.model, "embeddings": model})
     else:
-        shift = MeanShift(components=arguments.components).fit(gallery, queries)
+        shift = MeanShift(n_components=arguments.components).fit(gallery, queries)
     result = sweep(
         queries, gallery, arguments.alphas, perturbations, common.labels(arguments.labels, len(queries)), shift=shift,
         on=arguments.on, when=arguments.when,
@@ -70,14 +70,15 @@ def run(arguments) -> int:
         result.plot(out / "robustness.png")
         (out / JOURNAL).unlink()
     if arguments.json:
-        common.print_json({"components": shift.components_, "orthogonality": shift.orthogonality_, "rows": result.rows})
+        facts = {"components": shift.n_components_, "orthogonality": shift.orthogonality_}
+        common.print_json(facts | {"rows": result.rows})
         return 0
     common.table(
         ["perturbation", "α", "robustness", "agreement", "accuracy", "clean accuracy", "method"],
         [[title(r), r["alpha"], r["robustness"], r["agreement"], r["accuracy"], r["clean_accuracy"], r["method"]]
          for r in sorted(result.rows, key=title)],
     )  # fmt: skip
-    print(f"shift: k = {shift.components_} components kept, {shift.orthogonality_:.1%} of the gap can be closed")
+    print(f"shift: k = {shift.n_components_} components kept, {shift.orthogonality_:.1%} of the gap can be closed")
     if out is not None:
         print(f"written: {out}/robustness.json, .csv, .png")
     return 0

@@ -110,7 +110,7 @@ def run_fit(arguments) -> int:
     facts = {
         "gap_norm": float(shift.gap_vector_.norm()),
         "orthogonality": shift.orthogonality_,
-        "components": shift.components_,
+        "components": shift.n_components_,
         "agreement": shift.agreement_,
         "alpha": shift.alpha,
         "moves": shift.moves,
@@ -184,13 +184,13 @@ def run_compare(arguments) -> int:
     rows: list[dict] = []
     with common.progress({"compare": "components"}) as step:
         for i, wanted in enumerate(arguments.components):
-            shift = MeanShift(components=wanted).fit(gallery, queries)
+            shift = MeanShift(n_components=wanted).fit(gallery, queries)
             if not rows:
                 before = nearest(queries, gallery)
             after = nearest(queries, shift.transform(gallery))
             rows.append({
                 "components": str(wanted),
-                "k": shift.components_,
+                "k": shift.n_components_,
                 "closed": shift.orthogonality_,
                 "agreement": float((after == before).double().mean()),
                 "accuracy": None if labels is None else float((after.numpy() == labels).mean()),

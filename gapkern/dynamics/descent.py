@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._threads import threads
+from gapkern._ambient import isolated, isolation
+from gapkern._threads import one_thread
 from gapkern.dynamics.measures import Evaluation, evaluate_unchecked, measure, pairs
 from gapkern.dynamics.trajectory import COLUMNS, Snapshot, Trajectory
 
@@ -18,6 +20,7 @@ OPTIMIZERS = ("gd", "sgd", "adam")
 SMALL = 2**22  # N x N x D below which one thread is as fast as many
 
 
+@isolated
 def tight_clusters(
     n: int, dims: int, radius: float, gap: float, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +48,7 @@ def tight_clusters(
     return x.to(dtype), y.to(dtype)
 
 
+@isolated
 def isotropic_gaussians(
     n: int, dims: int, gap: float, deviation: float = 1.0, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
@@ -115,55 +119,104 @@ def descend(
     lr = _check.number("lr", lr, low=0, exclusive=True)
     steps = _check.integer("steps", steps, low=0)
     _check.choice("optimizer", optimizer, OPTIMIZERS)
-    images, texts = (x.clone() for x in pairs(images, texts))
-    size = _batch(optimizer, batch, len(images))
+    _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
     every = max(1, steps // 100) if record_every is None else _check.integer("record_every", record_every, low=1)
     wanted = {_check.integer("snapshots", step, low=0, high=steps) for step in snapshots}
     seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
-    if sphere:
-        images, texts = (_unit(name, x) for name, x in (("images", images), ("texts", texts)))
-    log_scale = torch.tensor(
-        math.log(_check.number("logit_scale", logit_scale, low=0, exclusive=True)), dtype=torch.float64
-    )
-    parameters = [images, texts, *([log_scale] if learn_scale else [])]
-    rule = torch.optim.Adam(parameters, lr) if optimizer == "adam" else torch.optim.SGD(parameters, lr)
-    batches = _batches(len(images), size, seed)
+    logit_scale = _check.number("logit_scale", logit_scale, low=0, exclusive=True)
+    with isolation():
+        images, texts = (x.clone() for x in pairs(images, texts))
+        size = _batch(optimizer, batch, len(images))
+        if sphere:
+            images, texts = (_unit(name, x) for name, x in (("images", images), ("texts", texts)))
+        log_scale = torch.tensor(math.log(logit_scale), dtype=torch.float64)
+        parameters = [images, texts, *([log_scale] if learn_scale else [])]
+        rule = torch.optim.Adam(parameters, lr) if optimizer == "adam" else torch.optim.SGD(parameters, lr)
+    descent = _Descent(images, texts, log_scale, rule, similarity, sphere)
+    batches = None if size == len(images) else _batches(len(images), size, seed)
+    records = descent.records(steps, every, wanted, batches)
     rows: list[dict[str, Any]] = []
-    kept: dict[int, Snapshot] = {}
-    with threads(1 if len(images) ** 2 * images.shape[1] < SMALL else torch.get_num_threads()):
-        for step in range(steps + 1):
-            recorded = step % every == 0 or step == steps or step in wanted
-            chosen = slice(None) if size == len(images) or recorded else next(batches)
-            at = _evaluate(images[chosen], texts[chosen], log_scale, similarity, sphere, step)
-            if recorded:
-                gradient = math.hypot(float(at.images.norm()), float(at.texts.norm()))
-                known = {"step": step, "gradient_norm": gradient, "logit_scale": float(log_scale.exp())}
-                known |= measure(images, texts, at)
-                rows.append({name: known[name] for name in COLUMNS})
-                if on_record:
-                    on_record(rows[-1])
-            if step in wanted:
-                kept[step] = Snapshot(images.clone(), texts.clone(), at.sums_images, at.sums_texts)
-            if step == steps:
-                break
-            if recorded and size < len(images):
-                chosen = next(batches)
-                at = _evaluate(images[chosen], texts[chosen], log_scale, similarity, sphere, step)
-            images.grad, texts.grad = torch.zeros_like(images), torch.zeros_like(texts)
-            images.grad[chosen], texts.grad[chosen] = at.images, at.texts
-            log_scale.grad = torch.tensor(at.logit_scale, dtype=torch.float64) * log_scale.exp()
-            rule.step()
-            if sphere:
-                for x in (images, texts):
-                    x /= x.norm(dim=1, keepdim=True)
-    images.grad = texts.grad = None
+    small = len(images) ** 2 * images.shape[1] < SMALL
+    with one_thread() if small else nullcontext(_here) as run:
+        while (row := run(next, records, None)) is not None:
+            rows.append(row)
+            if on_record:
+                on_record(row)
     settings = {
-        "pairs": len(images), "dims": images.shape[1], "logit_scale": float(logit_scale), "lr": lr, "steps": steps,
+        "pairs": len(images), "dims": images.shape[1], "logit_scale": logit_scale, "lr": lr, "steps": steps,
         "similarity": similarity, "sphere": bool(sphere), "optimizer": optimizer,
         "batch": None if size == len(images) else size, "learn_scale": bool(learn_scale), "seed": seed,
         "dtype": str(images.dtype).removeprefix("torch."),
     }  # fmt: skip
-    return Trajectory(rows, images, texts, float(log_scale.exp()), kept, settings)
+    return Trajectory(rows, images, texts, descent.scale, descent.kept, settings)
+
+
+@dataclass
+class _Descent:
+    """Embeddings and log(s) (float64, 0-d) on their way down, moved in place by `rule`."""
+
+    images: Tensor
+    texts: Tensor
+    log_scale: Tensor
+    rule: torch.optim.Optimizer
+    similarity: str
+    sphere: bool
+    kept: dict[int, Snapshot] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        return float(self.log_scale.exp())
+
+    @isolated
+    def records(
+        self, steps: int, every: int, wanted: set[int], batches: Iterator[Tensor] | None
+    ) -> Iterator[dict[str, Any]]:
+        """Goes down and yields a row at every recorded step; batches of rows, or None for all of them at each step."""
+        images, texts = self.images, self.texts
+        for step in range(steps + 1):
+            recorded = step % every == 0 or step == steps or step in wanted
+            chosen = slice(None) if batches is None or recorded else next(batches)
+            at = self._evaluate(chosen, step)
+            if step in wanted:
+                self.kept[step] = Snapshot(images.clone(), texts.clone(), at.sums_images, at.sums_texts)
+            if recorded:
+                gradient = math.hypot(float(at.images.norm()), float(at.texts.norm()))
+                known = {"step": step, "gradient_norm": gradient, "logit_scale": self.scale}
+                known |= measure(images, texts, at)
+                yield {name: known[name] for name in COLUMNS}
+            if step == steps:
+                break
+            if recorded and batches is not None:
+                chosen = next(batches)
+                at = self._evaluate(chosen, step)
+            self._move(chosen, at)
+        images.grad = texts.grad = None
+
+    def _evaluate(self, chosen: slice | Tensor, step: int) -> Evaluation:
+        images, texts = self.images[chosen], self.texts[chosen]
+        at = evaluate_unchecked(images, texts, self.log_scale.exp(), self.similarity)
+        if not math.isfinite(at.loss):
+            raise RuntimeError(f"the loss is {at.loss} after {step} steps; a smaller lr may help")
+        if self.sphere:
+            of_x, of_y = (
+                grad - (grad * x).sum(1, keepdim=True) * x for grad, x in ((at.images, images), (at.texts, texts))
+            )
+            at = replace(at, images=of_x, texts=of_y)
+        return at
+
+    def _move(self, chosen: slice | Tensor, at: Evaluation) -> None:
+        images, texts, log_scale = self.images, self.texts, self.log_scale
+        images.grad, texts.grad = torch.zeros_like(images), torch.zeros_like(texts)
+        images.grad[chosen], texts.grad[chosen] = at.images, at.texts
+        log_scale.grad = torch.tensor(at.logit_scale, dtype=torch.float64) * log_scale.exp()
+        self.rule.step()
+        if self.sphere:
+            for x in (images, texts):
+                x /= x.norm(dim=1, keepdim=True)
+
+
+def _here(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _batch(optimizer: str, batch: int | None, pairs: int) -> int:
@@ -187,15 +240,3 @@ def _unit(name: str, x: Tensor) -> Tensor:
     if not bool((norms > 0).all()):
         raise ValueError(f"{name}: expected rows of a length above 0 for sphere=True, got a zero row")
     return x / norms
-
-
-def _evaluate(images: Tensor, texts: Tensor, log_scale: Tensor, similarity: str, sphere: bool, step: int) -> Evaluation:
-    at = evaluate_unchecked(images, texts, log_scale.exp(), similarity)
-    if not math.isfinite(at.loss):
-        raise RuntimeError(f"the loss is {at.loss} after {step} steps; a smaller lr may help")
-    if sphere:
-        of_x, of_y = (
-            grad - (grad * x).sum(1, keepdim=True) * x for grad, x in ((at.images, images), (at.texts, texts))
-        )
-        at = replace(at, images=of_x, texts=of_y)
-    return at

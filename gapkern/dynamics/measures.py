@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern.gap.moments import Moments, principal
-from gapkern.losses.functional import check_pairs, contrastive_loss, scalar
+from gapkern.losses.functional import check_pairs, scalar, work_bytes
+from gapkern.ops.contrastive import lse_pair
 
 HELD = 0.999  # share of the variance that the principal directions of `orthogonality` hold
 
@@ -50,6 +52,7 @@ class Evaluation:
         return float((self.sums_texts - 1).abs().max())
 
 
+@isolated
 def evaluate(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,
@@ -93,18 +96,27 @@ def evaluate_unchecked(images: Tensor, texts: Tensor, scale: Tensor, similarity:
     y = torch.cat([texts, zeros, ones], 1).requires_grad_()
     s = scale.detach().requires_grad_()
     with torch.enable_grad():
-        loss = contrastive_loss(x, y, s, similarity=similarity)
+        loss = pair_losses(x, y, s, similarity).mean()
         of_x, of_y, of_scale = torch.autograd.grad(loss, (x, y, s))
     # d loss / d y[i, dims] = (k s c / 2N) sum_k (Qx(k, i) + Qy(i, k) - 2 [k = i]), and sum_k Qy(i, k) = 1.
     factor = 2 * n / (float(scale) * c * (2 if similarity == "sqeuclidean" else 1))
     return Evaluation(
-        loss=float(loss.detach()),
+        loss=float(loss.detach().to(images.dtype)),
         images=of_x[:, :dims],
         texts=of_y[:, :dims],
         logit_scale=float(of_scale),
         sums_images=1 + factor * of_x[:, dims + 1].double(),
         sums_texts=1 + factor * of_y[:, dims].double(),
     )
+
+
+def pair_losses(images: Tensor, texts: Tensor, scale: Tensor, similarity: str) -> Tensor:
+    """(N,) float64: each pair's loss, float32 products in full precision whatever the program allows its own."""
+    row, col, positive = lse_pair(
+        images, texts, scale, similarity=similarity, label_offset=0, precision="highest",
+        work_bytes=work_bytes("auto", images, texts),
+    )  # fmt: skip
+    return (row + col) / 2 - positive
 
 
 def pairs(images: Any, texts: Any) -> tuple[Tensor, Tensor]:
@@ -136,9 +148,10 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def _ranks(x: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[inverse]
+    return (ends - (counts - 1).double() / 2)[inverse]
 
 
+@isolated
 def measure(images: Tensor, texts: Tensor, at: Evaluation | None = None) -> dict[str, float]:
     """The geometry of N pairs, in float64: how far apart, how spread, how aligned.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
 from gapkern.models import zero_shot_classifier
 from gapkern.perturb import Perturbation, check
@@ -70,7 +71,7 @@ class Settings:
         for seed in self.seeds:
             _check.integer("seeds", seed, low=0, high=2**63 - 1)
         if self.shift is not None and not isinstance(self.shift, MeanShift):
-            MeanShift(components=self.shift)  # says what is wrong with them
+            MeanShift(n_components=self.shift).check_parameters()  # says what is wrong with them
 
     def fitted(self, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift:
         if isinstance(self.shift, MeanShift):
@@ -83,7 +84,7 @@ class Settings:
         if not shifts:
             return {"name": "none"}
         facts = [
-            {"components": s.components_, "orthogonality": s.orthogonality_, "agreement": s.agreement_,
+            {"components": s.n_components_, "orthogonality": s.orthogonality_, "agreement": s.agreement_,
              "gap_norm": float(s.gap_vector_.norm())} for s in shifts.values()
         ]  # fmt: skip
         first = next(iter(shifts.values()))
@@ -126,6 +127,7 @@ def _ratio(hits: Tensor, total: int) -> float:
     return int(hits) / total if total else math.nan
 
 
+@isolated
 def classification(
     images: Rows, labels: Tensor, classes: Tensor, settings: Settings = Settings(), ranks: Ranks | None = None
 ) -> list[Outcome]:
@@ -168,6 +170,7 @@ def _classify(images: Rows, labels: Tensor, classes: Rows, shift, perturbation, 
     }
 
 
+@isolated
 def templates(
     images: Rows, labels: Tensor, prompts: Tensor, names: Sequence[str], settings: Settings = Settings(),
     ranks: Ranks | None = None,
@@ -213,6 +216,7 @@ def templates(
     return settings.outcomes(shifts, measure)
 
 
+@isolated
 def retrieval(
     images: Rows, texts: Rows, image_of: Tensor, ks: Sequence[int] = (5,), settings: Settings = Settings(),
     ranks: Ranks | None = None,
@@ -279,6 +283,7 @@ def _hits(hits: Tensor, ks: Sequence[int], ranks: Ranks, total: int) -> list[flo
     return [_ratio(count, total) for count in counts]
 
 
+@isolated
 def multiple_choice(
     images: Rows, choices: Rows, question_of: Tensor, answers: Tensor, settings: Settings = Settings(),
     ranks: Ranks | None = None,

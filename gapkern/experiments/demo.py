@@ -64,7 +64,7 @@ def run(
     _save(folder / "embeddings.safetensors", images=images, prompts=prompts, labels=labels)
 
     gallery = prompts[0]
-    shift = MeanShift(components="exact").fit(gallery, images)
+    shift = MeanShift(n_components="exact").fit(gallery, images)
     shift.save(folder / "shift.safetensors")
     captions = _paired_captions(prompts, labels, seed)
     metrics = gap_metrics(images, captions, logit_scale=float(trained.model.logit_scale.exp()))
@@ -86,7 +86,7 @@ def run(
         "clean_accuracy": clean.clean_accuracy,
         "gap_norm": float(shift.gap_vector_.norm()),
         "orthogonality": shift.orthogonality_,
-        "components": shift.components_,
+        "components": shift.n_components_,
         "metrics": metrics,
         "sweep": result.rows,
         "best_alpha": result.best(),

@@ -1,316 +1,401 @@
 """The mean shift of Chowers et al. (CVPR 2026), Section 4: closes the modality gap in place."""
 
-import ast
 import math
+import numbers
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern._nearest import nearest
+from gapkern._rows import squarable, unit, with_float64
+from gapkern._together import gather
+from gapkern.gap import saved
+from gapkern.gap.estimator import Estimator, NotFittedError
 from gapkern.gap.moments import Moments, Sample, batches, hull, numerical_rank, principal
 
-FORMAT_VERSION = 1
+__all__ = ["MeanShift"]
+
 SAMPLE = 2**14  # rows of each side by which neighbours are judged
+_X = TypeVar("_X", Tensor, np.ndarray)
 
 
-class MeanShift:
+@dataclass(frozen=True)
+class Fit:
+    """What a fit found: g and g' (D,) in float64, the k in use, ||g'|| / ||g||, and the share of neighbours kept."""
+
+    gap_vector: Tensor
+    shift_vector: Tensor
+    n_components: int
+    orthogonality: float
+    agreement: float
+
+
+class MeanShift(Estimator):
     """Closes the modality gap by moving one modality along the gap, outside the gallery's principal subspace (Eq. 11).
 
     g = mean(queries) - mean(gallery), V the gallery's first k principal directions, g' = g - V V^T g;
     `transform(gallery)` returns gallery + alpha g'. Where V spans the whole affine hull of the gallery no nearest
     neighbour changes (Theorem 3.5), while noise on the gallery changes fewer of them (Theorem 3.4).
 
+    An estimator as scikit-learn has them: `get_params`, `set_params` and `sklearn.base.clone` work, and the parameters
+    are checked by `fit`. It has nothing to do with scikit-learn's class of that name, which finds clusters.
+
     Args:
         alpha: 0 leaves the gap, 1 closes what lies outside V, more overshoots.
-        components: k: an int; a fraction of the gallery's variance in (0, 1); "exact", its whole hull; or "auto", the
+        n_components: k: an int; a fraction of the gallery's variance in (0, 1); "exact", its whole hull; or "auto", the
             largest closure for which at least `agreement` of the fitted queries keep their nearest neighbour.
         moves: "gallery", or "queries" to move the queries by -alpha g' instead: the same distances, no re-indexing.
         normalize: L2-normalise what was moved. Outside the theorem, so off by default.
-        agreement: for components="auto".
+        agreement: for n_components="auto".
         model: what made the embeddings, kept with the shift; `transform(..., model=)` then refuses another's.
 
     Attributes:
-        gap_vector_ (D,): g.  shift_vector_ (D,): g'.  components_: the k in use.
+        gap_vector_ (D,): g.  shift_vector_ (D,): g'.  n_components_: the k in use.  n_features_in_: D.
         orthogonality_: ||g'|| / ||g||, the share of the gap that is closed at alpha = 1.
         agreement_: share of the fitted queries whose nearest neighbour is the same at alpha = 1. Beyond 16384 rows a
             side, it and "auto" go by that many drawn evenly from all.
 
     Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: an argument out of range; embeddings of mismatched widths, or not finite.
+        TypeError: in fitting, an argument of a wrong type.
+        ValueError: in fitting, an argument out of range; embeddings of mismatched widths, or not finite.
+        NotFittedError: a ValueError and an AttributeError, of what was used before it was fitted.
 
     Example:
         >>> gallery = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
         >>> queries = gallery + torch.tensor([2.0, 0.0, 0.0])
-        >>> shift = MeanShift(components="exact").fit(gallery, queries)
+        >>> shift = MeanShift(n_components="exact").fit(gallery, queries)
         >>> [round(v, 6) for v in shift.transform(gallery)[0].tolist()]
         [2.0, 1.0, 0.0]
     """
 
-    gap_vector_: Tensor
-    shift_vector_: Tensor
-    components_: int
-    orthogonality_: float
-    agreement_: float
+    _sides: "tuple[_Side, _Side] | None" = None  # what was seen; None for a loaded shift
+    _found: Fit | None = None  # worked out when it is first asked for
+    _asked: "tuple[int | float | str, float] | None" = None  # n_components and agreement as they were when fitting
 
     def __init__(
         self,
         alpha: float = 1.0,
-        components: int | float | str = "auto",
+        n_components: int | float | str = "auto",
         moves: str = "gallery",
         normalize: bool = False,
         agreement: float = 0.99,
         model: str | None = None,
-    ):
-        self.alpha = _check.number("alpha", alpha)
-        if isinstance(components, str):
-            _check.choice("components", components, ("auto", "exact"))
-        elif isinstance(components, float):
-            _check.number("components", components, low=0, high=1, exclusive=True)
-        else:
-            _check.integer("components", components, low=0)
-        self.components = components
-        self.moves = _check.choice("moves", moves, ("gallery", "queries"))
-        self.normalize = bool(normalize)
-        self.agreement = _check.number("agreement", agreement, low=0, high=1)
+    ) -> None:
+        self.alpha = alpha
+        self.n_components = n_components
+        self.moves = moves
+        self.normalize = normalize
+        self.agreement = agreement
         self.model = model
 
-    def __repr__(self) -> str:
-        return (
-            f"MeanShift(alpha={self.alpha:g}, components={self.components!r}, moves={self.moves!r}, "
-            f"normalize={self.normalize}, agreement={self.agreement:g})"
-        )
+    def check_parameters(self) -> "MeanShift":
+        """Raises what `fit` would raise of the parameters. Returns self."""
+        _check.number("alpha", self.alpha)
+        _wanted(self.n_components)
+        _check.choice("moves", self.moves, ("gallery", "queries"))
+        if not isinstance(self.normalize, bool | np.bool_):
+            raise TypeError(f"normalize: expected True or False, got {type(self.normalize).__name__}")
+        _check.number("agreement", self.agreement, low=0, high=1)
+        if self.model is not None and not isinstance(self.model, str):
+            raise TypeError(f"model: expected a name or None, got {type(self.model).__name__}")
+        return self
 
+    @isolated
     def fit(self, gallery: Tensor | np.ndarray, queries: Tensor | np.ndarray) -> "MeanShift":
         """Learns g and g' from a gallery (G, D) and queries (Q, D). Returns self."""
+        self.check_parameters()
         gallery, queries = _check.matrix("gallery", gallery, rows="G"), _check.matrix("queries", queries, rows="Q")
         _check.same_width(gallery=gallery, queries=queries)
-        self._sides = _Side(gallery.shape[1]), _Side(gallery.shape[1])
-        return self.partial_fit(gallery, queries)
+        return self._learn(_Side.none(gallery.shape[1]), _Side.none(gallery.shape[1]), gallery, queries)
 
+    @isolated
     def partial_fit(
         self, gallery: Tensor | np.ndarray | None = None, queries: Tensor | np.ndarray | None = None
     ) -> "MeanShift":
         """Learns from a batch of either side, or of both, on top of what was seen before. Returns self.
 
+        A batch that is refused leaves the fit as it was.
+
         Example:
             >>> gallery, queries = torch.eye(4, 6), torch.eye(4, 6) + 1
-            >>> whole = MeanShift(components=2).fit(gallery, queries)
-            >>> parts = MeanShift(components=2).partial_fit(gallery[:1]).partial_fit(gallery[1:], queries)
+            >>> whole = MeanShift(n_components=2).fit(gallery, queries)
+            >>> parts = MeanShift(n_components=2).partial_fit(gallery[:1]).partial_fit(gallery[1:], queries)
             >>> torch.allclose(whole.shift_vector_, parts.shift_vector_)
             True
         """
-        for name, batch in (("gallery", gallery), ("queries", queries)):
-            if batch is None:
-                continue
-            batch = _check.matrix(name, batch, empty=True).detach()
-            if not hasattr(self, "_sides"):
-                self._sides = _Side(batch.shape[1]), _Side(batch.shape[1])
-            side = self._sides[name == "queries"]
-            if batch.shape[1] != len(side.moments.mean):
-                raise ValueError(f"{name}: expected D = {len(side.moments.mean)} as before, got {tuple(batch.shape)}")
-            side.update(name, batch)
-        self._forget()
+        self.check_parameters()
+        given = {"gallery": gallery, "queries": queries}
+        batches = {name: _check.matrix(name, x, empty=True) for name, x in given.items() if x is not None}
+        if not batches:
+            return self
+        if self._sides is None:
+            if self._found is not None:
+                raise ValueError(_LOADED)
+            width = next(iter(batches.values())).shape[1]
+            sides = _Side.none(width), _Side.none(width)
+        else:
+            sides = self._sides
+        for name, x in batches.items():
+            if x.shape[1] != sides[0].dims:
+                raise ValueError(f"{name}: expected D = {sides[0].dims} as before, got {tuple(x.shape)}")
+        return self._learn(*sides, batches.get("gallery"), batches.get("queries"))
+
+    def _learn(
+        self, gallery: "_Side", queries: "_Side", more_gallery: Tensor | None, more_queries: Tensor | None
+    ) -> "MeanShift":
+        return self._take(gallery.with_rows("gallery", more_gallery), queries.with_rows("queries", more_queries))
+
+    def _take(self, gallery: "_Side", queries: "_Side") -> "MeanShift":
+        """Fits to what was seen of both sides, once the fit is asked for."""
+        self._sides, self._found = (gallery, queries), None
+        self._asked = _wanted(self.n_components), _check.number("agreement", self.agreement, low=0, high=1)
         return self
 
+    @isolated
     def merge(self, other: "MeanShift") -> "MeanShift":
         """Adds what another shift, fitted elsewhere on other rows, has seen. Returns self."""
-        for mine, theirs in zip(self._seen(), other._seen(), strict=True):
-            if len(mine.moments.mean) != len(theirs.moments.mean):
-                raise ValueError(
-                    f"other: expected D = {len(mine.moments.mean)}, got a shift of D = {len(theirs.moments.mean)}"
-                )
-            mine.merge(theirs)
-        self._forget()
-        return self
+        if not isinstance(other, MeanShift):
+            raise TypeError(f"other: expected a MeanShift, got {type(other).__name__}")
+        mine, theirs = self._seen(), other._seen()
+        if mine[0].dims != theirs[0].dims:
+            raise ValueError(f"other: expected D = {mine[0].dims}, got a shift of D = {theirs[0].dims}")
+        return self._take(mine[0].with_side(theirs[0]), mine[1].with_side(theirs[1]))
 
+    @isolated
     def all_reduce(self, group: Any = None) -> "MeanShift":
-        """Adds what every rank of a torch.distributed group has seen; the same result on every rank. Returns self."""
-        import torch.distributed as dist
+        """Adds what every rank of a torch.distributed group has seen; the same result on every rank. Returns self.
 
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, self._seen(), group=group)
-        first, *rest = everyone
-        for sides in rest:
-            for mine, theirs in zip(first, sides, strict=True):
-                mine.merge(theirs)
-        self._sides = first
-        self._forget()
-        return self
+        Raises:
+            ValueError: a rank has seen nothing, or rows of another width; on every rank, naming that rank.
+        """
+        first, *rest = gather(self._seen, group)
+        for rank, sides in enumerate(rest, 1):
+            if sides[0].dims != first[0].dims:
+                raise ValueError(f"rank {rank}: expected D = {first[0].dims} as on rank 0, got {sides[0].dims}")
+        gallery, queries = first
+        for more_gallery, more_queries in rest:
+            gallery, queries = gallery.with_side(more_gallery), queries.with_side(more_queries)
+        return self._take(gallery, queries)
 
     def _seen(self) -> "tuple[_Side, _Side]":
-        if not hasattr(self, "_sides"):
-            raise ValueError("MeanShift: nothing was seen here; a loaded shift can be applied but not added to")
+        if self._sides is None:
+            raise NotFittedError(_LOADED if self._found is not None else "MeanShift: nothing was seen here; call fit")
         return self._sides
 
-    def _forget(self) -> None:
-        for name in MeanShift.__annotations__:
-            vars(self).pop(name, None)
+    @property
+    def is_fitted(self) -> bool:
+        """Whether rows of both sides were seen, or a fit was loaded."""
+        return self._found is not None or (self._sides is not None and all(side.moments.count for side in self._sides))
 
-    def __getattr__(self, name: str) -> Any:
-        """Attributes are worked out when they are first asked for, from all that was seen."""
-        if name in MeanShift.__annotations__ and "_sides" in vars(self):
-            gallery, queries = self._sides
-            if not gallery.moments.count or not queries.moments.count:
-                raise ValueError("MeanShift: expected rows of both sides before use, got none of one")
-            self._finish(gallery, queries)
-            return vars(self)[name]
-        raise AttributeError(f"MeanShift has no attribute {name!r}; fitted ones are there after fit")
+    def __sklearn_is_fitted__(self) -> bool:
+        return self.is_fitted
 
-    def _finish(self, gallery: "_Side", queries: "_Side") -> None:
-        gap = self.gap_vector_ = queries.moments.mean - gallery.moments.mean
-        self.components_, self.shift_vector_ = self._choose(gap, gallery, queries)
-        self.orthogonality_ = float(self.shift_vector_.norm() / gap.norm()) if gap.norm() > 0 else math.nan
-        before = nearest(queries.sample.rows, gallery.sample.rows)
-        after = nearest(queries.sample.rows, _moved(gallery.sample.rows, self.shift_vector_))
-        self.agreement_ = float((before == after).double().mean())
+    def _fit(self, use: str = "use") -> Fit:
+        """The fit, worked out when it is first asked for from all that was seen."""
+        if self._found is None:
+            if self._sides is None:
+                raise NotFittedError(f"MeanShift: call fit before {use}")
+            if not self.is_fitted:
+                raise NotFittedError("MeanShift: expected rows of both sides before use, got none of one")
+            assert self._asked is not None
+            self._found = _fit(*self._sides, *self._asked)
+        return self._found
 
-    def _choose(self, gap: Tensor, gallery: "_Side", queries: "_Side") -> tuple[int, Tensor]:
-        """k and g'."""
-        if self.components == "exact":
-            return _outside(gap, gallery.hull())
-        values, vectors = principal(gallery.moments.gram)
-        rank = numerical_rank(values)
-        if self.components == "auto":
-            k = self._largest_closure(gap, gallery.sample.rows, queries.sample.rows, vectors, rank)
-        elif isinstance(self.components, float):
-            share = values.cumsum(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
-            k = min(rank, int((share < self.components).sum()) + 1)
-        else:
-            k = min(rank, int(self.components))
-        return _outside(gap, gallery.hull() if k == rank else vectors[:, :k])
+    @property
+    def gap_vector_(self) -> Tensor:
+        """(D,) float64: g."""
+        return self._fit().gap_vector
 
-    def _largest_closure(self, gap: Tensor, gallery: Tensor, queries: Tensor, vectors: Tensor, rank: int) -> int:
-        """The smallest k whose shift keeps the nearest neighbours of at least `agreement` of the queries."""
-        before = nearest(queries, gallery)
+    @property
+    def shift_vector_(self) -> Tensor:
+        """(D,) float64: g'."""
+        return self._fit().shift_vector
 
-        def keeps(k: int) -> bool:
-            after = nearest(queries, _moved(gallery, _outside(gap, vectors[:, :k])[1]))
-            return float((before == after).double().mean()) >= self.agreement
+    @property
+    def n_components_(self) -> int:
+        """The k in use."""
+        return self._fit().n_components
 
-        low, high = 0, rank
-        if keeps(0):
-            return 0
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if keeps(middle) else (middle, high)
-        return high
+    @property
+    def n_features_in_(self) -> int:
+        """D."""
+        return len(self._fit().shift_vector)
 
-    def _fitted(self) -> bool:
-        return "_sides" in vars(self) or "shift_vector_" in vars(self)
+    @property
+    def orthogonality_(self) -> float:
+        """||g'|| / ||g||."""
+        return self._fit().orthogonality
+
+    @property
+    def agreement_(self) -> float:
+        """Share of the fitted queries whose nearest neighbour is the same at alpha = 1."""
+        return self._fit().agreement
 
     def samples(self) -> tuple[Tensor, Tensor]:
         """Up to 16384 gallery rows and query rows, drawn evenly from all that were seen."""
         gallery, queries = self._seen()
         return gallery.sample.rows, queries.sample.rows
 
-    def _apply(self, name: str, x: Any, alpha: float, model: str | None) -> Any:
-        if not self._fitted():
-            raise ValueError("MeanShift: call fit before transform")
+    def _apply(self, name: str, x: _X, sign: float, model: str | None) -> _X:
+        self.check_parameters()
+        vector = self._fit("transform").shift_vector
         if None not in (model, self.model) and model != self.model:
             raise ValueError(f"model: expected embeddings of {self.model}, as fitted, got {model}")
         matrix = _check.finite(name, _check.matrix(name, x, empty=True))
-        if matrix.shape[1] != len(self.shift_vector_):
-            raise ValueError(
-                f"{name}: expected D = {len(self.shift_vector_)} as fitted, got shape {tuple(matrix.shape)}"
-            )
-        if self.moves != name or (alpha == 0 and not self.normalize):
+        if matrix.shape[1] != len(vector):
+            raise ValueError(f"{name}: expected D = {len(vector)} as fitted, got shape {tuple(matrix.shape)}")
+        if self.moves != name or (self.alpha == 0 and not self.normalize):
             return x
-        moved = _moved(matrix, alpha * self.shift_vector_, self.normalize)
+        moved = _moved(matrix, sign * float(self.alpha) * vector, bool(self.normalize))
         return moved.numpy() if isinstance(x, np.ndarray) else moved
 
-    def transform(self, gallery: Any, *, model: str | None = None) -> Any:
+    def transform(self, gallery: _X, *, model: str | None = None) -> _X:
         """gallery + alpha g' (unchanged where moves="queries"); shape, dtype and kind of the input."""
-        return self._apply("gallery", gallery, self.alpha, model)
+        return self._apply("gallery", gallery, 1.0, model)
 
-    def transform_queries(self, queries: Any, *, model: str | None = None) -> Any:
+    def transform_queries(self, queries: _X, *, model: str | None = None) -> _X:
         """queries - alpha g' where moves="queries", otherwise unchanged."""
-        return self._apply("queries", queries, -self.alpha, model)
+        return self._apply("queries", queries, -1.0, model)
 
     def at(self, alpha: float) -> "MeanShift":
         """The same fit with another alpha."""
-        self.shift_vector_  # noqa: B018 - worked out once for all
-        other = MeanShift(alpha, self.components, self.moves, self.normalize, self.agreement, self.model)
-        for name in MeanShift.__annotations__:
-            setattr(other, name, getattr(self, name))
+        found = self._fit("at")
+        other = MeanShift(**{**self.get_params(), "alpha": _check.number("alpha", alpha)})
+        other._sides, other._found, other._asked = self._sides, found, self._asked
         return other
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; a file of that name is replaced only once the new one is complete."""
-        from safetensors.torch import save_file
-
-        if not self._fitted():
-            raise ValueError("MeanShift: call fit before save")
-        metadata = {
-            "format": "gapkern.MeanShift",
-            "version": str(FORMAT_VERSION),
-            "alpha": repr(self.alpha),
-            "components": repr(self.components),
-            "moves": self.moves,
-            "normalize": repr(self.normalize),
-            "agreement": repr(self.agreement),
-            "model": repr(self.model),
-            "components_": repr(self.components_),
-            "orthogonality_": repr(self.orthogonality_),
-            "agreement_": repr(self.agreement_),
+        self.check_parameters()
+        found = self._fit("save")
+        facts = {
+            "alpha": float(self.alpha),
+            "components": _wanted(self.n_components),
+            "moves": str(self.moves),
+            "normalize": bool(self.normalize),
+            "agreement": float(self.agreement),
+            "model": None if self.model is None else str(self.model),
+            "components_": found.n_components,
+            "orthogonality_": found.orthogonality,
+            "agreement_": found.agreement,
         }
-        tensors = {"gap_vector": self.gap_vector_.contiguous(), "shift_vector": self.shift_vector_.contiguous()}
-        files.write(path, lambda temporary: save_file(tensors, temporary, metadata))
+        saved.write(path, facts, {"gap_vector": found.gap_vector, "shift_vector": found.shift_vector})
 
     @staticmethod
-    def load(path: str | os.PathLike) -> "MeanShift":
-        """Reads what `save` wrote.
+    def load(path: str | os.PathLike[str]) -> "MeanShift":
+        """Reads what `save` wrote. The shift can be applied; what it was fitted to is not stored.
 
         Raises:
             ValueError: not a file of this format or of this version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise ValueError(f"path: expected a file, got {path}, which does not exist") from None
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from None
-        if metadata.get("format") != "gapkern.MeanShift" or metadata.get("version") != str(FORMAT_VERSION):
-            raise ValueError(
-                f"path: expected a gapkern.MeanShift file of version {FORMAT_VERSION}, got {path} with "
-                f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
-            )
-
-        def value(name: str) -> Any:
-            return ast.literal_eval(metadata[name])
-
-        shift = MeanShift(
-            value("alpha"), value("components"), metadata["moves"], value("normalize"), value("agreement"),
-            value("model"),
-        )  # fmt: skip
-        shift.gap_vector_, shift.shift_vector_ = tensors["gap_vector"], tensors["shift_vector"]
-        shift.components_, shift.agreement_ = value("components_"), value("agreement_")
-        shift.orthogonality_ = float(metadata["orthogonality_"])
+        facts, tensors = saved.read(path)
+        with saved.blame(path):
+            names = ("alpha", "components", "moves", "normalize", "agreement", "model")
+            shift = MeanShift(*(facts[name] for name in names)).check_parameters()
+            gap, vector = (_check.finite(name, tensors[name]) for name in ("gap_vector", "shift_vector"))
+            if gap.dim() != 1 or gap.shape != vector.shape or {gap.dtype, vector.dtype} != {torch.float64}:
+                raise ValueError(f"shift_vector: expected two float64 vectors, got {tuple(gap.shape)} and "
+                                 f"{tuple(vector.shape)} of {vector.dtype}")  # fmt: skip
+            shares = (float(facts[name]) for name in ("orthogonality_", "agreement_"))
+            shift._found = Fit(gap, vector, _check.integer("components_", facts["components_"], low=0), *shares)
         return shift
 
 
+_LOADED = "MeanShift: a loaded shift can be applied but not added to; fit one anew"
+
+
+def _wanted(n_components: Any) -> int | float | str:
+    """The checked argument, as a plain int, float or str."""
+    if isinstance(n_components, str):
+        return str(_check.choice("n_components", n_components, ("auto", "exact")))
+    if isinstance(n_components, numbers.Real) and not isinstance(n_components, numbers.Integral):
+        return _check.number("n_components", n_components, low=0, high=1, exclusive=True)
+    return _check.integer("n_components", n_components, low=0)
+
+
+@isolated
+def _fit(gallery: "_Side", queries: "_Side", wanted: int | float | str, agreement: float) -> Fit:
+    gap = queries.moments.mean - gallery.moments.mean
+    k, vector = _choose(wanted, agreement, gap, gallery, queries)
+    orthogonality = float(vector.norm() / gap.norm()) if gap.norm() > 0 else math.nan
+    before = nearest(queries.sample.rows, gallery.sample.rows)
+    after = nearest(queries.sample.rows, _moved(gallery.sample.rows, vector))
+    return Fit(gap, vector, k, orthogonality, float((before == after).double().mean()))
+
+
+def _choose(
+    wanted: int | float | str, agreement: float, gap: Tensor, gallery: "_Side", queries: "_Side"
+) -> tuple[int, Tensor]:
+    """k and g'."""
+    if wanted == "exact":
+        return _outside(gap, gallery.hull())
+    values, vectors = principal(gallery.moments.gram)
+    rank = numerical_rank(values)
+    if isinstance(wanted, str):
+        k = _largest_closure(gap, gallery.sample.rows, queries.sample.rows, vectors, rank, agreement)
+    elif isinstance(wanted, float):
+        share = values.cumsum(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        k = min(rank, int((share < wanted).sum()) + 1)
+    else:
+        k = min(rank, wanted)
+    return _outside(gap, gallery.hull() if k == rank else vectors[:, :k])
+
+
+def _largest_closure(
+    gap: Tensor, gallery: Tensor, queries: Tensor, vectors: Tensor, rank: int, agreement: float
+) -> int:
+    """The smallest k whose shift keeps the nearest neighbours of at least `agreement` of the queries."""
+    before = nearest(queries, gallery)
+
+    def keeps(k: int) -> bool:
+        after = nearest(queries, _moved(gallery, _outside(gap, vectors[:, :k])[1]))
+        return float((before == after).double().mean()) >= agreement
+
+    low, high = 0, rank
+    if keeps(0):
+        return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
 class _Side:
-    """What was seen of one modality: its moments, and some of its rows."""
+    """What was seen of one modality: its moments, and some of its rows. Never changed in place."""
 
-    def __init__(self, dims: int):
-        self.moments, self.sample = Moments.none(dims), Sample(dims, SAMPLE)
+    moments: Moments
+    sample: Sample
 
-    def update(self, name: str, x: Tensor) -> None:
-        for rows in batches(x):
-            self.moments.update(_check.finite(name, rows))
-            self.sample.update(rows)
+    @staticmethod
+    def none(dims: int) -> "_Side":
+        return _Side(Moments.none(dims), Sample(dims, SAMPLE))
 
-    def merge(self, other: "_Side") -> None:
-        self.moments.merge(other.moments)
-        self.sample.merge(other.sample)
+    @property
+    def dims(self) -> int:
+        return len(self.moments.mean)
+
+    def with_rows(self, name: str, x: Tensor | None) -> "_Side":
+        if x is None:
+            return self
+        moments, sample = self.moments.copy(), self.sample.copy()
+        for rows in batches(x.detach()):
+            rows = squarable(name, _check.finite(name, rows))
+            moments.update(rows)
+            sample.update(rows)
+        return _Side(moments, sample)
+
+    def with_side(self, other: "_Side") -> "_Side":
+        moments, sample = self.moments.copy(), self.sample.copy()
+        moments.merge(other.moments)
+        sample.merge(other.sample)
+        return _Side(moments, sample)
 
     def hull(self) -> Tensor:
         return hull(self.moments, self.sample.rows)
@@ -324,4 +409,12 @@ def _outside(gap: Tensor, basis: Tensor) -> tuple[int, Tensor]:
 
 
 def _moved(x: Tensor, shift: Tensor, normalize: bool = False) -> Tensor:
-    return torch.ops.gapkern.meanshift_apply(x, shift.to(x.device), normalize)
+    rows = with_float64(x)
+    moved: Tensor = torch.ops.gapkern.meanshift_apply(rows, shift.to(rows.device), normalize)
+    if normalize and len(rows):
+        # The operator takes lengths below 1e-12 for it, as PyTorch does, and squares leave float64 beyond 1e154.
+        odd = (moved.detach().double().norm(dim=1) - 1).abs() > 0.1
+        if bool(odd.any()):
+            exact = unit(rows.double() + shift.to(rows.device)).to(moved.dtype)
+            moved = torch.where(odd[:, None], exact, moved)
+    return moved.to(x.device)

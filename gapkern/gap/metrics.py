@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern.gap.moments import Moments, hull
 
 _ROWS = 8192
@@ -87,6 +88,7 @@ def _doubly_stochastic_residual(images: Tensor, texts: Tensor, logit_scale: floa
     return float((sums * len(texts) / len(images) - 1).abs().max())
 
 
+@isolated
 def gap_metrics(
     images: Tensor | np.ndarray, texts: Tensor | np.ndarray, *, logit_scale: float = 100.0
 ) -> dict[str, float]:

@@ -1,12 +1,16 @@
 """Means and Gram matrices of rows, in float64: in one pass, batch by batch, rank by rank."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gapkern import files
+from gapkern._rows import with_float64
 from gapkern.ops import meanshift as _ops  # noqa: F401 - registers the operators
+
+__all__ = ["Moments", "Sample", "batches", "hull", "numerical_rank", "principal"]
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Moments:
         """Adds rows (n, D)."""
         if len(rows) == 0:
             return
+        rows = with_float64(rows)
         mean = torch.ops.gapkern.meanshift_sum(rows).cpu() / len(rows)
         gram = torch.ops.gapkern.meanshift_gram(rows, mean.to(rows.device)).cpu()
         self.merge(Moments(len(rows), mean, gram))
@@ -54,32 +59,52 @@ class Moments:
         self.mean = self.mean + apart * (other.count / count)
         self.count = count
 
+    def copy(self) -> "Moments":
+        """The same, for further rows."""
+        return replace(self, gram=self.gram.clone())
+
 
 def batches(x: Tensor) -> tuple[Tensor, ...]:
     """The rows of x, as many at a time as a streamed file gives."""
-    return x.split(max(1, files.CHUNK // max(1, x.shape[1])))
+    return x.split(max(1, files.CHUNK // max(1, x.shape[1])))  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Sample:
     """Up to `limit` rows drawn evenly from all that were seen; all of them while they are fewer.
 
-    Every row has a random key and the smallest keys stay, so that samples merge.
+    Every row has a random key and the smallest keys stay, so that samples merge. The keys of a batch are drawn by its
+    place and by its rows, so that shards which are read side by side draw different positions.
     """
 
-    def __init__(self, dims: int, limit: int):
+    def __init__(self, dims: int, limit: int) -> None:
         self.limit = limit
-        self.rows = torch.empty(0, dims)
+        self.rows = torch.empty(0, dims, dtype=torch.float32)
         self.keys = torch.empty(0, dtype=torch.float64)
         self.seen = 0
 
     def update(self, rows: Tensor) -> None:
-        generator = torch.Generator().manual_seed(self.seen)
+        """Adds rows (n, D)."""
+        if len(rows) == 0:
+            return
+        generator = torch.Generator().manual_seed(self._seed(rows))
         keys = torch.rand(len(rows), generator=generator, dtype=torch.float64)
         self.seen += len(rows)
         if self.seen > self.limit and len(self.keys) == self.limit:
             chosen = keys < self.keys.max()
             rows, keys = rows[chosen.to(rows.device)], keys[chosen]
         self._add(rows.cpu(), keys)
+
+    def _seed(self, rows: Tensor) -> int:
+        some = rows[:: max(1, len(rows) // 64)].detach().cpu().contiguous()
+        found = hashlib.blake2b(str(self.seen).encode(), digest_size=8)
+        found.update(some.view(torch.uint8).numpy().tobytes())
+        return int.from_bytes(found.digest(), "little") >> 1
+
+    def copy(self) -> "Sample":
+        """The same, for further rows."""
+        other = Sample(self.rows.shape[1], self.limit)
+        other.rows, other.keys, other.seen = self.rows, self.keys, self.seen
+        return other
 
     def merge(self, other: "Sample") -> None:
         """Adds what another sample has seen."""
@@ -119,4 +144,5 @@ def principal(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def numerical_rank(values: Tensor) -> int:
+    """How many eigenvalues of a Gram matrix, descending, are more than rounding."""
     return int((values > values[0] * 1e-14 * len(values)).sum()) if values[0] > 0 else 0

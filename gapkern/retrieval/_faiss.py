@@ -111,7 +111,7 @@ def train(index: Any, sample: np.ndarray, name: str) -> None:
         warnings.warn(
             f"{name}: FAISS: clustering {len(sample)} points to {centroids} centroids: please provide at least "
             f"{wanted} training points",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

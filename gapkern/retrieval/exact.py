@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gapkern._nearest import CHUNK, _full_precision
+from gapkern._ambient import product
+from gapkern._nearest import CHUNK
 
 QUERY_ROWS, GALLERY_ROWS = 1024, 2048  # of a block: with both factors within a core's reach of the cache
 SPARE = 8  # candidates beyond k that are kept for near-ties
@@ -97,8 +98,7 @@ def blocks(queries: Tensor, gallery: Tensor, middle: Tensor, metric: str) -> Ite
     step = max(GALLERY_ROWS, CHUNK // max(1, len(q)))
     for start in range(0, len(gallery), step):
         g, _ = factors(gallery[start : start + step], middle, metric, side="gallery")
-        with _full_precision():
-            yield start, q @ g.T
+        yield start, product(q, g.T)
 
 
 def settle(

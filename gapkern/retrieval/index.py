@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
 from gapkern.retrieval import exact, store
 from gapkern.retrieval._faiss import errors, faiss, no_gpu, on_gpu, train
@@ -157,6 +158,7 @@ class GapIndex:
             rows = self.shift.transform(rows) if side == "gallery" else self.shift.transform_queries(rows)
         return np.ascontiguousarray(rows.cpu().numpy())
 
+    @isolated
     def train(self, sample: Any) -> "GapIndex":
         """Learns lists and codes from gallery rows (N, D), which are moved as the gallery is. Returns self.
 
@@ -173,6 +175,7 @@ class GapIndex:
                 train(self._index, moved, "sample")
         return self
 
+    @isolated
     def add(self, gallery: Any, ids: Any = None) -> "GapIndex":
         """Adds rows (N, D) of any floating-point dtype and strides. Returns self.
 
@@ -255,6 +258,7 @@ class GapIndex:
         self._views.pop("gpu", None)
         return self
 
+    @isolated
     def search(self, queries: Any, k: int) -> tuple[Any, Any]:
         """The k nearest gallery vectors of each query.
 

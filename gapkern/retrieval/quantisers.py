@@ -118,7 +118,7 @@ def compare_quantisers(
         >>> import torch
         >>> gallery = torch.nn.functional.normalize(torch.randn(300, 16), dim=1)
         >>> queries = gallery + 0.05 * torch.randn(300, 16) + torch.ones(16)
-        >>> result = compare_quantisers(queries, gallery, ["Flat", "SQ8"], shift=MeanShift(components="auto"))
+        >>> result = compare_quantisers(queries, gallery, ["Flat", "SQ8"], shift=MeanShift(n_components="auto"))
         Traceback (most recent call last):
         ...
         ValueError: shift: expected a fitted MeanShift, got MeanShift(...)
@@ -132,7 +132,7 @@ def compare_quantisers(
     k = _check.integer("k", k, low=1, high=len(gallery))
     if shift is None:
         shift = MeanShift().fit(gallery, queries)
-    elif not shift._fitted():
+    elif not shift.is_fitted:
         raise ValueError(f"shift: expected a fitted MeanShift, got {shift!r}")
     wanted = None if positives is None else pairs(positives, len(queries), len(gallery))
     count = len(gallery) if sample is None else min(len(gallery), _check.integer("sample", sample, low=1))

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._nearest import CHUNK, _full_precision
+from gapkern._ambient import isolated, product
+from gapkern._nearest import CHUNK
 from gapkern.retrieval import exact
 
 GROUP = 32  # costs whose least one is compared first
 QUERIES_AT_HAND = 2**14
 
 
+@isolated
 def recall(
     queries: Any,
     gallery: Any,
@@ -160,7 +162,7 @@ def ranks_of_positives(
     theirs = _Side(cost, wanted, asking, len(gallery) if both else 0, limit)
     middle = exact.centre(gallery, metric)
     far_q, far_g = exact.reach(queries, middle), exact.reach(gallery, middle)
-    products = torch.empty(exact.QUERY_ROWS * exact.GALLERY_ROWS, device=queries.device)
+    products = torch.empty(exact.QUERY_ROWS * exact.GALLERY_ROWS, dtype=torch.float32, device=queries.device)
     for first in range(0, len(queries), QUERIES_AT_HAND):
         q, norms = exact.factors(queries[first : first + QUERIES_AT_HAND], middle, metric, side="queries")
         ours.bounds(slice(first, first + len(q)), exact.slack(norms, far_g, metric))
@@ -169,8 +171,7 @@ def ranks_of_positives(
             theirs.bounds(slice(start, start + len(g)) if both else slice(0), exact.slack(norms, far_q, metric))
             for at in range(0, len(q), exact.QUERY_ROWS):
                 rows = q[at : at + exact.QUERY_ROWS]
-                with _full_precision():
-                    block = torch.mm(rows, g.T, out=products[: len(rows) * len(g)].view(len(rows), len(g)))
+                block = product(rows, g.T, out=products[: len(rows) * len(g)].view(len(rows), len(g)))
                 ours.count(block, first + at, start, queries, gallery, metric)
                 if both:
                     theirs.count(block.T, start, first + at, gallery, queries, metric)

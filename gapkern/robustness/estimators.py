@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern._nearest import CHUNK, distances, lowest, nearest
 from gapkern.gap import MeanShift
 from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
@@ -240,6 +241,7 @@ def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, 
     return _Task(moved_queries, moved, perturbed, stays, agrees, labels, classes, none)
 
 
+@isolated
 def robustness(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, check, title
 from gapkern.robustness.estimators import robustness
@@ -76,6 +77,7 @@ class SweepResult:
         return figure
 
 
+@isolated
 def sweep(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -101,7 +103,7 @@ def sweep(
         alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
         perturbations: one or several.
         labels, gallery_labels, on, when, method, trials, seed: as for `robustness`.
-        shift: a fitted `MeanShift`; by default one is fitted here, with components="auto".
+        shift: a fitted `MeanShift`; by default one is fitted here, with n_components="auto".
         progress: show a progress bar.
         journal: a file that keeps each row as it is done. A later call with the same arguments takes up from there;
             remove the file once the result is kept elsewhere.
@@ -164,6 +166,7 @@ def sweep(
     return SweepResult(rows, shift)
 
 
+@isolated
 def best_alpha(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -191,7 +194,7 @@ def best_alpha(
         >>> from gapkern import Gaussian
         >>> gallery = torch.eye(3, 8)
         >>> queries = gallery + torch.tensor([0.0] * 7 + [2.0])
-        >>> shift = MeanShift(components="exact").fit(gallery, queries)
+        >>> shift = MeanShift(n_components="exact").fit(gallery, queries)
         >>> round(best_alpha(queries, gallery, Gaussian(2.0), shift=shift), 1)
         1.0
     """

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
 from gapkern.perturb import Gaussian
 from gapkern.theory.gradients import freeze, leading_gradient
@@ -30,6 +31,7 @@ class Verdict:
     numbers: dict[str, float]
 
 
+@isolated
 def assess(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,
@@ -49,7 +51,7 @@ def assess(
         logit_scale: of the model's softmax; CLIP's is 100.
         similarity: of its loss, "dot" or "sqeuclidean".
         gallery: which modality is searched, "texts" or "images".
-        shift: a fitted `MeanShift` of that gallery; by default components="auto".
+        shift: a fitted `MeanShift` of that gallery; by default n_components="auto".
         noise: for 3.4; by default the paper's Gaussian(0.022).
         tolerance: how far from exact an assumption may be to count as met.
 

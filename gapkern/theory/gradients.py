@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern.dynamics.measures import evaluate, pairs
-from gapkern.losses.functional import contrastive_loss
+from gapkern._ambient import isolated
+from gapkern.dynamics.measures import evaluate, pair_losses, pairs
+from gapkern.losses.functional import scalar
 
 TIGHT, FAR = 0.1, 10.0  # below and above which an expansion's next term is a tenth of it
 
@@ -50,6 +51,7 @@ class LeadingGradient:
         return self.tightness < TIGHT and self.distance > FAR
 
 
+@isolated
 def leading_gradient(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,
@@ -152,6 +154,7 @@ class Freeze:
         return max(self.residual_images, self.residual_texts, self.deviation_images, self.deviation_texts) <= tolerance
 
 
+@isolated
 def freeze(
     images: Tensor | np.ndarray,
     texts: Tensor | np.ndarray,
@@ -196,7 +199,7 @@ def freeze(
     if not float(u.norm()) > 0:
         raise ValueError(f"{name}: expected a length above 0, got {float(u.norm()):g}")
     u = u / u.norm()
-    losses = contrastive_loss(x, y, logit_scale, similarity=similarity, reduction="none").double()
+    losses = pair_losses(x, y, scalar("logit_scale", logit_scale, x), similarity)
     on_x, on_y, s = x64 @ u, y64 @ u, float(logit_scale)
     of_x = _along(at.images.double() @ u, at.sums_images, on_x, on_y, losses, s, similarity)
     of_y = _along(at.texts.double() @ u, at.sums_texts, on_y, on_x, losses, s, similarity)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._ambient import isolated
 from gapkern._nearest import distances
 from gapkern.gap import MeanShift
 from gapkern.gap.moments import Moments, hull
@@ -50,6 +51,7 @@ class Orthogonality:
         )
 
 
+@isolated
 def orthogonality(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray) -> Orthogonality:
     """How far Assumption 3.3 is met by queries (Q, D) and a gallery (G, D).
 
@@ -131,6 +133,7 @@ class Preservation:
         return [float((self.reach >= abs(a)).double().mean()) for a in ([self.alpha] if alphas is None else alphas)]
 
 
+@isolated
 def preservation(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -232,6 +235,7 @@ class RobustnessCurve:
         }
 
 
+@isolated
 def robustness_curve(
     queries: Tensor | np.ndarray,
     gallery: Tensor | np.ndarray,
@@ -247,7 +251,7 @@ def robustness_curve(
         gallery: (G, D).
         noise: Gaussian, on the gallery.
         alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
-        shift: a fitted `MeanShift`; by default one with components="exact", to which the theorem applies.
+        shift: a fitted `MeanShift`; by default one with n_components="exact", to which the theorem applies.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -266,7 +270,7 @@ def robustness_curve(
     alphas = sorted(_check.number("alphas", a) for a in alphas)
     if not alphas:
         raise ValueError("alphas: expected at least one, got none")
-    shift = MeanShift(components="exact").fit(gallery, queries) if shift is None else shift
+    shift = MeanShift(n_components="exact").fit(gallery, queries) if shift is None else shift
     v, _ = _vector(shift)
     results = [robustness(queries, gallery, noise, shift=shift.at(a), method="exact") for a in alphas]
     per_query = torch.stack([r.per_query for r in results])

@@ -60,7 +60,7 @@ def _measure(name: str, data: Embeddings, noise: Gaussian) -> dict[str, Any]:
     fit, judge = slice(0, None, 2), slice(1, None, 2)
     queries = data.queries[judge]
     labels = None if data.labels is None else data.labels[judge].contiguous()
-    method = MeanShift(components=data.components) if name == "projected_shift" else BASELINES[name]()
+    method = MeanShift(n_components=data.components) if name == "projected_shift" else BASELINES[name]()
     if name == "procrustes":
         assert data.labels is not None
         method.fit(data.gallery[data.labels[fit]], data.queries[fit])

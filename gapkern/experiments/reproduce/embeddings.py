@@ -56,7 +56,7 @@ class Embeddings:
     @cached_property
     def shift(self) -> MeanShift:
         """Fitted on the gallery and the queries, alpha = 1."""
-        return MeanShift(components=self.components).fit(self.gallery, self.queries)
+        return MeanShift(n_components=self.components).fit(self.gallery, self.queries)
 
     @property
     def slug(self) -> str:

@@ -123,7 +123,7 @@ def fig2(context: Context) -> Result:
     sets = context.embeddings
     for done, data in enumerate(sets):
         before = nearest(data.queries, data.gallery)
-        naive = MeanShift(components=0).fit(data.gallery, data.queries)
+        naive = MeanShift(n_components=0).fit(data.gallery, data.queries)
         found = {}
         for name, shift in (("whole gap", naive), ("projected (the paper's method)", data.shift)):
             scores = [_score(data, shift.at(a).transform(data.gallery), before) for a in ALPHAS]
@@ -146,10 +146,10 @@ def fig2(context: Context) -> Result:
         claims.append(
             judge(
                 "Moved only outside the gallery's principal subspace, (nearly) every image keeps its nearest text.",
-                f"{data.name}: α from 0 to 1 in eighths, k = {data.shift.components_} components left alone "
-                f"(components = “{data.shift.components}”), which closes {data.shift.orthogonality_:.1%} of the gap.",
+                f"{data.name}: α from 0 to 1 in eighths, k = {data.shift.n_components_} components left alone "
+                f"(components = “{data.shift.n_components}”), which closes {data.shift.orthogonality_:.1%} of the gap.",
                 {"least share of neighbours kept": least, "share of the gap closed": data.shift.orthogonality_},
-                least >= (1.0 if data.shift.components == "exact" else KEPT),
+                least >= (1.0 if data.shift.n_components == "exact" else KEPT),
                 f"{1 - least:.2%} of the neighbours change",
             )
         )
@@ -229,11 +229,11 @@ def _closures(data: Embeddings, before: Tensor) -> list[dict[str, Any]]:
     unmoved = robustness(data.queries, data.gallery, noise).robustness
     rows = []
     for components in ("exact", "auto", 0.95, 0.9, 0.5, 0):
-        shift = MeanShift(components=components).fit(data.gallery, data.queries)
+        shift = MeanShift(n_components=components).fit(data.gallery, data.queries)
         accuracy, kept = _score(data, shift.transform(data.gallery), before)
         found = robustness(data.queries, data.gallery, noise, shift=shift)
         rows.append({
-            "components": str(components), "embeddings": data.name, "k": shift.components_,
+            "components": str(components), "embeddings": data.name, "k": shift.n_components_,
             "closed": shift.orthogonality_, "kept": kept, "accuracy": accuracy, "open": unmoved,
             "robust": found.robustness, "noise": noise.variance,
         })  # fmt: skip

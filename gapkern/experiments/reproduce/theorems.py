@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapkern._nearest import nearest
-from gapkern._threads import threads
+from gapkern._threads import one_thread
 from gapkern.dynamics import descend, isotropic_gaussians, tight_clusters
 from gapkern.experiments.reproduce.claims import Claim, Context, Figure, Result, Table, judge
 from gapkern.experiments.reproduce.embeddings import Embeddings, noise_that_keeps
@@ -232,14 +232,14 @@ def thm3_4(context: Context) -> Result:
     cases = 200 if context.quick else 1000
     generator = torch.Generator().manual_seed(context.seed)
     falls, gains = [], []
-    for case in range(cases):
-        queries, gallery, noise = _orthogonal(generator)
-        with threads(1):
-            curve = robustness_curve(queries, gallery, noise, alphas=(0, 0.25, 0.5, 0.75, 1))
-        falls.append(curve.worst_fall)
-        gains.append(curve.robustness[-1] - curve.robustness[0])
-        if case % 50 == 0:
-            context.progress(case, cases)
+    with one_thread() as run:
+        for case in range(cases):
+            queries, gallery, noise = _orthogonal(generator)
+            curve = run(robustness_curve, queries, gallery, noise, alphas=(0, 0.25, 0.5, 0.75, 1))
+            falls.append(curve.worst_fall)
+            gains.append(curve.robustness[-1] - curve.robustness[0])
+            if case % 50 == 0:
+                context.progress(case, cases)
     claims = [
         judge(
             "If the gap is orthogonal to both modalities, closing it makes every query's neighbour more robust, "
@@ -302,7 +302,7 @@ def _orthogonal(generator: torch.Generator) -> tuple[Tensor, Tensor, Gaussian]:
 
 def _curve(data: Embeddings, quick: bool):
     noise = noise_that_keeps(0.7, data)
-    shift = MeanShift(components="exact").fit(data.gallery, data.queries)
+    shift = MeanShift(n_components="exact").fit(data.gallery, data.queries)
     alphas = tuple(i / 4 for i in range(7)) if quick else tuple(i / 8 for i in range(13))
     return robustness_curve(data.queries, data.gallery, noise, alphas=alphas, shift=shift), noise
 
@@ -314,7 +314,7 @@ def thm3_5(context: Context) -> Result:
     panels = []
     for data in context.embeddings:
         claims.append(_orthogonal_shifts(data, context.seed))
-        shift = MeanShift(components=0).fit(data.gallery, data.queries)
+        shift = MeanShift(n_components=0).fit(data.gallery, data.queries)
         alphas = [i / 4 for i in range(7)] if context.quick else [i / 16 for i in range(25)]
         found = preservation(data.queries, data.gallery, shift, alpha=max(alphas))
         before = nearest(data.queries, data.gallery)
