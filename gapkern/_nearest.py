@@ -27,7 +27,7 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         >>> nearest(torch.tensor([[0.9, 0.0], [0.0, 0.2]]), torch.eye(2)).tolist()
         [0, 1]
     """
-    if gallery.is_cuda and gallery.dtype != torch.float64:
+    if gallery.is_cuda and gallery.dtype != torch.float64 and _squares_in_float32(queries, gallery):
         return in_tiles(queries, gallery, exact=exact)
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for rows, squared, slack in distances(queries, gallery):
@@ -58,11 +58,15 @@ def distances(
     """Squared distances (n, G) of some queries at a time, and (n,) what rounding may have moved them by.
 
     They are formed about `centre` (D,), by default the gallery's mean, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from
-    cancelling, in `work`: by default float64 for a float64 gallery and float32 otherwise.
+    cancelling, in `work`: by default float64 for a float64 gallery and float32 otherwise. Rows whose squares leave
+    float32 take float64 whatever `work` is.
     """
     work = work or (torch.float64 if gallery.dtype == torch.float64 else torch.float32)
     # Any centre serves as long as both sides take the same one.
-    centre = (gallery.mean(0, dtype=torch.float64) if centre is None else centre).to(work)
+    centre = gallery.mean(0, dtype=torch.float64) if centre is None else centre
+    if work == torch.float32 and not _squares_in_float32(queries, gallery, centre):
+        work = torch.float64
+    centre = centre.to(work)
     x = gallery.to(work) - centre
     norms = x.square().sum(1, keepdim=True)
     reach = norms.max().sqrt() if len(x) else norms.sum()
@@ -104,3 +108,14 @@ def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> t
         equal = squared == least[row]
         found[some] = found.new_full((len(some),), len(gallery)).scatter_reduce(0, row[equal], column[equal], "amin")
     return found, torch.where(rows[:, 0] == found, rows[:, 1], rows[:, 0])
+
+
+def _squares_in_float32(queries: Tensor, gallery: Tensor, centre: Tensor | None = None) -> bool:
+    """Whether squared distances about the centre are normal float32 numbers, but for those that do not matter."""
+    largest = 0.0
+    for x in (queries, gallery):
+        if len(x):
+            low, high = x.amin(0).double(), x.amax(0).double()
+            middle = 0 if centre is None else centre.double()
+            largest = max(largest, float(torch.maximum((low - middle).abs(), (high - middle).abs()).max()))
+    return largest == 0 or 1e-15 < largest < 1e15

@@ -1,5 +1,6 @@
 """Perturbations of a gallery: noise, quantisation, replacement, and chains of them (Chowers et al., CVPR 2026)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,12 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._rows import with_float64
 from gapkern.ops import perturb as _ops  # noqa: F401 - registers the operators
+
+__all__ = [
+    "Chain", "Gaussian", "Perturbation", "Quantize", "Replace", "Uniform", "check", "perturb", "title",
+]  # fmt: skip
 
 _NEXT_STREAM = 0x9E3779B97F4A7C15
 
@@ -36,10 +42,19 @@ class Perturbation:
         """What a report says of it: perturbation, and variance, scale, bins, range where they apply."""
         return {"perturbation": self.name}
 
+    def steps(self, seed: int) -> Iterator[tuple["Perturbation", int]]:
+        """The stages in turn, each with the seed of its own draws: itself alone, unless it is a chain.
+
+        Example:
+            >>> [(stage.name, own == 7) for stage, own in (Gaussian(0.1) | Gaussian(0.2)).steps(7)]
+            [('gaussian', True), ('gaussian', False)]
+        """
+        yield self, seed
+
     def __or__(self, other: "Perturbation") -> "Chain":
         if not isinstance(other, Perturbation):
             return NotImplemented
-        return Chain((*_stages(self), *_stages(other)))
+        return Chain((*(stage for stage, _ in self.steps(0)), *(stage for stage, _ in other.steps(0))))
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class _Noise(Perturbation):
     scale: str = "total"
     random = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "variance", _check.number("variance", self.variance, low=0))
         _check.choice("scale", self.scale, ("total", "per_coordinate"))
         object.__setattr__(self, "random", self.variance > 0)
@@ -57,11 +72,12 @@ class _Noise(Perturbation):
         """The variance of one coordinate of a D-dimensional row."""
         return self.variance / dims if self.scale == "total" else self.variance
 
-    def apply(self, x, seed, trial, first_row=0):
+    def apply(self, x: Tensor, seed: int, trial: int, first_row: int = 0) -> Tensor:
         std = self.per_coordinate(x.shape[1]) ** 0.5
-        return torch.ops.gapkern.perturb_noise(x, self.name, std, seed, trial, first_row)
+        noisy: Tensor = torch.ops.gapkern.perturb_noise(x, self.name, std, seed, trial, first_row)
+        return noisy
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {"perturbation": self.name, "variance": self.variance, "scale": self.scale}
 
 
@@ -110,21 +126,30 @@ class Quantize(Perturbation):
     range: str = "per_dimension"
     name = "quantize"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "bins", _check.integer("bins", self.bins, low=2, high=2**24))
         _check.choice("range", self.range, ("per_dimension", "global"))
 
-    def apply(self, x, seed, trial, first_row=0):
+    def apply(self, x: Tensor, seed: int, trial: int, first_row: int = 0) -> Tensor:
         if x.shape[0] == 0:
             return x.clone()
-        if self.range == "global":
-            low, high = (v.reshape(1) for v in torch.aminmax(x))
-        else:
-            low, high = torch.aminmax(x, dim=0)
-        work = torch.promote_types(x.dtype, torch.float32)
-        return torch.ops.gapkern.perturb_quantize(x, low.to(work), high.to(work), self.bins)
+        low, high = torch.aminmax(x, dim=0)
+        return self.within(x, low, high)
 
-    def describe(self):
+    def within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """x (N, D) in the cells between given smallest and largest values (D,) of each coordinate.
+
+        Example:
+            >>> Quantize(2).within(torch.tensor([[0.1]]), torch.tensor([0.0]), torch.tensor([1.0])).tolist()
+            [[0.25]]
+        """
+        if self.range == "global":
+            low, high = low.amin().reshape(1), high.amax().reshape(1)
+        work = torch.promote_types(x.dtype, torch.float32)
+        quantized: Tensor = torch.ops.gapkern.perturb_quantize(x, low.to(work), high.to(work), self.bins)
+        return quantized
+
+    def describe(self) -> dict[str, Any]:
         return {"perturbation": self.name, "bins": self.bins, "range": self.range}
 
 
@@ -145,22 +170,23 @@ class Replace(Perturbation):
     label: str = ""
     name = "replace"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         matrix = _check.finite("gallery", _check.matrix("gallery", self.gallery, rows="G"))
         object.__setattr__(self, "gallery", matrix)
 
-    def base(self, gallery):
+    def base(self, gallery: Tensor) -> Tensor:
         if self.gallery.shape != gallery.shape:
             raise ValueError(
                 f"gallery: expected shape {tuple(gallery.shape)} as the gallery it replaces, "
                 f"got {tuple(self.gallery.shape)}"
             )
-        return self.gallery.to(gallery)
+        replacement: Tensor = self.gallery
+        return replacement.to(gallery)
 
-    def apply(self, x, seed, trial, first_row=0):
+    def apply(self, x: Tensor, seed: int, trial: int, first_row: int = 0) -> Tensor:
         return x
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {"perturbation": self.name, "label": self.label}
 
 
@@ -176,25 +202,25 @@ class Chain(Perturbation):
     stages: tuple[Perturbation, ...]
     name = "chain"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if any(isinstance(stage, Replace) for stage in self.stages[1:]):
             raise ValueError("stages: expected Replace only as the first stage of a chain")
         object.__setattr__(self, "random", any(stage.random for stage in self.stages))
 
-    def base(self, gallery):
+    def base(self, gallery: Tensor) -> Tensor:
         return self.stages[0].base(gallery)
 
-    def apply(self, x, seed, trial, first_row=0):
+    def steps(self, seed: int) -> Iterator[tuple[Perturbation, int]]:
         for index, stage in enumerate(self.stages):
-            x = stage.apply(x, (seed + index * _NEXT_STREAM) % 2**63, trial, first_row)
+            yield stage, (seed + index * _NEXT_STREAM) % 2**63
+
+    def apply(self, x: Tensor, seed: int, trial: int, first_row: int = 0) -> Tensor:
+        for stage, own in self.steps(seed):
+            x = stage.apply(x, own, trial, first_row)
         return x
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         return {"perturbation": self.name, "stages": [stage.describe() for stage in self.stages]}
-
-
-def _stages(perturbation: Perturbation) -> tuple[Perturbation, ...]:
-    return perturbation.stages if isinstance(perturbation, Chain) else (perturbation,)
 
 
 def title(description: dict[str, Any]) -> str:
@@ -242,7 +268,8 @@ def perturb(
     trial = _check.integer("trial", trial, low=0, high=2**32 - 1)
     first_row = _check.integer("first_row", first_row, low=0)
     matrix = _check.matrix("x", x, rows="N", empty=True)
-    result = perturbation.apply(perturbation.base(matrix), seed, trial, first_row)
+    rows = perturbation.base(with_float64(matrix))
+    result = perturbation.apply(rows, seed, trial, first_row).to(matrix.device)
     return result.numpy() if isinstance(x, np.ndarray) else result
 
 

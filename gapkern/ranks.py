@@ -1,8 +1,4 @@
-"""Galleries and queries spread over ranks: each holds its share of rows, in order, and reads the others' in turn.
-
-Whatever the number of ranks: shares are consecutive rows, noise depends on an element's place alone, counts are summed
-as integers, and near-ties are decided in float64 from the rows themselves. So results are the same to the last bit.
-"""
+"""Processes that evaluate together, and matrices of which each holds a share of the rows."""
 
 import os
 from collections.abc import Iterator
@@ -15,18 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gapkern import _check, files
-from gapkern.gap import MeanShift
-from gapkern.perturb import _NEXT_STREAM, Perturbation, Quantize, Replace, _stages
-from gapkern.retrieval import exact
+from gapkern._compare import same_fields
+
+__all__ = ["Ranks", "Rows"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """This rank's rows of a matrix: `values` (n, D) are rows first .. first + n - 1 of `total`."""
 
     values: Tensor
     first: int
     total: int
+
+    __eq__ = same_fields
 
     def of(self, values: Tensor) -> "Rows":
         """The same place with other values."""
@@ -160,57 +158,3 @@ class Ranks:
             dist.all_reduce(bounds, dist.ReduceOp.MIN)
         bounds[1].neg_()
         return bounds
-
-
-def normalized(rows: Rows) -> Rows:
-    """Float32 rows of length one: what was stored in half precision is off by more than neighbours are apart."""
-    return rows.of(torch.nn.functional.normalize(rows.values.float(), dim=1))
-
-
-def fit(components: str | int | float, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift:
-    """The mean shift of rows on all ranks, the same to the bit for any number of them; memory: one batch."""
-    shift = MeanShift(n_components=components)
-    for batch in ranks.batches(gallery):
-        shift.partial_fit(gallery=batch)
-    for batch in ranks.batches(queries):
-        shift.partial_fit(queries=batch)
-    return shift
-
-
-def perturbed(rows: Rows, perturbation: Perturbation | None, seed: int, ranks: Ranks) -> Rows:
-    """What `perturb` makes of the whole matrix, of which every rank does its rows."""
-    if perturbation is None:
-        return rows
-    x = rows.values
-    for index, stage in enumerate(_stages(perturbation)):
-        if isinstance(stage, Replace):
-            raise ValueError(
-                "perturbation: expected noise or quantisation, got a Replace; evaluate that gallery itself"
-            )
-        if isinstance(stage, Quantize):
-            # The cells are the whole gallery's: two rows more, that are cut off again, hold its range.
-            x = stage.apply(torch.cat([x, ranks.extremes(x)]), seed, 0)[: len(x)]
-        else:
-            x = stage.apply(x, (seed + index * _NEXT_STREAM) % 2**63, 0, rows.first)
-    return rows.of(x)
-
-
-def topk(queries: Tensor, gallery: Rows, k: int, ranks: Ranks) -> Tensor:
-    """The k nearest rows of the whole gallery for this rank's queries: int64 (q, min(k, G)), equal ones by lowest row.
-
-    Every rank's share of the gallery is searched in turn and merged into the best so far: never Q x G, and never the
-    whole gallery on one rank.
-    """
-    best = queries.new_empty(len(queries), 0, dtype=torch.float64)
-    found = queries.new_empty(len(queries), 0, dtype=torch.int64)
-    for first, rows in ranks.each(gallery):
-        _, near = exact.search(queries, rows, min(k, len(rows)))
-        if len(rows) == gallery.total:
-            return near
-        asking = torch.arange(len(queries), device=near.device).repeat_interleave(near.shape[1])
-        cost = exact.costs(queries, rows, asking, near.flatten(), "l2").view_as(near)
-        # Earlier ranks hold lower rows: a stable sort leaves the lowest of equal ones in front.
-        best, order = torch.cat([best, cost], 1).sort(dim=1, stable=True)
-        found = torch.cat([found, near + first], 1).gather(1, order)[:, :k]
-        best = best[:, :k]
-    return found

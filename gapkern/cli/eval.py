@@ -101,7 +101,8 @@ def _settings(arguments) -> Any:
 
     shift, label = arguments.shift, arguments.shift
     if shift is not None and (os.path.exists(shift) or shift.endswith(".safetensors")):
-        shift, label = MeanShift.load(shift), os.path.basename(shift).removesuffix(".safetensors")
+        label = os.path.basename(shift).removesuffix(".safetensors")
+        shift = MeanShift.load(shift)
     elif shift is not None:
         try:
             shift = components(shift)

@@ -151,7 +151,7 @@ def descend(
     return Trajectory(rows, images, texts, descent.scale, descent.kept, settings)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Descent:
     """Embeddings and log(s) (float64, 0-d) on their way down, moved in place by `rule`."""
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern._compare import same_fields
+from gapkern._rows import squarable, with_float64
 from gapkern.gap.moments import Moments, principal
 from gapkern.losses.functional import check_pairs, scalar, work_bytes
 from gapkern.ops.contrastive import lse_pair
@@ -22,7 +24,7 @@ from gapkern.ops.contrastive import lse_pair
 HELD = 0.999  # share of the variance that the principal directions of `orthogonality` hold
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """The contrastive loss of N pairs at a point.
 
@@ -40,6 +42,8 @@ class Evaluation:
     logit_scale: float
     sums_images: Tensor
     sums_texts: Tensor
+
+    __eq__ = same_fields
 
     @property
     def residual_images(self) -> float:
@@ -83,14 +87,20 @@ def evaluate(
         raise ValueError(f"logit_scale: expected a finite number > 0, got {float(scale):g}")
     check_pairs(images, texts, scale)
     _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
-    return evaluate_unchecked(images, texts, scale, similarity)
+    at = evaluate_unchecked(images, texts, scale, similarity)
+    if not math.isfinite(at.loss):
+        raise ValueError(
+            f"images and texts: expected a loss that is finite in {str(images.dtype)[6:]}, got {at.loss} of magnitudes "
+            f"up to {float(images.abs().max()):g} and {float(texts.abs().max()):g}"
+        )
+    return at
 
 
 def evaluate_unchecked(images: Tensor, texts: Tensor, scale: Tensor, similarity: str) -> Evaluation:
     """`evaluate` of what is known to be sound; scale float64, 0-d."""
     n, dims = images.shape
     # Small beside the rest, so that squared distances keep their digits.
-    c = float(texts.abs().max()) * 2**-10 or 1.0
+    c = max(float(texts.abs().max()) * 2**-10, 2**-60)
     ones, zeros = images.new_full((n, 1), c), images.new_zeros(n, 1)
     x = torch.cat([images, ones, zeros], 1).requires_grad_()
     y = torch.cat([texts, zeros, ones], 1).requires_grad_()
@@ -127,10 +137,10 @@ def pairs(images: Any, texts: Any) -> tuple[Tensor, Tensor]:
     for name, x in (("images", images), ("texts", texts)):
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: expected float32 or float64, got {x.dtype}")
-        _check.finite(name, x)
+        squarable(name, _check.finite(name, x))
     if images.dtype != texts.dtype:
         raise TypeError(f"texts: expected {images.dtype} as in images, got {texts.dtype}")
-    return images.detach(), texts.detach()
+    return with_float64(images.detach()), with_float64(texts.detach())
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

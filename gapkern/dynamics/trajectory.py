@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern._compare import same_fields
 
 COLUMNS = (
     "step", "loss", "gradient_norm", "logit_scale", "gap_norm", "variance_along_images", "variance_across_images",
@@ -17,7 +18,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """Embeddings and softmax sums at one step: images, texts (N, D); sums_images, sums_texts (N,)."""
 
@@ -26,8 +27,10 @@ class Snapshot:
     sums_images: Tensor
     sums_texts: Tensor
 
+    __eq__ = same_fields
 
-@dataclass
+
+@dataclass(eq=False)
 class Trajectory:
     """A descent, as it was recorded.
 
@@ -46,6 +49,8 @@ class Trajectory:
     logit_scale: float
     snapshots: dict[int, Snapshot] = field(repr=False)
     settings: dict[str, Any]
+
+    __eq__ = same_fields
 
     def series(self, value: str) -> tuple[list[int], list[float]]:
         """The recorded steps and the values there."""

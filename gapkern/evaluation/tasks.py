@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern.evaluation.sharded import fit, normalized, perturbed, topk
 from gapkern.gap import MeanShift
 from gapkern.models import zero_shot_classifier
 from gapkern.perturb import Perturbation, check
-from gapkern.ranks import Ranks, Rows, fit, normalized, perturbed, topk
+from gapkern.ranks import Ranks, Rows
 from gapkern.retrieval import exact
 
 TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern._compare import same_fields
 from gapkern._nearest import nearest
 from gapkern._rows import unit, with_float64
 from gapkern.gap import saved
@@ -22,7 +23,7 @@ __all__ = ["MeanShift"]
 _X = TypeVar("_X", Tensor, np.ndarray)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """What a fit found: g and g' (D,) in float64, the k in use, ||g'|| / ||g||, and the share of neighbours kept."""
 
@@ -31,6 +32,8 @@ class Fit:
     n_components: int
     orthogonality: float
     agreement: float
+
+    __eq__ = same_fields
 
 
 class MeanShift(TwoSided[Fit]):

@@ -1,6 +1,7 @@
 """Every published measure of the modality gap, with one definition each."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -8,16 +9,24 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern._rows import squarable, unit
 from gapkern.gap.moments import Moments, hull
+
+__all__ = ["gap_metrics"]
 
 _ROWS = 8192
 
 
-def _unit(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x.double(), dim=1)
+def _scaled(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Both in float64 by a power of two, and that power, where fourth powers of their values might leave float64."""
+    largest = max(float(x.abs().max()) for x in (images, texts))
+    if largest == 0 or 1e-30 < largest < 1e30:
+        return images, texts, 1.0
+    power = 2.0 ** math.frexp(largest)[1]
+    return images.double() / power, texts.double() / power, power
 
 
-def _chunks(x: Tensor):
+def _chunks(x: Tensor) -> Iterator[Tensor]:
     return (x[i : i + _ROWS] for i in range(0, x.shape[0], _ROWS))
 
 
@@ -121,12 +130,14 @@ def gap_metrics(
     images, texts = _check.matrix("images", images), _check.matrix("texts", texts)
     _check.same_width(images=images, texts=texts)
     _check.same_rows(images=images, texts=texts)
-    images, texts = _check.finite("images", images).detach().cpu(), _check.finite("texts", texts).detach().cpu()
+    images = squarable("images", _check.finite("images", images)).detach().cpu()
+    texts = squarable("texts", _check.finite("texts", texts)).detach().cpu()
+    images, texts, power = _scaled(images, texts)
     n = len(images)
     seen_x, seen_t = Moments.of(images), Moments.of(texts)
     gram_x, gram_t = seen_x.gram, seen_t.gram
     gap = seen_t.mean - seen_x.mean
-    x, t = _unit(images), _unit(texts)
+    x, t = unit(images.double()), unit(texts.double())
     paired = float((x * t).sum(1).mean())
     within_x, within_t = _off_diagonal_cosine(x), _off_diagonal_cosine(t)
     unpaired = float((x.sum(0) @ t.sum(0) - (x * t).sum()) / (n * (n - 1))) if n > 1 else math.nan
@@ -135,8 +146,8 @@ def gap_metrics(
     outside = gap - basis @ (basis.T @ gap)
     norm = float(gap.norm())
     return {
-        "centroid_distance": norm,
-        "mean_pair_distance": float((images.double() - texts.double()).norm(dim=1).mean()),
+        "centroid_distance": norm * power,
+        "mean_pair_distance": float((images.double() - texts.double()).norm(dim=1).mean()) * power,
         "rmg": distance[0] / (distance[0] + (distance[1] + distance[2]) / 2) if n > 1 else math.nan,
         "cos_paired": paired,
         "cos_unpaired": unpaired,
@@ -145,7 +156,7 @@ def gap_metrics(
         "alignment": float((x - t).square().sum(1).mean()),
         "uniformity_images": _uniformity(x),
         "uniformity_texts": _uniformity(t),
-        "frechet": _frechet(gap, gram_x / max(n - 1, 1), gram_t / max(n - 1, 1)),
+        "frechet": _frechet(gap, gram_x / max(n - 1, 1), gram_t / max(n - 1, 1)) * power * power,
         "effective_rank_images": _effective_rank(gram_x) if n > 1 else math.nan,
         "effective_rank_texts": _effective_rank(gram_t) if n > 1 else math.nan,
         "orthogonality": float(outside.norm()) / norm if norm > 0 else math.nan,

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from gapkern import files
+from gapkern._compare import same_fields
 from gapkern._rows import with_float64
 from gapkern.ops import meanshift as _ops  # noqa: F401 - registers the operators
 
 __all__ = ["Moments", "Sample", "batches", "hull", "numerical_rank", "principal"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Moments:
     """count, mean (D,) and gram (D, D) = sum_i (x_i - mean)(x_i - mean)^T of the rows seen so far.
 
@@ -26,6 +27,8 @@ class Moments:
     count: int
     mean: Tensor
     gram: Tensor
+
+    __eq__ = same_fields
 
     @staticmethod
     def none(dims: int) -> "Moments":

@@ -30,7 +30,7 @@ METRICS = ("l2", "ip", "cosine")
 _X = TypeVar("_X", Tensor, np.ndarray)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """mu (D,) and V (D, k) in float64; mean distance of the queries to the hull before; share of neighbours kept."""
 

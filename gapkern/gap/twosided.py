@@ -23,7 +23,7 @@ F = TypeVar("F")
 _T = TypeVar("_T", bound="TwoSided[Any]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """What was seen of one modality: its moments, and some of its rows. Never changed in place."""
 

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,37 +14,21 @@ from gapkern._ambient import isolated
 from gapkern._nearest import CHUNK, distances, lowest, nearest
 from gapkern.gap import MeanShift
 from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
-from gapkern.perturb import Gaussian, Perturbation, Uniform, check, title
+from gapkern.perturb import Gaussian, Perturbation, check, title
 from gapkern.robustness.result import RobustnessResult
+from gapkern.robustness.task import Task, gini
+
+__all__ = ["METHODS", "robustness"]
 
 METHODS = ("auto", "exact", "projected", "sample")
+Tick = Callable[[float], None]
 _MARGIN = 6.5  # standard deviations by which a row must trail before it is left out: 4e-11
-
-
-@dataclass
-class _Task:
-    """Queries and galleries after the shift, and what counts as staying, agreeing and being right."""
-
-    queries: Tensor
-    gallery: Tensor
-    perturbed: Callable[[int, int], tuple[Tensor, Tensor]]  # seed, trial: queries and gallery with the perturbation
-    stays: Tensor  # (Q,) nearest row of the shifted gallery
-    agrees: Tensor  # (Q,) nearest row without shift
-    labels: Tensor | None
-    classes: Tensor  # (G,) class of each gallery row
-    rivals: Tensor  # (Q,) see RobustnessResult
-
-    def right(self, rows: Tensor, first: int) -> Tensor | None:
-        """Whether gallery rows (..., n) are right for queries first .. first + n - 1."""
-        if self.labels is None:
-            return None
-        return self.classes[rows] == self.labels[first : first + rows.shape[-1]]
 
 
 class _Tally:
     """Counts wins per query and per trial, and remembers who won instead."""
 
-    def __init__(self, task: _Task, trials: int):
+    def __init__(self, task: Task, trials: int) -> None:
         self.task = task
         device = task.queries.device
         self.wins = torch.zeros(3, len(task.queries), dtype=torch.float64, device=device)  # stays, agrees, right
@@ -76,21 +59,21 @@ class _Tally:
         return self.wins / trials, float(means.std() / math.sqrt(trials)) if trials > 1 else math.nan
 
 
-def _variance(task: _Task, perturbation: Perturbation) -> float:
+def _variance(task: Task, perturbation: Perturbation) -> float:
     assert isinstance(perturbation, Gaussian)
     return perturbation.per_coordinate(task.gallery.shape[1])
 
 
-def _distances(task: _Task, variance: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _distances(task: Task, variance: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Squared distances as `distances` yields them, in float32 where the noise drowns its rounding."""
     dims = task.gallery.shape[1]
     spread = 2 * variance * math.sqrt(dims)  # the least standard deviation between two noisy squared distances
-    size = max((float(x.float().square().sum(1).max()) for x in (task.queries, task.gallery) if len(x)), default=0.0)
+    size = max(float(x.double().square().sum(1).max()) for x in (task.queries, task.gallery))
     drowned = torch.finfo(torch.float32).eps * 2 * size <= 1e-4 * spread
     return distances(task.queries, task.gallery, torch.float32 if drowned else torch.float64)
 
 
-def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
+def _exact(task: Task, perturbation: Perturbation, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
     """The winning probabilities as integrals: no sampling error."""
     variance, dims = _variance(task, perturbation), task.gallery.shape[1]
     result = torch.zeros(3, len(task.queries), dtype=torch.float64, device=task.queries.device)
@@ -112,7 +95,7 @@ def _exact(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick
     return result, 0.0
 
 
-def _members(task: _Task) -> Tensor:
+def _members(task: Task) -> Tensor:
     """(Q, T) gallery rows that are right for each query, -1 where there are fewer than T."""
     assert task.labels is not None
     order = torch.argsort(task.classes, stable=True)
@@ -124,7 +107,7 @@ def _members(task: _Task) -> Tensor:
     return torch.where(places < count[:, None], rows, -1)
 
 
-def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
+def _projected(task: Task, perturbation: Perturbation, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
     """Draws noisy distances instead of noise: two numbers for each row that may win replace D.
 
     ||y - x - e||^2 / v = (||y - x|| / sqrt v + z)^2 + c with z ~ N(0, 1), c ~ chi-square(D - 1), independent over rows.
@@ -154,7 +137,7 @@ def _projected(task: _Task, perturbation: Perturbation, trials: int, seed: int, 
     return tally.finish()
 
 
-def _sample(task: _Task, perturbation: Perturbation, trials: int, seed: int, tick) -> tuple[Tensor, float]:
+def _sample(task: Task, perturbation: Perturbation, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
     """Draws the perturbation literally; one noisy gallery per trial, shared by all queries."""
     tally = _Tally(task, trials)
     for trial in range(trials):
@@ -164,81 +147,6 @@ def _sample(task: _Task, perturbation: Perturbation, trials: int, seed: int, tic
 
 
 _ESTIMATORS = {"exact": _exact, "projected": _projected, "sample": _sample}
-
-
-def _gini(rows: Tensor, classes: Tensor) -> float:
-    counts = torch.bincount(classes[rows], minlength=int(classes.max()) + 1).double()
-    counts = counts[torch.unique(classes)].sort().values
-    n = len(counts)
-    ranks = torch.arange(1, n + 1, dtype=torch.float64, device=counts.device)
-    return float((2 * ranks - n - 1) @ counts / (n * counts.sum())) if n > 1 else 0.0
-
-
-def _labels(name: str, labels: Any, count: int, what: str) -> Tensor:
-    labels = torch.as_tensor(labels).cpu()
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {labels.dtype}")
-    if labels.shape != (count,):
-        raise ValueError(f"{name}: expected shape ({count},), one per {what}, got {tuple(labels.shape)}")
-    return labels.long()
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
-def _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, when, search: bool) -> _Task:
-    """Checks everything and applies the shift. Without `search`, the neighbours after it are left to be filled in."""
-    queries, gallery = _check.matrix("queries", queries, rows="Q"), _check.matrix("gallery", gallery, rows="G")
-    _check.same_width(gallery=gallery, queries=queries)
-    # Elsewhere than on CUDA float64 may be missing.
-    device = gallery.device if gallery.is_cuda else torch.device("cpu")
-    queries, gallery = (
-        _check.finite("queries", queries).detach().to(device),
-        _check.finite("gallery", gallery).detach().to(device),
-    )
-    base = perturbation.base(gallery if on == "gallery" else queries)
-    if on == "queries" and base is not queries:
-        raise ValueError("on: expected 'gallery' for Replace, got 'queries'")
-    if labels is not None:
-        labels = _labels("labels", labels, len(queries), "query")
-        if gallery_labels is None and not bool(((labels >= 0) & (labels < len(gallery))).all()):
-            raise ValueError(
-                f"labels: expected gallery rows in [0, {len(gallery)}), got values from {int(labels.min())} "
-                f"to {int(labels.max())}; give gallery_labels where labels are classes"
-            )
-        labels = labels.to(device)
-    classes = torch.arange(len(gallery), device=device)
-    if gallery_labels is not None:
-        if labels is None:
-            raise ValueError("gallery_labels: expected labels beside them, got none")
-        classes = _labels("gallery_labels", gallery_labels, len(gallery), "gallery row").to(device)
-        _, inverse = torch.unique(torch.cat([classes, labels]), return_inverse=True)
-        classes, labels = inverse[: len(gallery)], inverse[len(gallery) :]
-    work = torch.float64 if gallery.dtype == torch.float64 else torch.float32
-    move_gallery, move_queries = (shift.transform, shift.transform_queries) if shift else (_as_it_is, _as_it_is)
-    moved, moved_queries = move_gallery(gallery), move_queries(queries)
-    move = move_gallery if on == "gallery" else move_queries
-    start = (base if when == "before" else move(base)).to(work)
-
-    def perturbed(seed: int, trial: int) -> tuple[Tensor, Tensor]:
-        if when == "after":
-            noisy = perturbation.apply(start, seed, trial)
-        elif shift is not None and shift.moves == on and isinstance(perturbation, Gaussian | Uniform):
-            # Noise and the shift after it are one pass over the rows.
-            by = (shift.alpha if on == "gallery" else -shift.alpha) * shift.shift_vector_
-            std = perturbation.per_coordinate(start.shape[1]) ** 0.5
-            noisy = torch.ops.gapkern.perturb_noisy_gallery(
-                start, by.to(device), perturbation.name, std, seed, trial, 0, shift.normalize, when
-            )
-        else:
-            noisy = move(perturbation.apply(start, seed, trial))
-        return (moved_queries.to(work), noisy) if on == "gallery" else (noisy, moved.to(work))
-
-    none = torch.full((len(queries),), -1, device=device)
-    stays = nearest(moved_queries, moved) if search else none.clone()
-    agrees = stays if shift is None else nearest(queries, gallery)
-    return _Task(moved_queries, moved, perturbed, stays, agrees, labels, classes, none)
 
 
 @isolated
@@ -304,7 +212,11 @@ def robustness(
     if method == "auto":
         method = "exact" if integrable else "sample"
     search = method != "exact" or not perturbation.random
-    task = _prepare(queries, gallery, perturbation, labels, gallery_labels, shift, on, when, search)
+    task = Task.of(
+        queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=shift, on=on, when=when
+    )
+    if search:
+        task.search()
     with _Progress(progress, title(perturbation.describe()), len(task.queries)) as tick:
         if not perturbation.random:
             method, trials = "none drawn", 1
@@ -318,7 +230,7 @@ def robustness(
         agreement=float(means[1].mean()),
         accuracy=math.nan if clean is None else float(means[2].mean()),
         clean_accuracy=math.nan if clean is None else float(clean.double().mean()),
-        gini=_gini(task.stays, task.classes),
+        gini=gini(task.classes[task.stays], task.classes),
         stderr=stderr,
         per_query=means[0].cpu(),
         nearest=task.stays.cpu(),
@@ -332,7 +244,7 @@ def robustness(
 class _Progress:
     """A bar on a terminal where one is wanted; calling it advances it."""
 
-    def __init__(self, shown: bool, description: str, total: float):
+    def __init__(self, shown: bool, description: str, total: float) -> None:
         self._bar: Any = None
         if shown:
             from rich.progress import Progress
@@ -340,12 +252,12 @@ class _Progress:
             self._bar = Progress(transient=True)
             self._task = self._bar.add_task(description, total=total)
 
-    def __enter__(self):
+    def __enter__(self) -> "_Progress":
         if self._bar:
             self._bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         if self._bar:
             self._bar.stop()
 

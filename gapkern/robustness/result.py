@@ -8,9 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from gapkern import _check
+from gapkern._compare import same_fields
+
+__all__ = ["RobustnessResult"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RobustnessResult:
     """Four numbers that belong together, and how they were found.
 
@@ -30,7 +33,7 @@ class RobustnessResult:
             was drawn in its place (the one drawn there in most flips, if there is one). -1 where there is none.
         method: "exact", "projected" or "sample"; "none drawn" for what is not random.
         trials: galleries drawn; 0 for "exact".
-        seconds: wall-clock time.
+        seconds: wall-clock time; two results are equal whatever they took.
     """
 
     robustness: float
@@ -44,7 +47,9 @@ class RobustnessResult:
     rivals: Tensor = field(repr=False)
     method: str
     trials: int
-    seconds: float
+    seconds: float = field(compare=False)
+
+    __eq__ = same_fields
 
     def summary(self) -> dict[str, Any]:
         """Everything that is a plain number or word."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern._compare import same_fields
 from gapkern.dynamics.measures import evaluate, pair_losses, pairs
 from gapkern.losses.functional import scalar
 
 TIGHT, FAR = 0.1, 10.0  # below and above which an expansion's next term is a tenth of it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LeadingGradient:
     """Theorem 3.1 against the gradient as it is.
 
@@ -45,6 +46,8 @@ class LeadingGradient:
     first_order_error: float
     tightness: float
     distance: float
+
+    __eq__ = same_fields
 
     @property
     def applies(self) -> bool:
@@ -104,22 +107,24 @@ def leading_gradient(
                                             (predicted, first_order, measured))  # fmt: skip
     varies = torch.cat([a @ (own.mean(0) if similarity == "dot" else 2 * towards),
                         b @ (other.mean(0) if similarity == "dot" else 2 * towards)]).abs().max()  # fmt: skip
-    p, m = predicted.ravel() - predicted.mean(), measured.ravel() - measured.mean()
-    size = measured.norm()
+    # In units of the largest entry: squares of what is the third power of small embeddings leave float64.
+    top = float(torch.stack([v.abs().max() for v in (predicted, measured, first_order)]).max()) or 1.0
+    p, m, f = predicted / top, measured / top, first_order / top
+    deviation_p, deviation_m, size = p.ravel() - p.mean(), m.ravel() - m.mean(), m.norm()
     return LeadingGradient(
         measured=measured,
         predicted=predicted,
         first_order=first_order,
-        slope=float((predicted * measured).sum() / predicted.square().sum()),
-        correlation=float(p @ m / (p.norm() * m.norm())),
-        relative_error=float((measured - predicted).norm() / size),
-        first_order_error=float((measured - first_order).norm() / size),
+        slope=float((p * m).sum() / p.square().sum()),
+        correlation=float(deviation_p @ deviation_m / (deviation_p.norm() * deviation_m.norm())),
+        relative_error=float((m - p).norm() / size),
+        first_order_error=float((m - f).norm() / size),
         tightness=s * float(varies),
         distance=distance,
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Freeze:
     """Theorem 3.2 against the gradient as it is: along a unit direction u, by default the gap's.
 
@@ -148,6 +153,8 @@ class Freeze:
     deviation_texts: float
     drift: float
     drift_bound: float
+
+    __eq__ = same_fields
 
     def holds(self, tolerance: float = 1e-6) -> bool:
         """Whether both conditions hold to within `tolerance`: doubly stochastic, and constant along u."""

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern._compare import same_fields
 from gapkern._nearest import distances
+from gapkern._rows import squarable
 from gapkern.gap import MeanShift
 from gapkern.gap.moments import Moments, hull
 from gapkern.perturb import Gaussian, check
@@ -75,7 +77,7 @@ def orthogonality(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray) ->
     outside = [float((gap - basis @ (basis.T @ gap)).norm()) / norm for basis in (of_g, of_q)]
     along = gap / norm
     variance = [float((x.double() @ along).var(correction=0)) for x in (gallery, queries)]
-    share = [v * side.count / max(float(side.gram.trace()), 1e-300) for v, side in zip(variance, (g, q), strict=True)]
+    share = [v * side.count / (float(side.gram.trace()) or 1.0) for v, side in zip(variance, (g, q), strict=True)]
     return Orthogonality(
         gap_norm=norm,
         outside_gallery=outside[0],
@@ -89,7 +91,7 @@ def orthogonality(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray) ->
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preservation:
     """Which queries keep their nearest neighbour when the gallery moves by alpha v, and up to which alpha.
 
@@ -110,6 +112,8 @@ class Preservation:
     reach: Tensor = field(repr=False)
     slack: Tensor = field(repr=False)
     alpha: float
+
+    __eq__ = same_fields
 
     @property
     def guaranteed(self) -> Tensor:
@@ -195,7 +199,7 @@ def preservation(
     return Preservation(found, margin, bound, reach, slack, alpha)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RobustnessCurve:
     """Theorem 3.4 as numbers: exact robustness over alpha, query by query.
 
@@ -221,6 +225,8 @@ class RobustnessCurve:
     rising: float
     peaks: Tensor = field(repr=False)
     orthogonality: Orthogonality
+
+    __eq__ = same_fields
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the queries' own curves."""
@@ -294,7 +300,11 @@ def robustness_curve(
 def _pair(queries: Any, gallery: Any) -> tuple[Tensor, Tensor]:
     queries, gallery = _check.matrix("queries", queries, rows="Q"), _check.matrix("gallery", gallery, rows="G")
     _check.same_width(gallery=gallery, queries=queries)
-    return (_check.finite("queries", queries).detach().cpu(), _check.finite("gallery", gallery).detach().cpu())
+    queries, gallery = (
+        _check.finite("queries", queries).detach().cpu(),
+        _check.finite("gallery", gallery).detach().cpu(),
+    )
+    return squarable("queries", queries), squarable("gallery", gallery)
 
 
 def _vector(shift: Any) -> tuple[Tensor, float]:
