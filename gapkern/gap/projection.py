@@ -9,6 +9,7 @@ nothing. The mean shift (Chowers et al., CVPR 2026, Section 4) is the best trans
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._ambient import isolated, product
-from gapkern._nearest import nearest
+from gapkern._ambient import isolated
+from gapkern._nearest import METRICS, best
 from gapkern._rows import unit, with_float64
 from gapkern.gap import saved
 from gapkern.gap.moments import batches, numerical_rank, principal
@@ -26,7 +27,6 @@ from gapkern.gap.twosided import Side, TwoSided, components_of_variance, fewest,
 
 __all__ = ["Projection"]
 
-METRICS = ("l2", "ip", "cosine")
 _X = TypeVar("_X", Tensor, np.ndarray)
 
 
@@ -116,9 +116,9 @@ class Projection(TwoSided[Fit]):
         return *super()._request(), str(self.metric)
 
     def _prepared(self, name: str, x: Tensor) -> Tensor:
-        if self.metric != "cosine" or name != "gallery" or x.dtype == torch.float64:
-            return unit(x) if self.metric == "cosine" and name == "gallery" else x
-        return unit(x.float())
+        if self.metric != "cosine" or name != "gallery":
+            return x
+        return unit(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def _sufficient(self, gallery: Side, queries: Side) -> bool:
         assert self._asked is not None
@@ -241,32 +241,21 @@ def _basis(gallery: Side, queries: Side, wanted: int | float | str, agreement: f
     return gallery.hull() if k == rank else vectors[:, :k].contiguous()
 
 
-def _keeper(gallery: Tensor, queries: Tensor, metric: str) -> Any:
-    """A function: the share of the queries whose best row of the gallery is the same after a projection."""
-    if metric == "l2":
-        before = nearest(queries, gallery)
-        wide = gallery.double() if gallery.dtype != torch.float64 else gallery
+def _keeper(gallery: Tensor, queries: Tensor, metric: str) -> Callable[[Fit], float]:
+    """The share of the queries whose best row of the gallery is the same after a projection."""
+    by = "l2" if metric == "l2" else "ip"  # the rows of a cosine have unit length here
+    before = best(queries, gallery, by)
 
-        def keeps(fit: Fit) -> float:
-            return float((nearest(_mapped(queries, fit, metric, False, torch.float64), wide) == before).double().mean())
+    def keeps(fit: Fit) -> float:
+        if fit.basis.shape[1]:
+            after = best(_mapped(queries, fit, metric, False, torch.float64), gallery, by)
+        elif by == "l2":
+            after = best(fit.mean[None], gallery).expand(len(queries))
+        else:
+            after = torch.zeros_like(before)  # every score is 0
+        return float((after == before).double().mean())
 
-        return keeps
-    # Rows whose scores differ by less than rounding are ties, which neither side decides.
-    rows = gallery.float()
-    best = torch.cat([product(part, rows.T).argmax(1) for part in batches(queries.float())])
-    reach = float(rows.norm(dim=1).max())
-
-    def keeps_largest(fit: Fit) -> float:
-        moved = _mapped(queries, fit, metric, False, torch.float32)
-        kept = 0
-        for part, first in zip(moved.split(1024), best.split(1024), strict=True):
-            scores = product(part, rows.T)
-            slack = 8 * torch.finfo(torch.float32).eps * reach * part.norm(dim=1)
-            own = scores.gather(1, first[:, None])[:, 0]
-            kept += int((own >= scores.amax(1) - slack).sum())
-        return kept / len(queries)
-
-    return keeps_largest
+    return keeps
 
 
 def _mapped(x: Tensor, fit: Fit, metric: str, reduce: bool, dtype: torch.dtype) -> Tensor:

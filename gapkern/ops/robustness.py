@@ -53,7 +53,7 @@ def _nearest(queries: Tensor, gallery: Tensor, centre: Tensor) -> tuple[Tensor, 
 
 
 def _refuse(ctx, *grads):
-    raise RuntimeError("gapkern: robustness_exact, robustness_exact_inner and robustness_nearest are not differentiable")
+    raise RuntimeError("gapkern: robustness_exact, _exact_inner and _nearest are not differentiable")
 
 
 torch.library.register_autograd("gapkern::robustness_exact", _refuse)
