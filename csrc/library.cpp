@@ -62,8 +62,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def("meanshift_sum(Tensor x) -> Tensor");
   m.def("meanshift_gram(Tensor x, Tensor mean) -> Tensor");
   m.def("meanshift_apply(Tensor x, Tensor shift, bool normalize) -> Tensor");
-  // Probabilities that a row of the gallery stays nearest under Gaussian noise; robustness/robustness.h.
+  // Probabilities that a row of the gallery stays first under Gaussian noise; robustness/robustness.h.
   m.def("robustness_exact(Tensor distances, Tensor targets, float variance, int dims) -> Tensor");
+  m.def("robustness_exact_inner(Tensor scores, Tensor targets, Tensor deviations) -> Tensor");
   // Each query's nearest row and the distances of the best two.
   m.def(
       "robustness_nearest(Tensor queries, Tensor gallery, Tensor centre)"

@@ -5,7 +5,7 @@ from gapkern._version import __version__
 
 _load.load()
 
-from gapkern.gap import MeanShift, gap_metrics  # noqa: E402
+from gapkern.gap import MeanShift, Projection, gap_metrics  # noqa: E402
 from gapkern.losses import (  # noqa: E402
     ClipLoss,
     CoCaLoss,
@@ -25,6 +25,7 @@ __all__ = [
     "DistillClipLoss",
     "Gaussian",
     "MeanShift",
+    "Projection",
     "Quantize",
     "Replace",
     "RobustnessResult",

@@ -1,4 +1,4 @@
-"""Euclidean distances and nearest neighbours, never Q x G at once."""
+"""Distances or inner products, and each query's best row, never Q x G at once."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,32 @@ import torch
 from torch import Tensor
 
 from gapkern._ambient import product
+from gapkern._rows import unit
 
 CHUNK = 2**22  # elements of a Q x G block at hand
+METRICS = ("l2", "ip", "cosine")
+
+
+def best(queries: Tensor, gallery: Tensor, metric: str = "l2", *, exact: bool = True) -> Tensor:
+    """Index (Q,) of the row that each query finds: the nearest ("l2"), or that of the largest inner product ("ip") or
+    cosine ("cosine"); ties go to the lowest index. `exact` as for `nearest`.
+
+    Example:
+        >>> gallery = torch.tensor([[1.0, 0.0], [3.0, 3.0]])
+        >>> [int(best(torch.tensor([[0.9, 0.1]]), gallery, metric)) for metric in METRICS]
+        [0, 1, 0]
+    """
+    if metric == "l2":
+        return nearest(queries, gallery, exact=exact)
+    if metric == "cosine":
+        gallery = unit(gallery.double()).to(torch.promote_types(gallery.dtype, torch.float32))
+    found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for rows, scores, slack in inner_products(queries, gallery):
+        if exact and len(gallery) > 1:
+            found[rows], _ = lowest(scores.neg_(), slack, queries[rows], gallery, inner=True)
+        else:
+            found[rows] = scores.argmax(1)
+    return found
 
 
 def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
@@ -82,11 +106,29 @@ def distances(
         yield rows, squared, 8 * torch.finfo(work).eps * (own[:, 0].sqrt() + reach).square()
 
 
-def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of each row's lowest score and of a next one; those within `slack` are decided by distance in float64.
+def inner_products(
+    queries: Tensor, gallery: Tensor, work: torch.dtype | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Inner products (n, G) of some queries at a time, and (n,) what rounding may move them by; see `distances`."""
+    work = work or (torch.float64 if gallery.dtype == torch.float64 else torch.float32)
+    if work == torch.float32 and not _squares_in_float32(queries, gallery):
+        work = torch.float64
+    x = gallery.to(work)
+    reach = x.norm(dim=1).max() if len(x) else x.sum()
+    step = max(1, CHUNK // max(1, len(x)))
+    for first in range(0, len(queries), step):
+        rows = slice(first, min(len(queries), first + step))
+        y = queries[rows].to(work)
+        yield rows, product(y, x.T), 8 * torch.finfo(work).eps * y.norm(dim=1) * reach
+
+
+def lowest(
+    scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor, *, inner: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Indices of each row's lowest score and of a next one; near-ties, within `slack`, are re-ranked in float64.
 
     Args:
-        scores: (n, G), each query's squared distances up to a constant.
+        scores: (n, G), each query's squared distances up to a constant; or its negative inner products, where `inner`.
         slack: (n,), how far apart two scores must be to be told apart.
         queries: (n, D).
         gallery: (G, D).
@@ -101,12 +143,15 @@ def lowest(scores: Tensor, slack: Tensor, queries: Tensor, gallery: Tensor) -> t
     close = (values[:, 1:] <= limit).nonzero()[:, 0]
     for some in close.split(max(1, CHUNK // max(1, scores.shape[1]) // 4)):
         row, column = (scores[some] <= limit[some]).nonzero(as_tuple=True)
-        squared = torch.cat([
-            (gallery[c].double() - queries[some[r]].double()).square().sum(1)
-            for r, c in zip(*(t.split(max(1, CHUNK // gallery.shape[1])) for t in (row, column)), strict=True)
+        exact = torch.cat([
+            -(x * y).sum(1) if inner else (x - y).square().sum(1)
+            for x, y in (
+                (gallery[c].double(), queries[some[r]].double())
+                for r, c in zip(*(t.split(max(1, CHUNK // gallery.shape[1])) for t in (row, column)), strict=True)
+            )
         ])  # fmt: skip
-        least = squared.new_full((len(some),), torch.inf).scatter_reduce(0, row, squared, "amin")
-        equal = squared == least[row]
+        least = exact.new_full((len(some),), torch.inf).scatter_reduce(0, row, exact, "amin")
+        equal = exact == least[row]
         found[some] = found.new_full((len(some),), len(gallery)).scatter_reduce(0, row[equal], column[equal], "amin")
     return found, torch.where(rows[:, 0] == found, rows[:, 1], rows[:, 0])
 

@@ -48,6 +48,57 @@ def test_many_rivals_are_summed_over_a_grid(dims, spread):
         assert winning(squared.float(), target, variance, dims) == pytest.approx(expected, rel=1e-2, abs=1e-5)
 
 
+def winning_inner(scores, target, deviation):
+    operator = torch.ops.gapkern.robustness_exact_inner
+    return operator(scores[None], torch.tensor([[target]]), torch.tensor([deviation], dtype=torch.float64)).item()
+
+
+@pytest.mark.parametrize("gallery", [2, 3, 31, 64, 200, 5000])
+@pytest.mark.parametrize("spread", [0.01, 0.3, 2.0, 20.0])
+def test_exact_under_inner_product_is_scipys_integral(gallery, spread):
+    generator = np.random.default_rng(gallery)
+    for deviation in (1e-3, 1.0, 40.0):
+        scores = torch.from_numpy(spread * deviation * generator.standard_normal(gallery))
+        for target in (int(scores.argmax()), 0, int(scores.argsort()[gallery // 2])):
+            expected = reference.winning_probability_inner(scores, target, deviation)
+            assert winning_inner(scores, target, deviation) == pytest.approx(expected, abs=5e-6)
+            assert winning_inner(scores.float(), target, deviation) == pytest.approx(expected, abs=1e-5)
+
+
+def test_chances_under_inner_product_sum_to_one_and_are_shared_by_equals():
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    every = torch.arange(40).expand(3, -1)
+    p = torch.ops.gapkern.robustness_exact_inner(scores, every, torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64))
+    torch.testing.assert_close(p.sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=2e-5)
+    for count in (1, 2, 10, 1000, 20000):
+        equal = torch.full((count,), -3.0)
+        assert winning_inner(equal, count // 2, 0.7) == pytest.approx(1 / count, rel=2e-3)
+
+
+def test_without_noise_the_largest_inner_product_stays():
+    scores = torch.tensor([1.0, 3.0, 2.0, 3.0])
+    assert [winning_inner(scores, target, 0.0) for target in (0, 1, 2, 3, -1)] == [0.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def test_exact_under_inner_product_refuses():
+    scores, targets = torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64)
+    deviations = torch.ones(2, dtype=torch.float64)
+    operator = torch.ops.gapkern.robustness_exact_inner
+    torch.library.opcheck(operator, (scores, targets, deviations))
+    for broken, message in (
+        ((scores[0], targets, deviations), "targets: expected"),
+        ((scores.half(), targets, deviations), "scores: expected float32 or float64"),
+        ((scores, targets.int(), deviations), "targets: expected int64"),
+        ((scores, targets + 3, deviations), "targets: expected values in"),
+        ((scores, targets, deviations.float()), "deviations: expected float64"),
+        ((scores, targets, deviations[:1]), "deviations: expected float64"),
+        ((scores, targets, -deviations), "deviations: expected numbers >= 0"),
+        ((scores, targets, deviations * math.nan), "deviations: expected numbers >= 0"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(*broken)
+
+
 @pytest.mark.parametrize("dims", [2, 16, 64, 512])
 @pytest.mark.parametrize("gallery", [1, 2, 10, 1000, 20000])
 def test_equal_rivals_share_the_chance(dims, gallery):

@@ -97,6 +97,9 @@ PLANTED = {
         ("for (int w = 1; w < kNormWarps; ++w)", "for (int w = 2; w < kNormWarps; ++w)"),
         ("if (row >= rows || column >= columns) return;", "if (column >= columns) return;"),
         ("found.beaten ? 0. : 1.", "1."),
+        ("return deviation > 0 ? lead / deviation : lead < 0 ? -kApart : kApart;", "return lead / deviation;"),
+        ("deviations[query]};", "deviations[i]};"),
+        ("erfc(-(double(list[r]) + z)", "erfc((double(list[r]) + z)"),
     ],
     "sm90": [
         ("fmaf(k, acc, shift)", "fmaf(k, acc, -shift)"),

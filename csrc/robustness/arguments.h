@@ -12,14 +12,25 @@ namespace gapkern::robustness {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
-  STD_TORCH_CHECK(distances.dim() == 2 && targets.dim() == 2 && distances.size(0) == targets.size(0),
-                  "targets: expected (Q, T) beside distances (Q, G)");
-  STD_TORCH_CHECK(distances.scalar_type() == ScalarType::Float || distances.scalar_type() == ScalarType::Double,
-                  "distances: expected float32 or float64");
+inline void check_targets(const char* name, const Tensor& values, const Tensor& targets) {
+  STD_TORCH_CHECK(values.dim() == 2 && targets.dim() == 2 && values.size(0) == targets.size(0),
+                  "targets: expected (Q, T) beside ", name, " (Q, G)");
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float || values.scalar_type() == ScalarType::Double, name,
+                  ": expected float32 or float64");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long, "targets: expected int64");
+}
+
+inline void check_exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
+  check_targets("distances", distances, targets);
   STD_TORCH_CHECK(variance > 0, "variance: expected a number > 0, got ", variance);
   STD_TORCH_CHECK(dims > 0, "dims: expected an integer > 0, got ", dims);
+}
+
+inline void check_exact_inner(const Tensor& scores, const Tensor& targets, const Tensor& deviations) {
+  check_targets("scores", scores, targets);
+  STD_TORCH_CHECK(
+      deviations.dim() == 1 && deviations.size(0) == scores.size(0) && deviations.scalar_type() == ScalarType::Double,
+      "deviations: expected float64 [Q = ", scores.size(0), "]");
 }
 
 inline void check_nearest(const Tensor& queries, const Tensor& gallery, const Tensor& centre) {

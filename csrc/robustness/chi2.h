@@ -1,5 +1,5 @@
-// Tails of the noncentral chi-square distribution with D degrees of freedom and noncentrality lambda: in vectors where
-// an instruction set is named, in scalars for CUDA.
+// Tails of the normal distribution, and of the noncentral chi-square distribution with D degrees of freedom and
+// noncentrality lambda: in vectors where an instruction set is named, in scalars for CUDA.
 //
 // Lugannani and Rice (1980): SF(q) = Phi(-w) + phi(w) (1/u - 1/w). With s = 2q / (D + sqrt(D^2 + 4 lambda q)), the
 // saddle is t = (1 - 1/s) / 2, and with delta = s - 1, rho = (delta - log s) / delta^2:
@@ -134,6 +134,15 @@ GAPKERN_INLINE f32v log1p_of(f32v x, f32v less_one) {
   return e * 0.693147181f + 2.f * r * (1.f + r * r * atanh_rest(r));
 }
 
+// log Phi(x), without the underflow of far tails or the rounding of those near 1.
+GAPKERN_INLINE f32v log_phi(f32v x) {
+  const auto below = x < f32v{};
+  const f32v size = below ? -x : x, ratio = mills(size), exponent = -0.5f * size * size - 0.918938533f;
+  const f32v tail = exp2(1.44269504f * exponent) * ratio;
+  const f32v whole = log1p_of(below ? ratio : 1.f - tail, below ? ratio - 1.f : -tail);
+  return below ? whole + exponent : whole;
+}
+
 // A point of a distribution seen from its saddle.
 template <class V>
 struct Saddle {
@@ -249,22 +258,22 @@ GAPKERN_CHI2 double mixture_survival(double q, double dims, double lambda) {
 
 GAPKERN_CHI2 bool small(double dims, double lambda) { return dims < 64 && dims + lambda < 200; }
 
-// A sum of log tails over rivals, each ahead of the target by a noncentrality from `least` to `most`, is a sum over a
-// grid, once every rival is spread over the six points around it by Lagrange's weights: tails are taken at the grid's
-// points only.
+// A noncentral chi-square's standard deviation.
+GAPKERN_CHI2 double deviation(double dims, double lambda) { return std::sqrt(2 * (dims + 2 * lambda)); }
+
+// A sum of log tails over rivals, each ahead of the target by `least` to `most`, is a sum over a grid, once every rival
+// is spread over the six points around it by Lagrange's weights: tails are taken at the grid's points only.
+// `deviation`: the least of the laws' standard deviations.
 struct Grid {
   double first, step;
   int64_t points;
 
-  GAPKERN_CHI2 Grid(double least, double most, double lambda, double dims)
-      : step(kGridStep * std::sqrt(2 * (dims + 2 * (lambda + least)))) {
+  GAPKERN_CHI2 Grid(double least, double most, double deviation) : step(kGridStep * deviation) {
     first = least - 2 * step;
     points = int64_t((most - least) / step) + 7;
   }
   // Less work than tails for each rival.
-  GAPKERN_CHI2 bool pays(int64_t rivals, double lambda) const {
-    return 3 * points <= 2 * rivals && points <= kGridPoints && lambda + first >= 0;
-  }
+  GAPKERN_CHI2 bool pays(int64_t rivals) const { return 3 * points <= 2 * rivals && points <= kGridPoints; }
   GAPKERN_CHI2 double last() const { return first + double(points - 1) * step; }
 };
 

@@ -12,40 +12,68 @@ namespace {
 
 const Kernels& table() { return GAPKERN_FOR_ACTIVE_ISA(kernels); }
 
-// p[i][c] for the T targets of each of Q queries.
-template <class T, class StaysNearest>
-void fill(StaysNearest* stays_nearest, const Tensor& squared, const Tensor& rows, double variance, double dims,
-          Tensor& out) {
-  const int64_t g = squared.size(1), t = rows.size(1);
-  const T* d = squared.const_data_ptr<T>();
+// p[i][c] for the T targets of each of Q queries: of_row(scores of the query, G, target, query, room).
+template <class T, class Probability>
+void fill(const Tensor& scores, const Tensor& rows, const Probability& probability, Tensor& out) {
+  const int64_t g = scores.size(1), t = rows.size(1);
+  const T* d = scores.const_data_ptr<T>();
   const int64_t* target = rows.const_data_ptr<int64_t>();
   double* p = out.mutable_data_ptr<double>();
-  torch::stable::parallel_for(0, squared.size(0), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> room(g + 1);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t c = 0; c < t; ++c)
-        if (target[i * t + c] >= 0)
-          p[i * t + c] = stays_nearest(d + i * g, g, target[i * t + c], variance, dims, room.data());
+        if (target[i * t + c] >= 0) p[i * t + c] = probability(d + i * g, g, target[i * t + c], i, room.data());
   });
+}
+
+template <class Single, class Double>
+Tensor probabilities(const Tensor& scores, const Tensor& targets, const Single& in_float, const Double& in_double) {
+  const Tensor values = torch::stable::contiguous(scores), rows = torch::stable::contiguous(targets);
+  const int64_t q = values.size(0), g = values.size(1), t = rows.size(1);
+  Tensor out = torch::stable::new_zeros(values, {q, t}, ScalarType::Double);
+  const int64_t* target = rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < q * t; ++i)
+    STD_TORCH_CHECK(target[i] >= -1 && target[i] < g, "targets: expected values in [-1, G = ", g, "), got ", target[i]);
+  if (scores.scalar_type() == ScalarType::Float)
+    fill<float>(values, rows, in_float, out);
+  else
+    fill<double>(values, rows, in_double, out);
+  return out;
 }
 
 Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
   check_exact(distances, targets, variance, dims);
-  const bool single = distances.scalar_type() == ScalarType::Float;
-  const Tensor squared = torch::stable::contiguous(distances), rows = torch::stable::contiguous(targets);
-  const int64_t q = squared.size(0), g = squared.size(1), t = rows.size(1);
-  Tensor out = torch::stable::new_zeros(squared, {q, t}, ScalarType::Double);
-  const int64_t* target = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < q * t; ++i)
-    STD_TORCH_CHECK(target[i] >= -1 && target[i] < g, "targets: expected values in [-1, G = ", g, "), got ", target[i]);
-  if (single)
-    fill<float>(table().stays_nearest_f32, squared, rows, variance, double(dims), out);
-  else
-    fill<double>(table().stays_nearest_f64, squared, rows, variance, double(dims), out);
-  return out;
+  return probabilities(
+      distances, targets,
+      [&](const float* d, int64_t g, int64_t target, int64_t, float* room) {
+        return table().stays_nearest_f32(d, g, target, variance, double(dims), room);
+      },
+      [&](const double* d, int64_t g, int64_t target, int64_t, float* room) {
+        return table().stays_nearest_f64(d, g, target, variance, double(dims), room);
+      });
+}
+
+Tensor exact_inner(const Tensor& scores, const Tensor& targets, const Tensor& deviations) {
+  check_exact_inner(scores, targets, deviations);
+  const Tensor of_queries = torch::stable::contiguous(deviations);
+  const double* deviation = of_queries.const_data_ptr<double>();
+  for (int64_t i = 0; i < of_queries.numel(); ++i)
+    STD_TORCH_CHECK(deviation[i] >= 0, "deviations: expected numbers >= 0, got ", deviation[i]);
+  return probabilities(
+      scores, targets,
+      [&](const float* s, int64_t g, int64_t target, int64_t i, float* room) {
+        return table().stays_largest_f32(s, g, target, deviation[i], room);
+      },
+      [&](const double* s, int64_t g, int64_t target, int64_t i, float* room) {
+        return table().stays_largest_f64(s, g, target, deviation[i], room);
+      });
 }
 
 }  // namespace
 }  // namespace gapkern::robustness
 
-STABLE_TORCH_LIBRARY_IMPL(gapkern, CPU, m) { m.impl("robustness_exact", TORCH_BOX(&gapkern::robustness::exact)); }
+STABLE_TORCH_LIBRARY_IMPL(gapkern, CPU, m) {
+  m.impl("robustness_exact", TORCH_BOX(&gapkern::robustness::exact));
+  m.impl("robustness_exact_inner", TORCH_BOX(&gapkern::robustness::exact_inner));
+}

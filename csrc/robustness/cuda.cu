@@ -1,34 +1,51 @@
 // Exact robustness and nearest neighbours on CUDA.
 #include "common/cuda_host.h"
 #include "robustness/arguments.h"
+#include "robustness/inner.cuh"
 #include "robustness/kernels.cuh"
 #include "robustness/nearest.cuh"
 
 namespace gapkern::robustness {
 namespace {
 
-Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
-  check_exact(distances, targets, variance, dims);
-  STD_TORCH_CHECK(targets.is_cuda() && targets.get_device_index() == distances.get_device_index(),
-                  "targets: expected the device of distances");
-  const Tensor squared = torch::stable::contiguous(distances), rows = torch::stable::contiguous(targets);
+// launch(values, rows, out) with pointers of the values' type, a block for each target.
+template <class Launch>
+Tensor probabilities(const Tensor& scores, const Tensor& targets, const Launch& launch) {
+  STD_TORCH_CHECK(targets.is_cuda() && targets.get_device_index() == scores.get_device_index(),
+                  "targets: expected the device of the scores or distances");
+  const Tensor values = torch::stable::contiguous(scores), rows = torch::stable::contiguous(targets);
   const int64_t count = rows.numel();
   STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "targets: expected fewer than 2^31, got ", count);
-  Tensor out = torch::stable::new_empty(squared, {rows.size(0), rows.size(1)}, ScalarType::Double);
+  Tensor out = torch::stable::new_empty(values, {rows.size(0), rows.size(1)}, ScalarType::Double);
   if (count == 0) return out;
-  const torch::stable::accelerator::DeviceGuard guard(squared.get_device_index());
-  const auto launch = [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    stays_nearest<T><<<unsigned(count), kExactThreads, 0, stream_of(squared)>>>(
-        squared.const_data_ptr<T>(), squared.size(1), rows.const_data_ptr<int64_t>(), rows.size(1), variance,
-        double(dims), out.mutable_data_ptr<double>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  };
-  if (squared.scalar_type() == ScalarType::Float)
-    launch(static_cast<float*>(nullptr));
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  const int64_t* target = rows.const_data_ptr<int64_t>();
+  double* p = out.mutable_data_ptr<double>();
+  if (values.scalar_type() == ScalarType::Float)
+    launch(values.const_data_ptr<float>(), target, unsigned(count), p);
   else
-    launch(static_cast<double*>(nullptr));
+    launch(values.const_data_ptr<double>(), target, unsigned(count), p);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
+}
+
+Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
+  check_exact(distances, targets, variance, dims);
+  return probabilities(distances, targets, [&](auto* d, const int64_t* target, unsigned count, double* p) {
+    stays_nearest<<<count, kExactThreads, 0, stream_of(distances)>>>(d, distances.size(1), target, targets.size(1),
+                                                                     variance, double(dims), p);
+  });
+}
+
+Tensor exact_inner(const Tensor& scores, const Tensor& targets, const Tensor& deviations) {
+  check_exact_inner(scores, targets, deviations);
+  STD_TORCH_CHECK(deviations.is_cuda() && deviations.get_device_index() == scores.get_device_index(),
+                  "deviations: expected the device of scores");
+  const Tensor of_queries = torch::stable::contiguous(deviations);
+  return probabilities(scores, targets, [&](auto* s, const int64_t* target, unsigned count, double* p) {
+    stays_largest<<<count, kExactThreads, 0, stream_of(scores)>>>(s, scores.size(1), target, targets.size(1),
+                                                                  of_queries.const_data_ptr<double>(), p);
+  });
 }
 
 // As many parts of the gallery as keep every multiprocessor busy a few times over.
@@ -110,5 +127,6 @@ Nearest nearest(const Tensor& queries, const Tensor& gallery, const Tensor& cent
 
 STABLE_TORCH_LIBRARY_IMPL(gapkern, CUDA, m) {
   m.impl("robustness_exact", TORCH_BOX(&gapkern::robustness::exact));
+  m.impl("robustness_exact_inner", TORCH_BOX(&gapkern::robustness::exact_inner));
   m.impl("robustness_nearest", TORCH_BOX(&gapkern::robustness::nearest));
 }

@@ -1,4 +1,4 @@
-// The probability that a gallery row stays nearest under Gaussian noise; compiled once per instruction set.
+// The probability that a gallery row stays first under Gaussian noise; compiled once per instruction set.
 #include "robustness/kernels.h"
 
 #include <algorithm>
@@ -189,8 +189,8 @@ double stays_nearest(const T* squared, int64_t count, int64_t target, double var
     excess32[k] = float(excess[k]);
     product[k] = 1;
   }
-  Spread grid(least, most, lambda, dims);
-  const bool gridded = grid.pays(rivals, lambda);
+  Spread grid(least, most, deviation(dims, lambda + least));
+  const bool gridded = grid.pays(rivals) && lambda + grid.first >= 0;
   const double lowest = gridded ? grid.first : least, highest = gridded ? grid.last() : most;
   const bool near = near_mean(dims + lambda + excess[0], dims, lambda + highest) &&
                     near_mean(dims + lambda + excess[kNodes - 1], dims, lambda + lowest);
@@ -205,10 +205,73 @@ double stays_nearest(const T* squared, int64_t count, int64_t target, double var
   return std::min(total, 1.0);
 }
 
+// product[k] *= Phi(ahead[j] + z_k) for each rival j.
+void multiply_normal(const float* ahead, int64_t rivals, double* product) {
+  constexpr int width = Vec<double>::size;
+  int live = 0;  // nodes below it have no chance left
+  for (int64_t j = 0; j < rivals; ++j) {
+    for (int at = live; at < kNodes; at += width) {
+      const f64v x = double(ahead[j]) + load(nodes().z + at);
+      const auto below = x < f64v{};
+      const f64v size = below ? -x : x;
+      const f64v tail = exp2(-0.5 * kLog2e * size * size) * kInverseRoot2Pi * mills(size);
+      store(product + at, load(product + at) * (below ? tail : 1. - tail));
+    }
+    if (j % 16 == 15 && live + width < kNodes && *std::max_element(product + live, product + live + width) < 1e-12) {
+      std::fill(product + live, product + live + width, 0.);
+      live += width;
+    }
+  }
+}
+
+void multiply_normal_grid(const Spread& grid, double* product) {
+  constexpr int width = Vec<float>::size;
+  alignas(64) float z[kNodes], logs[kNodes];
+  alignas(64) double total[kNodes]{};
+  std::copy(nodes().z, nodes().z + kNodes, z);
+  for (int64_t i = 0; i < grid.points; ++i) {
+    const float ahead = float(grid.first + double(i) * grid.step);
+    for (int at = 0; at < kNodes; at += width) store(logs + at, log_phi(load(z + at) + ahead));
+    for (int k = 0; k < kNodes; ++k) total[k] += grid.weight[i] * double(logs[k]);
+  }
+  for (int k = 0; k < kNodes; ++k) product[k] = std::exp(total[k]);
+}
+
+template <class T>
+double stays_largest(const T* scores, int64_t count, int64_t target, double deviation, float* room) {
+  // Without noise on the scores, a tie is decided by none: the target stays where no score is above its own.
+  const double own = double(scores[target]), inverse = 1 / deviation;
+  int64_t rivals = 0;
+  double least = 0, most = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    if (j == target) continue;
+    const double lead = own - double(scores[j]), ahead = deviation > 0 ? lead * inverse : lead < 0 ? -kApart : kApart;
+    if (ahead >= kApart) continue;
+    if (ahead <= -kApart) return 0;
+    room[rivals++] = float(ahead);
+    least = std::min(least, ahead);
+    most = std::max(most, ahead);
+  }
+  if (rivals == 0) return 1;
+  alignas(64) double product[kNodes];
+  std::fill(product, product + kNodes, 1.);
+  Spread grid(least, most, 1.);
+  if (grid.pays(rivals)) {
+    grid.spread(room, rivals);
+    multiply_normal_grid(grid, product);
+  } else {
+    multiply_normal(room, rivals, product);
+  }
+  double total = 0;
+  for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
+  return std::min(total, 1.0);
+}
+
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels table{stays_nearest<float>, stays_nearest<double>, survival};
+  static const Kernels table{stays_nearest<float>, stays_nearest<double>, stays_largest<float>, stays_largest<double>,
+                             survival};
   return table;
 }
 

@@ -30,6 +30,7 @@ struct Row {
     const double d = double(squared[j]);
     return (d < 0 ? 0 : d) * inverse;
   }
+  __device__ double ahead(int64_t j) const { return noncentrality(j) - lambda; }
   // Noisy distances differ by more than 6.5 standard deviations.
   __device__ bool apart(double ahead) const { return ahead * ahead > 6.5 * 6.5 * 4 * (dims + 2 * lambda + ahead); }
 };
@@ -41,8 +42,8 @@ struct Survey {
   bool beaten;         // by a row so near that it leaves no chance
 };
 
-template <class T>
-__device__ Survey survey(const Row<T>& row) {
+template <class Seen>
+__device__ Survey survey(const Seen& row) {
   GAPKERN_SHARED(double, low, kExactWarps);
   GAPKERN_SHARED(double, high, kExactWarps);
   GAPKERN_SHARED(int64_t, number, kExactWarps);
@@ -50,7 +51,7 @@ __device__ Survey survey(const Row<T>& row) {
   int64_t rivals = 0;
   for (int64_t j = threadIdx.x; j < row.count; j += kExactThreads) {
     if (j == row.target) continue;
-    const double ahead = row.noncentrality(j) - row.lambda;
+    const double ahead = row.ahead(j);
     const bool apart = row.apart(ahead);
     if (apart && ahead > 0) continue;
     least = apart ? -kFar : ahead < least ? ahead : least;
@@ -81,8 +82,8 @@ struct Room {
 };
 
 // Calls body(list, count) with how far rivals are ahead, in the order of the gallery, until all have been seen.
-template <class T, class Body>
-__device__ void over_rivals(const Row<T>& row, const Room& room, const Body& body) {
+template <class Seen, class Body>
+__device__ void over_rivals(const Seen& row, const Room& room, const Body& body) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int held = 0, turn = 0;
   for (int64_t first = 0; first < row.count; first += kExactThreads, turn ^= kExactWarps) {
@@ -90,7 +91,7 @@ __device__ void over_rivals(const Row<T>& row, const Room& room, const Body& bod
     double ahead = 0;
     bool rival = j < row.count && j != row.target;
     if (rival) {
-      ahead = row.noncentrality(j) - row.lambda;
+      ahead = row.ahead(j);
       rival = ahead <= 0 || !row.apart(ahead);
     }
     const unsigned of_warp = __ballot_sync(kEveryLane, rival);
@@ -161,14 +162,11 @@ __device__ inline double lagrange(int offset, double t) {
   return weight;
 }
 
-// The same for rivals spread over a grid: a thread has the weight of a point first.
-template <class T>
-__device__ double product_over_grid(const Row<T>& row, const Room& room, const device::Grid& grid) {
-  const double* excess = room.place;
-  GAPKERN_SHARED(double, weights, kGridPoints);
-  const int k = threadIdx.x % kNodes, group = threadIdx.x / kNodes, point = threadIdx.x;
+// Rivals spread over a grid: weights[] gets each point's, a thread its own.
+template <class Seen>
+__device__ void spread(const Seen& row, const Room& room, const device::Grid& grid, double* weights) {
   const double inverse = 1 / grid.step;
-  const int points = int(grid.points);
+  const int points = int(grid.points), point = threadIdx.x;
   double weight = 0;
   over_rivals(row, room, [&](const float* list, int count) {
     for (int r = 0; r < count; ++r) {
@@ -181,6 +179,15 @@ __device__ double product_over_grid(const Row<T>& row, const Room& room, const d
   });
   if (point < points) weights[point] = weight;
   __syncthreads();
+}
+
+// A thread's share, over the points of its group, of the product at its node.
+template <class T>
+__device__ double product_over_grid(const Row<T>& row, const Room& room, const device::Grid& grid) {
+  const double* excess = room.place;
+  GAPKERN_SHARED(double, weights, kGridPoints);
+  spread(row, room, grid, weights);
+  const int k = threadIdx.x % kNodes, group = threadIdx.x / kNodes, points = int(grid.points);
   const double mean = row.dims + row.lambda;
   const bool near = device::near_mean(mean + excess[0], row.dims, row.lambda + grid.last()) &&
                     device::near_mean(mean + excess[kNodes - 1], row.dims, row.lambda + grid.first);
@@ -229,6 +236,22 @@ __device__ double small_product(const Row<T>& row, const Room& room) {
   return product;
 }
 
+// *out = the integral, from the threads' shares of the products at its nodes.
+__device__ inline void integrate(const double* part, double* out) {
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  double total = 0, weights = 0;
+  for (int k = threadIdx.x; k < kNodes; k += kWarp) {
+    const double z = Node(k).z, weight = exp(-z * z / 2);
+    double product = weight;
+    for (int g = 0; g < kGroups; ++g) product *= part[g * kNodes + k];
+    total += product;
+    weights += weight;
+  }
+  total = warp_sum(total) / warp_sum(weights);
+  if (threadIdx.x == 0) *out = total > 1 ? 1. : total;
+}
+
 // out[i] = the probability that row targets[i] stays nearest to query i / per_query.
 template <class T>
 __global__ void __launch_bounds__(kExactThreads, 4)
@@ -258,22 +281,11 @@ __global__ void __launch_bounds__(kExactThreads, 4)
       const Node node(threadIdx.x);
       place[threadIdx.x] = device::quantile_excess(node.z, node.log_upper, node.log_lower, dims, row.lambda);
     }
-    const device::Grid grid(found.least, found.most, row.lambda, dims);
-    part[threadIdx.x] =
-        grid.pays(found.rivals, row.lambda) ? product_over_grid(row, room, grid) : product_of_rivals(row, room, found);
+    const device::Grid grid(found.least, found.most, device::deviation(dims, row.lambda + found.least));
+    part[threadIdx.x] = grid.pays(found.rivals) && row.lambda + grid.first >= 0 ? product_over_grid(row, room, grid)
+                                                                                : product_of_rivals(row, room, found);
   }
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  double total = 0, weights = 0;
-  for (int k = threadIdx.x; k < kNodes; k += kWarp) {
-    const double z = Node(k).z, weight = exp(-z * z / 2);
-    double product = weight;
-    for (int g = 0; g < kGroups; ++g) product *= part[g * kNodes + k];
-    total += product;
-    weights += weight;
-  }
-  total = warp_sum(total) / warp_sum(weights);
-  if (threadIdx.x == 0) out[i] = total > 1 ? 1. : total;
+  integrate(part, out + i);
 }
 
 }  // namespace gapkern::robustness

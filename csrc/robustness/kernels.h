@@ -12,6 +12,9 @@ struct Kernels {
                               float* room);
   double (*stays_nearest_f64)(const double* squared, int64_t count, int64_t target, double variance, double dims,
                               float* room);
+  // The probability that row `target` of `count` keeps the largest score; deviation: of each noisy score, >= 0.
+  double (*stays_largest_f32)(const float* scores, int64_t count, int64_t target, double deviation, float* room);
+  double (*stays_largest_f64)(const double* scores, int64_t count, int64_t target, double deviation, float* room);
   // Survival function of the noncentral chi-square distribution, as stays_nearest evaluates it; for tests.
   double (*survival)(double x, double dims, double noncentrality);
 };

@@ -17,6 +17,15 @@
 // Absolute error below 1e-4 for G up to 1e5. Work: Q G comparisons, and kNodes tails for each row that matters or for
 // each point of the grid, of which there are fewer than 100.
 //
+// robustness_exact_inner(scores, targets, deviations) -> float64 [Q, T].
+//   scores float32 or float64 [Q, G]: inner products of queries and gallery rows; targets as above; deviations float64
+//   [Q]: of a query's noisy scores, sqrt(variance) ||y_i|| for noise of that variance per coordinate, >= 0.
+//   result[i, t]: the probability that row targets[i, t] has query i's largest inner product once every gallery row has
+//   its own noise. Noisy scores are independent normals of one deviation sigma, whatever D is:
+//   P = integral over z of phi(z) prod_{j != target} Phi((s_target - s_j) / sigma + z) dz,
+//   on the same nodes and with the same grid. Where sigma is 0 it is 1 if no other score is above the target's.
+//   Absolute error below 5e-6 (float32 scores: and what their own rounding moves); work as for robustness_exact.
+//
 // robustness_nearest(queries, gallery, centre) -> int64 [Q], float32 [Q], float32 [Q], float32 [Q].
 //   queries [Q, D], gallery [G, D] of one dtype, float32, bfloat16 or float16; centre float32 [D], near the gallery's
 //   mean: distances are formed about it in float32, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from cancelling.
@@ -32,5 +41,7 @@ inline constexpr int kNodes = 48;
 inline constexpr int kGridPoints = 128;    // at most
 inline constexpr double kGridStep = 0.25;  // standard deviations
 inline constexpr double kReach = 6.4;      // nodes on [-kReach, kReach] standard deviations
+inline constexpr double kApart =
+    9.2;  // deviations between scores of which either is first: Phi(-kApart / sqrt 2) = 4e-11
 
 }  // namespace gapkern::robustness

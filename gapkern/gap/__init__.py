@@ -1,8 +1,9 @@
-"""The modality gap: measured (`gap_metrics`), closed (`MeanShift`), and what else was tried (`BASELINES`)."""
+"""The modality gap: `gap_metrics` measures it, `MeanShift` and `Projection` close it, `BASELINES` compares others."""
 
 from gapkern.gap.baselines import BASELINES
 from gapkern.gap.estimator import NotFittedError
 from gapkern.gap.meanshift import MeanShift
 from gapkern.gap.metrics import gap_metrics
+from gapkern.gap.projection import Projection
 
-__all__ = ["BASELINES", "MeanShift", "NotFittedError", "gap_metrics"]
+__all__ = ["BASELINES", "MeanShift", "NotFittedError", "Projection", "gap_metrics"]

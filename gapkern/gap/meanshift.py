@@ -1,7 +1,6 @@
 """The mean shift of Chowers et al. (CVPR 2026), Section 4: closes the modality gap in place."""
 
 import math
-import numbers
 import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,15 +13,13 @@ from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._compare import same_fields
 from gapkern._nearest import nearest
-from gapkern._rows import squarable, unit, with_float64
-from gapkern._together import gather
+from gapkern._rows import unit, with_float64
 from gapkern.gap import saved
-from gapkern.gap.estimator import Estimator, NotFittedError
-from gapkern.gap.moments import Moments, Sample, batches, hull, numerical_rank, principal
+from gapkern.gap.moments import numerical_rank, principal
+from gapkern.gap.twosided import Side, TwoSided, components_of_variance, fewest, wanted_components
 
 __all__ = ["MeanShift"]
 
-SAMPLE = 2**14  # rows of each side by which neighbours are judged
 _X = TypeVar("_X", Tensor, np.ndarray)
 
 
@@ -39,7 +36,7 @@ class Fit:
     __eq__ = same_fields
 
 
-class MeanShift(Estimator):
+class MeanShift(TwoSided[Fit]):
     """Closes the modality gap by moving one modality along the gap, outside the gallery's principal subspace (Eq. 11).
 
     g = mean(queries) - mean(gallery), V the gallery's first k principal directions, g' = g - V V^T g;
@@ -77,10 +74,6 @@ class MeanShift(Estimator):
         [2.0, 1.0, 0.0]
     """
 
-    _sides: "tuple[_Side, _Side] | None" = None  # what was seen; None for a loaded shift
-    _found: Fit | None = None  # worked out when it is first asked for
-    _asked: "tuple[int | float | str, float] | None" = None  # n_components and agreement as they were when fitting
-
     def __init__(
         self,
         alpha: float = 1.0,
@@ -99,14 +92,11 @@ class MeanShift(Estimator):
 
     def check_parameters(self) -> "MeanShift":
         """Raises what `fit` would raise of the parameters. Returns self."""
+        self._check_shared()
         _check.number("alpha", self.alpha)
-        _wanted(self.n_components)
         _check.choice("moves", self.moves, ("gallery", "queries"))
         if not isinstance(self.normalize, bool | np.bool_):
             raise TypeError(f"normalize: expected True or False, got {type(self.normalize).__name__}")
-        _check.number("agreement", self.agreement, low=0, high=1)
-        if self.model is not None and not isinstance(self.model, str):
-            raise TypeError(f"model: expected a name or None, got {type(self.model).__name__}")
         return self
 
     @isolated
@@ -115,100 +105,10 @@ class MeanShift(Estimator):
         self.check_parameters()
         gallery, queries = _check.matrix("gallery", gallery, rows="G"), _check.matrix("queries", queries, rows="Q")
         _check.same_width(gallery=gallery, queries=queries)
-        return self._learn(_Side.none(gallery.shape[1]), _Side.none(gallery.shape[1]), gallery, queries)
+        return self._learn(Side.none(gallery.shape[1]), Side.none(gallery.shape[1]), gallery, queries)
 
-    @isolated
-    def partial_fit(
-        self, gallery: Tensor | np.ndarray | None = None, queries: Tensor | np.ndarray | None = None
-    ) -> "MeanShift":
-        """Learns from a batch of either side, or of both, on top of what was seen before. Returns self.
-
-        A batch that is refused leaves the fit as it was.
-
-        Example:
-            >>> gallery, queries = torch.eye(4, 6), torch.eye(4, 6) + 1
-            >>> whole = MeanShift(n_components=2).fit(gallery, queries)
-            >>> parts = MeanShift(n_components=2).partial_fit(gallery[:1]).partial_fit(gallery[1:], queries)
-            >>> torch.allclose(whole.shift_vector_, parts.shift_vector_)
-            True
-        """
-        self.check_parameters()
-        given = {"gallery": gallery, "queries": queries}
-        batches = {name: _check.matrix(name, x, empty=True) for name, x in given.items() if x is not None}
-        if not batches:
-            return self
-        if self._sides is None:
-            if self._found is not None:
-                raise ValueError(_LOADED)
-            width = next(iter(batches.values())).shape[1]
-            sides = _Side.none(width), _Side.none(width)
-        else:
-            sides = self._sides
-        for name, x in batches.items():
-            if x.shape[1] != sides[0].dims:
-                raise ValueError(f"{name}: expected D = {sides[0].dims} as before, got {tuple(x.shape)}")
-        return self._learn(*sides, batches.get("gallery"), batches.get("queries"))
-
-    def _learn(
-        self, gallery: "_Side", queries: "_Side", more_gallery: Tensor | None, more_queries: Tensor | None
-    ) -> "MeanShift":
-        return self._take(gallery.with_rows("gallery", more_gallery), queries.with_rows("queries", more_queries))
-
-    def _take(self, gallery: "_Side", queries: "_Side") -> "MeanShift":
-        """Fits to what was seen of both sides, once the fit is asked for."""
-        self._sides, self._found = (gallery, queries), None
-        self._asked = _wanted(self.n_components), _check.number("agreement", self.agreement, low=0, high=1)
-        return self
-
-    @isolated
-    def merge(self, other: "MeanShift") -> "MeanShift":
-        """Adds what another shift, fitted elsewhere on other rows, has seen. Returns self."""
-        if not isinstance(other, MeanShift):
-            raise TypeError(f"other: expected a MeanShift, got {type(other).__name__}")
-        mine, theirs = self._seen(), other._seen()
-        if mine[0].dims != theirs[0].dims:
-            raise ValueError(f"other: expected D = {mine[0].dims}, got a shift of D = {theirs[0].dims}")
-        return self._take(mine[0].with_side(theirs[0]), mine[1].with_side(theirs[1]))
-
-    @isolated
-    def all_reduce(self, group: Any = None) -> "MeanShift":
-        """Adds what every rank of a torch.distributed group has seen; the same result on every rank. Returns self.
-
-        Raises:
-            ValueError: a rank has seen nothing, or rows of another width; on every rank, naming that rank.
-        """
-        first, *rest = gather(self._seen, group)
-        for rank, sides in enumerate(rest, 1):
-            if sides[0].dims != first[0].dims:
-                raise ValueError(f"rank {rank}: expected D = {first[0].dims} as on rank 0, got {sides[0].dims}")
-        gallery, queries = first
-        for more_gallery, more_queries in rest:
-            gallery, queries = gallery.with_side(more_gallery), queries.with_side(more_queries)
-        return self._take(gallery, queries)
-
-    def _seen(self) -> "tuple[_Side, _Side]":
-        if self._sides is None:
-            raise NotFittedError(_LOADED if self._found is not None else "MeanShift: nothing was seen here; call fit")
-        return self._sides
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether rows of both sides were seen, or a fit was loaded."""
-        return self._found is not None or (self._sides is not None and all(side.moments.count for side in self._sides))
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return self.is_fitted
-
-    def _fit(self, use: str = "use") -> Fit:
-        """The fit, worked out when it is first asked for from all that was seen."""
-        if self._found is None:
-            if self._sides is None:
-                raise NotFittedError(f"MeanShift: call fit before {use}")
-            if not self.is_fitted:
-                raise NotFittedError("MeanShift: expected rows of both sides before use, got none of one")
-            assert self._asked is not None
-            self._found = _fit(*self._sides, *self._asked)
-        return self._found
+    def _work_out(self, gallery: Side, queries: Side, *asked: Any) -> Fit:
+        return _fit(gallery, queries, *asked)
 
     @property
     def gap_vector_(self) -> Tensor:
@@ -240,19 +140,10 @@ class MeanShift(Estimator):
         """Share of the fitted queries whose nearest neighbour is the same at alpha = 1."""
         return self._fit().agreement
 
-    def samples(self) -> tuple[Tensor, Tensor]:
-        """Up to 16384 gallery rows and query rows, drawn evenly from all that were seen."""
-        gallery, queries = self._seen()
-        return gallery.sample.rows, queries.sample.rows
-
     def _apply(self, name: str, x: _X, sign: float, model: str | None) -> _X:
         self.check_parameters()
         vector = self._fit("transform").shift_vector
-        if None not in (model, self.model) and model != self.model:
-            raise ValueError(f"model: expected embeddings of {self.model}, as fitted, got {model}")
-        matrix = _check.finite(name, _check.matrix(name, x, empty=True))
-        if matrix.shape[1] != len(vector):
-            raise ValueError(f"{name}: expected D = {len(vector)} as fitted, got shape {tuple(matrix.shape)}")
+        matrix = self._checked(name, x, len(vector), model)
         if self.moves != name or (self.alpha == 0 and not self.normalize):
             return x
         moved = _moved(matrix, sign * float(self.alpha) * vector, bool(self.normalize))
@@ -279,7 +170,7 @@ class MeanShift(Estimator):
         found = self._fit("save")
         facts = {
             "alpha": float(self.alpha),
-            "components": _wanted(self.n_components),
+            "components": wanted_components(self.n_components),
             "moves": str(self.moves),
             "normalize": bool(self.normalize),
             "agreement": float(self.agreement),
@@ -288,7 +179,7 @@ class MeanShift(Estimator):
             "orthogonality_": found.orthogonality,
             "agreement_": found.agreement,
         }
-        saved.write(path, facts, {"gap_vector": found.gap_vector, "shift_vector": found.shift_vector})
+        saved.write(path, "MeanShift", facts, {"gap_vector": found.gap_vector, "shift_vector": found.shift_vector})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "MeanShift":
@@ -297,7 +188,7 @@ class MeanShift(Estimator):
         Raises:
             ValueError: not a file of this format or of this version.
         """
-        facts, tensors = saved.read(path)
+        facts, tensors = saved.read(path, "MeanShift")
         with saved.blame(path):
             names = ("alpha", "components", "moves", "normalize", "agreement", "model")
             shift = MeanShift(*(facts[name] for name in names)).check_parameters()
@@ -310,20 +201,7 @@ class MeanShift(Estimator):
         return shift
 
 
-_LOADED = "MeanShift: a loaded shift can be applied but not added to; fit one anew"
-
-
-def _wanted(n_components: Any) -> int | float | str:
-    """The checked argument, as a plain int, float or str."""
-    if isinstance(n_components, str):
-        return str(_check.choice("n_components", n_components, ("auto", "exact")))
-    if isinstance(n_components, numbers.Real) and not isinstance(n_components, numbers.Integral):
-        return _check.number("n_components", n_components, low=0, high=1, exclusive=True)
-    return _check.integer("n_components", n_components, low=0)
-
-
-@isolated
-def _fit(gallery: "_Side", queries: "_Side", wanted: int | float | str, agreement: float) -> Fit:
+def _fit(gallery: Side, queries: Side, wanted: int | float | str, agreement: float) -> Fit:
     gap = queries.moments.mean - gallery.moments.mean
     k, vector = _choose(wanted, agreement, gap, gallery, queries)
     orthogonality = float(vector.norm() / gap.norm()) if gap.norm() > 0 else math.nan
@@ -333,7 +211,7 @@ def _fit(gallery: "_Side", queries: "_Side", wanted: int | float | str, agreemen
 
 
 def _choose(
-    wanted: int | float | str, agreement: float, gap: Tensor, gallery: "_Side", queries: "_Side"
+    wanted: int | float | str, agreement: float, gap: Tensor, gallery: Side, queries: Side
 ) -> tuple[int, Tensor]:
     """k and g'."""
     if wanted == "exact":
@@ -343,8 +221,7 @@ def _choose(
     if isinstance(wanted, str):
         k = _largest_closure(gap, gallery.sample.rows, queries.sample.rows, vectors, rank, agreement)
     elif isinstance(wanted, float):
-        share = values.cumsum(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        k = min(rank, int((share < wanted).sum()) + 1)
+        k = min(rank, components_of_variance(values, wanted))
     else:
         k = min(rank, wanted)
     return _outside(gap, gallery.hull() if k == rank else vectors[:, :k])
@@ -360,48 +237,7 @@ def _largest_closure(
         after = nearest(queries, _moved(gallery, _outside(gap, vectors[:, :k])[1]))
         return float((before == after).double().mean()) >= agreement
 
-    low, high = 0, rank
-    if keeps(0):
-        return 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if keeps(middle) else (middle, high)
-    return high
-
-
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """What was seen of one modality: its moments, and some of its rows. Never changed in place."""
-
-    moments: Moments
-    sample: Sample
-
-    @staticmethod
-    def none(dims: int) -> "_Side":
-        return _Side(Moments.none(dims), Sample(dims, SAMPLE))
-
-    @property
-    def dims(self) -> int:
-        return len(self.moments.mean)
-
-    def with_rows(self, name: str, x: Tensor | None) -> "_Side":
-        if x is None:
-            return self
-        moments, sample = self.moments.copy(), self.sample.copy()
-        for rows in batches(x.detach()):
-            rows = squarable(name, _check.finite(name, rows))
-            moments.update(rows)
-            sample.update(rows)
-        return _Side(moments, sample)
-
-    def with_side(self, other: "_Side") -> "_Side":
-        moments, sample = self.moments.copy(), self.sample.copy()
-        moments.merge(other.moments)
-        sample.merge(other.sample)
-        return _Side(moments, sample)
-
-    def hull(self) -> Tensor:
-        return hull(self.moments, self.sample.rows)
+    return fewest(keeps, rank)
 
 
 def _outside(gap: Tensor, basis: Tensor) -> tuple[int, Tensor]:

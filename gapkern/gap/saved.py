@@ -1,4 +1,4 @@
-"""The file of a mean shift: two vectors in safetensors, and its parameters in the metadata."""
+"""The files of a mean shift and of a projection: tensors in safetensors, the parameters in the metadata."""
 
 import ast
 import os
@@ -13,20 +13,21 @@ from gapkern import files
 __all__ = ["FORMAT_VERSION", "blame", "read", "write"]
 
 FORMAT_VERSION = 1
+_PLAIN_NAME = "moves"  # stored without quotes
 
 
-def write(path: str | os.PathLike[str], facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes a file; one of that name is replaced only once the new one is complete."""
+def write(path: str | os.PathLike[str], kind: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes the file of a `kind`; one of that name is replaced only once the new one is complete."""
     from safetensors.torch import save_file
 
-    metadata = {"format": "gapkern.MeanShift", "version": str(FORMAT_VERSION)}
-    metadata |= {name: value if name == "moves" else repr(value) for name, value in facts.items()}
+    metadata = {"format": f"gapkern.{kind}", "version": str(FORMAT_VERSION)}
+    metadata |= {name: value if name == _PLAIN_NAME else repr(value) for name, value in facts.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     files.write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` wrote.
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write` wrote of that kind.
 
     Raises:
         ValueError: not a file of this format or of this version.
@@ -41,14 +42,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         raise ValueError(f"path: expected a file, got {path}, which does not exist") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from None
-    if metadata.get("format") != "gapkern.MeanShift" or metadata.get("version") != str(FORMAT_VERSION):
+    if metadata.get("format") != f"gapkern.{kind}" or metadata.get("version") != str(FORMAT_VERSION):
         raise ValueError(
-            f"path: expected a gapkern.MeanShift file of version {FORMAT_VERSION}, got {path} with "
+            f"path: expected a gapkern.{kind} file of version {FORMAT_VERSION}, got {path} with "
             f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
         )
     with blame(path):
         facts = {
-            name: text if name == "moves" else float("nan") if text == "nan" else ast.literal_eval(text)
+            name: text if name == _PLAIN_NAME else float("nan") if text == "nan" else ast.literal_eval(text)
             for name, text in metadata.items()
             if name not in ("format", "version")
         }
@@ -64,4 +65,4 @@ def blame(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"path: expected {error.args[0]} in {path}, which lacks it") from None
     except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"path: expected a shift that can be applied in {path}, got {reason}") from None
+        raise ValueError(f"path: expected one that can be applied in {path}, got {reason}") from None

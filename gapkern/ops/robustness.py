@@ -11,6 +11,11 @@ def _(distances, targets, variance, dims):
     return distances.new_empty(targets.shape, dtype=torch.float64)
 
 
+@torch.library.register_fake("gapkern::robustness_exact_inner")
+def _(scores, targets, deviations):
+    return scores.new_empty(targets.shape, dtype=torch.float64)
+
+
 @torch.library.register_fake("gapkern::robustness_nearest")
 def _(queries, gallery, centre):
     row = queries.new_empty((queries.shape[0],), dtype=torch.int64)
@@ -21,6 +26,11 @@ def _on_the_cpu(distances, targets, variance, dims):
     """For devices without a kernel of ours: the distances travel, their integrals are evaluated here."""
     result = torch.ops.gapkern.robustness_exact(distances.cpu(), targets.cpu(), variance, dims)
     return result.to(distances.device)
+
+
+def _inner_on_the_cpu(scores, targets, deviations):
+    result = torch.ops.gapkern.robustness_exact_inner(scores.cpu(), targets.cpu(), deviations.cpu())
+    return result.to(scores.device)
 
 
 def _nearest(queries: Tensor, gallery: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,11 +53,13 @@ def _nearest(queries: Tensor, gallery: Tensor, centre: Tensor) -> tuple[Tensor, 
 
 
 def _refuse(ctx, *grads):
-    raise RuntimeError("gapkern: robustness_exact and robustness_nearest are not differentiable")
+    raise RuntimeError("gapkern: robustness_exact, _exact_inner and _nearest are not differentiable")
 
 
 torch.library.register_autograd("gapkern::robustness_exact", _refuse)
+torch.library.register_autograd("gapkern::robustness_exact_inner", _refuse)
 torch.library.register_autograd("gapkern::robustness_nearest", _refuse)
 _library = torch.library.Library("gapkern", "IMPL")
 _library.impl("robustness_exact", _on_the_cpu, "CompositeExplicitAutograd")
+_library.impl("robustness_exact_inner", _inner_on_the_cpu, "CompositeExplicitAutograd")
 _library.impl("robustness_nearest", _nearest, "CompositeExplicitAutograd")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
-from gapkern._nearest import CHUNK, distances, lowest, nearest
-from gapkern.gap import MeanShift
-from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operator
+from gapkern._nearest import CHUNK, METRICS, best, lowest
+from gapkern.gap import MeanShift, Projection
 from gapkern.perturb import Gaussian, Perturbation, check, title
+from gapkern.robustness.laws import Distances, InnerProducts, Law
 from gapkern.robustness.result import RobustnessResult
 from gapkern.robustness.task import Task, gini
 
@@ -22,7 +22,6 @@ __all__ = ["METHODS", "robustness"]
 
 METHODS = ("auto", "exact", "projected", "sample")
 Tick = Callable[[float], None]
-_MARGIN = 6.5  # standard deviations by which a row must trail before it is left out: 4e-11
 
 
 class _Tally:
@@ -59,39 +58,24 @@ class _Tally:
         return self.wins / trials, float(means.std() / math.sqrt(trials)) if trials > 1 else math.nan
 
 
-def _variance(task: Task, perturbation: Perturbation) -> float:
-    assert isinstance(perturbation, Gaussian)
-    return perturbation.per_coordinate(task.gallery.shape[1])
-
-
-def _distances(task: Task, variance: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Squared distances as `distances` yields them, in float32 where the noise drowns its rounding."""
-    dims = task.gallery.shape[1]
-    spread = 2 * variance * math.sqrt(dims)  # the least standard deviation between two noisy squared distances
-    size = max(float(x.double().square().sum(1).max()) for x in (task.queries, task.gallery))
-    drowned = torch.finfo(torch.float32).eps * 2 * size <= 1e-4 * spread
-    return distances(task.queries, task.gallery, torch.float32 if drowned else torch.float64)
-
-
-def _exact(task: Task, perturbation: Perturbation, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
+def _exact(task: Task, law: Law, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
     """The winning probabilities as integrals: no sampling error."""
-    variance, dims = _variance(task, perturbation), task.gallery.shape[1]
     result = torch.zeros(3, len(task.queries), dtype=torch.float64, device=task.queries.device)
     members = None if task.labels is None else _members(task)
-    for rows, squared, slack in _distances(task, variance):
-        # The distances are there already: no search of their own for the clean neighbours.
-        task.stays[rows], task.rivals[rows] = lowest(squared, slack, task.queries[rows], task.gallery)
+    for rows, scores, slack in law.scores():
+        # The scores are there already: no search of their own for the clean neighbours.
+        task.stays[rows], task.rivals[rows] = lowest(scores, slack, task.queries[rows], task.gallery, inner=law.inner)
         stays, agrees = task.stays[rows], task.agrees[rows]
         targets = torch.stack([stays, torch.where(agrees == stays, -1, agrees)], 1)
         if members is not None:
             targets = torch.cat([targets, members[rows]], 1)
-        p = torch.ops.gapkern.robustness_exact(squared, targets, variance, dims)
+        p = law.chances(rows, scores, targets)
         result[0, rows] = p[:, 0]
         result[1, rows] = torch.where(agrees == stays, p[:, 0], p[:, 1])
         if members is not None:
             # The chance of a class is the sum over its rows.
             result[2, rows] = p[:, 2:].sum(1)
-        tick(len(squared))
+        tick(len(scores))
     return result, 0.0
 
 
@@ -107,46 +91,29 @@ def _members(task: Task) -> Tensor:
     return torch.where(places < count[:, None], rows, -1)
 
 
-def _projected(task: Task, perturbation: Perturbation, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
-    """Draws noisy distances instead of noise: two numbers for each row that may win replace D.
-
-    ||y - x - e||^2 / v = (||y - x|| / sqrt v + z)^2 + c with z ~ N(0, 1), c ~ chi-square(D - 1), independent over rows.
-    """
-    variance, dims = _variance(task, perturbation), task.gallery.shape[1]
+def _projected(task: Task, law: Law, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
+    """Draws noisy scores instead of noise, of the rows that may win."""
     tally = _Tally(task, trials)
-    device = task.queries.device
-    generator = torch.Generator(device).manual_seed(seed)
-    for part, squared, _ in _distances(task, variance):
-        noncentrality = squared.double().clamp_min(0) / variance
-        best = noncentrality.amin(1, keepdim=True)
-        ahead = noncentrality - best
-        kept = ahead.square() <= _MARGIN**2 * 4 * (dims + noncentrality + best)
-        rivals = int(kept.sum(1).max())
-        values, rows = noncentrality.topk(rivals, dim=1, largest=False)
-        means = values.sqrt()
-        batch = max(1, CHUNK // means.numel())
+    generator = torch.Generator(task.queries.device).manual_seed(seed)
+    for part, scores, _ in law.scores():
+        draws = law.draws(part, scores)
+        batch = max(1, CHUNK // draws.means.numel())
         for trial in range(0, trials, batch):
-            shape = (min(batch, trials - trial), *means.shape)
-            draws = torch.randn(shape, generator=generator, dtype=torch.float64, device=device).add_(means).square_()
-            if dims > 1:
-                half = torch.full(shape, (dims - 1) / 2, dtype=torch.float64, device=device)
-                draws += 2 * torch._standard_gamma(half, generator=generator)
-            place = draws.argmin(2)
-            tally.add(rows.expand(shape[0], -1, -1).gather(2, place[..., None])[..., 0], part.start, trial)
-        tick(len(squared))
+            place = draws.draw(min(batch, trials - trial), generator).argmin(2)
+            found = draws.rivals.expand(len(place), -1, -1).gather(2, place[..., None])[..., 0]
+            tally.add(found, part.start, trial)
+        tick(len(scores))
     return tally.finish()
 
 
-def _sample(task: Task, perturbation: Perturbation, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
+def _sample(task: Task, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
     """Draws the perturbation literally; one noisy gallery per trial, shared by all queries."""
     tally = _Tally(task, trials)
     for trial in range(trials):
-        tally.add(nearest(*task.perturbed(seed, trial), exact=not perturbation.random)[None], 0, trial)
+        found = best(*task.perturbed(seed, trial), task.metric, exact=not task.perturbation.random)
+        tally.add(found[None], 0, trial)
         tick(len(task.queries) / trials)
     return tally.finish()
-
-
-_ESTIMATORS = {"exact": _exact, "projected": _projected, "sample": _sample}
 
 
 @isolated
@@ -157,7 +124,8 @@ def robustness(
     *,
     labels: Any = None,
     gallery_labels: Any = None,
-    shift: MeanShift | None = None,
+    shift: MeanShift | Projection | None = None,
+    metric: str = "l2",
     on: str = "gallery",
     when: str = "after",
     method: str = "auto",
@@ -173,11 +141,12 @@ def robustness(
         perturbation: see `gapkern.perturb`. The gallery of a `Replace` is shifted too.
         labels: (Q,) integers: the right gallery row of each query, or its class where `gallery_labels` are given.
         gallery_labels: (G,) integers: the class of each gallery row.
-        shift: a fitted `MeanShift`, applied to both sides first.
+        shift: a fitted `MeanShift` or `Projection`, applied to both sides first.
+        metric: what is searched by: "l2", "ip" (largest inner product) or "cosine".
         on: "gallery", or "queries" to perturb the queries instead.
         when: the perturbation comes "after" the shift, as where a shifted gallery is stored in few bits, or "before".
-        method: "exact" integrates the winning probabilities (Gaussian noise on the gallery; no sampling error, below
-            1e-4 per query); "projected" draws noisy distances (the same law); "sample" draws the perturbation
+        method: "exact" integrates the winning probabilities (Gaussian noise on the gallery, "l2" and "ip"; no sampling
+            error, below 1e-4 per query); "projected" draws noisy scores (the same law); "sample" draws the perturbation
             literally; "auto" is exact where it can be and otherwise sample.
         trials: draws for "projected" and "sample". What is not random needs one and gets one.
         seed: of the draws.
@@ -200,9 +169,13 @@ def robustness(
     _check.choice("when", when, ("after", "before"))
     trials = _check.integer("trials", trials, low=1, high=2**32)
     seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
-    if shift is not None and not isinstance(shift, MeanShift):
-        raise TypeError(f"shift: expected a MeanShift, got {type(shift).__name__}")
-    rescaled = when == "before" and shift is not None and shift.normalize and shift.moves == "gallery"
+    _check.choice("metric", metric, METRICS)
+    if shift is not None and not isinstance(shift, MeanShift | Projection):
+        raise TypeError(f"shift: expected a MeanShift or a Projection, got {type(shift).__name__}")
+    # Noise that is scaled with its row, by the shift or by cosine, follows another law.
+    rescaled = metric == "cosine" or (
+        when == "before" and isinstance(shift, MeanShift) and shift.normalize and shift.moves == "gallery"
+    )
     integrable = isinstance(perturbation, Gaussian) and on == "gallery" and not rescaled
     if method in ("exact", "projected") and not integrable:
         raise ValueError(
@@ -213,17 +186,25 @@ def robustness(
         method = "exact" if integrable else "sample"
     search = method != "exact" or not perturbation.random
     task = Task.of(
-        queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=shift, on=on, when=when
+        queries,
+        gallery,
+        perturbation,
+        labels=labels,
+        gallery_labels=gallery_labels,
+        shift=shift,
+        on=on,
+        when=when,
+        metric=metric,
     )
     if search:
         task.search()
     with _Progress(progress, title(perturbation.describe()), len(task.queries)) as tick:
         if not perturbation.random:
             method, trials = "none drawn", 1
-            means, _ = _sample(task, perturbation, 1, seed, tick)
+            means, _ = _sample(task, 1, seed, tick)
             stderr = 0.0
         else:
-            means, stderr = _ESTIMATORS[method](task, perturbation, trials, seed, tick)
+            means, stderr = _drawn_or_integrated(method, task, trials, seed, tick)
     clean = task.right(task.stays, 0)
     return RobustnessResult(
         robustness=float(means[0].mean()),
@@ -239,6 +220,15 @@ def robustness(
         trials=0 if method == "exact" else trials,
         seconds=time.perf_counter() - started,
     )
+
+
+def _drawn_or_integrated(method: str, task: Task, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
+    if method == "sample":
+        return _sample(task, trials, seed, tick)
+    assert isinstance(task.perturbation, Gaussian)
+    variance = task.perturbation.per_coordinate(task.noisy_dims)
+    law = (InnerProducts if task.metric == "ip" else Distances)(task.queries, task.gallery, variance)
+    return (_exact if method == "exact" else _projected)(task, law, trials, seed, tick)
 
 
 class _Progress:

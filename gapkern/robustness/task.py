@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._nearest import nearest
+from gapkern._nearest import best
 from gapkern._rows import squarable
-from gapkern.gap import MeanShift
+from gapkern.gap import MeanShift, Projection
 from gapkern.perturb import Gaussian, Perturbation, Uniform
 
 __all__ = ["Task", "gini"]
@@ -28,13 +28,14 @@ class Task:
         labels: (Q,) class of each query, or None.
         classes: (G,) class of each gallery row.
         rivals: (Q,) see `RobustnessResult`.
+        metric: what is searched by.
     """
 
     queries: Tensor
     gallery: Tensor
     start: Tensor
     perturbation: Perturbation
-    shift: MeanShift | None
+    shift: MeanShift | Projection | None
     on: str
     when: str
     stays: Tensor
@@ -42,6 +43,7 @@ class Task:
     labels: Tensor | None
     classes: Tensor
     rivals: Tensor
+    metric: str
 
     @staticmethod
     def of(
@@ -51,9 +53,10 @@ class Task:
         *,
         labels: Any = None,
         gallery_labels: Any = None,
-        shift: MeanShift | None = None,
+        shift: MeanShift | Projection | None = None,
         on: str = "gallery",
         when: str = "after",
+        metric: str = "l2",
     ) -> "Task":
         """Checks everything and applies the shift; where there is one, the neighbours without it are searched.
 
@@ -84,15 +87,16 @@ class Task:
             on=on,
             when=when,
             stays=stays,
-            agrees=stays if shift is None else nearest(y, x),
+            agrees=stays if shift is None else best(y, x, metric),
             labels=targets,
             classes=classes,
             rivals=none,
+            metric=metric,
         )
 
     def search(self) -> None:
         """Finds the neighbours after the shift; an estimator that has all distances at hand finds them itself."""
-        self.stays[:] = nearest(self.queries, self.gallery)
+        self.stays[:] = best(self.queries, self.gallery, self.metric)
 
     def perturbed(self, seed: int, trial: int) -> tuple[Tensor, Tensor]:
         """Queries and gallery of one trial."""
@@ -103,16 +107,21 @@ class Task:
         return (self.queries.to(work), noisy) if self.on == "gallery" else (noisy, self.gallery.to(work))
 
     @property
+    def noisy_dims(self) -> int:
+        """Dimensions of the rows that the perturbation falls on, among which a total variance is divided."""
+        return self.start.shape[1]
+
+    @property
     def _fused(self) -> bool:
         """Whether noise and the shift after it are one pass over the rows."""
-        moves = self.shift is not None and self.shift.moves == self.on
+        moves = isinstance(self.shift, MeanShift) and self.shift.moves == self.on
         return moves and self.when == "before" and isinstance(self.perturbation, Gaussian | Uniform)
 
     def _noisy(self, seed: int, trial: int) -> Tensor:
         perturbation, start, shift = self.perturbation, self.start, self.shift
         if not self._fused:
             return perturbation.apply(start, seed, trial)
-        assert shift is not None
+        assert isinstance(shift, MeanShift)
         assert isinstance(perturbation, Gaussian | Uniform)
         by = (shift.alpha if self.on == "gallery" else -shift.alpha) * shift.shift_vector_
         std = perturbation.per_coordinate(start.shape[1]) ** 0.5

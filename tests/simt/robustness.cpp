@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "robustness/inner.cuh"
 #include "robustness/kernels.cuh"
 #include "robustness/nearest.cuh"
 
@@ -78,6 +79,50 @@ Problem below_zero(Problem p) {
   }
   return p;
 }
+
+// Scores of queries a deviation of the noise times `spread` apart; every query has a deviation of its own.
+struct InnerProblem {
+  check::vector<double> scores, deviations;  // [queries, count], [queries]
+  check::vector<int64_t> targets;            // [queries, 2]
+  int64_t count;
+  check::vector<double> truth;
+
+  InnerProblem(int64_t g, double spread, check::vector<int64_t> chosen)
+      : scores(chosen.size() / 2 * g), deviations(chosen.size() / 2), targets(chosen), count(g), truth(chosen.size()) {
+    for (size_t q = 0; q < deviations.size(); ++q) {
+      deviations[q] = 0.1 * double(q);
+      for (int64_t j = 0; j < g; ++j)
+        scores[q * g + j] = double(float(1 - deviations[q] * spread * std::abs(check::normal())));
+      for (size_t i = 2 * q; i < 2 * q + 2; ++i)
+        truth[i] = chosen[i] == -1 ? 0 : chosen[i] >= g ? NAN : probability(&scores[q * g], chosen[i], deviations[q]);
+    }
+  }
+
+  // The contract's integral, with ten times the nodes and every row taken; without noise, whether none is above.
+  double probability(const double* row, int64_t target, double deviation) const {
+    double total = 0, weights = 0;
+    for (double z = -9; z <= 9; z += 0.02) {
+      double product = 1;
+      for (int64_t j = 0; j < count; ++j) {
+        const double lead = row[target] - row[j];
+        if (j != target)
+          product *= deviation > 0 ? 0.5 * std::erfc(-(lead / deviation + z) * std::sqrt(0.5)) : double(lead >= 0);
+      }
+      total += std::exp(-z * z / 2) * product;
+      weights += std::exp(-z * z / 2);
+    }
+    return total / weights;
+  }
+
+  template <class T>
+  double run() const {
+    const check::vector<T> values(scores.begin(), scores.end());
+    check::vector<double> out = check::poisoned<double>(targets.size());
+    simt::launch(unsigned(targets.size()), kExactThreads, stays_largest<T>, values.data(), count, targets.data(),
+                 int64_t(2), deviations.data(), out.data());
+    return check::error(out, truth, 1e-3);
+  }
+};
 
 void exact(const std::string& name, double tolerance, const check::vector<Problem>& problems) {
   for (const Problem& p : problems) {
@@ -168,6 +213,15 @@ int main() {
         {Problem(30, 2e-2, 3, 1, {0, 1, 17, -1}), Problem(400, 1e-1, 8, 3, {0, 2}), Problem(9, 1, 2, 0, {4, 8}, 0)});
   exact("with few degrees of freedom and distant rivals, or very many", 2e-5,
         {Problem(12, 1e-2, 3, 40, {0, 1}, 0.1), Problem(600, 1, 2, 0, {0, 5})});
+  const auto inner = [](const std::string& name, double tolerance, const check::vector<InnerProblem>& problems) {
+    check::kernel("exact under inner product " + name, tolerance, [&] {
+      double worst = 0;
+      for (const InnerProblem& p : problems) worst = check::largest({worst, p.run<float>(), p.run<double>()});
+      return worst;
+    });
+  };
+  inner("with few rivals", 2e-6, {InnerProblem(12, 1, {0, 3, 5, 11, 2, -1}), InnerProblem(1, 1, {0, 1, 0, -1})});
+  inner("over a grid", 1e-4, {InnerProblem(1500, 4, {0, 3, 7, 1499, 200, -1}), InnerProblem(300, 0, {0, 1, 299, 17})});
   const check::vector<std::function<double()>> searches{
       nearest<float, true>(130, 300, 20, 2),  // two tiles of queries, three of the gallery, ties between them
       nearest<float, false>(5, 129, 7, 2),    // one ragged slab
