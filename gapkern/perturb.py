@@ -122,7 +122,7 @@ class Quantize(Perturbation):
         else:
             low, high = torch.aminmax(x, dim=0)
         work = torch.promote_types(x.dtype, torch.float32)
-        return torch.ops.gapkern.perturb_quantize(x, low.to(work), high.to(work), self.bins)
+        return torch.ops.gapkern.perturb_quantize(x, low.detach().to(work), high.detach().to(work), self.bins)
 
     def describe(self):
         return {"perturbation": self.name, "bins": self.bins, "range": self.range}
