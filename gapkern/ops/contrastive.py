@@ -109,7 +109,9 @@ def _backward_sigmoid(ctx, grad_loss, *_):
     sources, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     needs = ctx.needs_input_grad[:4]
     gradients = [
-        (g * grad_loss).to(t.dtype).reshape(t.shape) for g, t, needed in zip(saved, sources, needs, strict=True) if needed
+        (g * grad_loss).to(t.dtype).reshape(t.shape)
+        for g, t, needed in zip(saved, sources, needs, strict=True)
+        if needed
     ]
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # the saved gradients are constants
         gradients = derivatives.once(tuple(gradients), (*sources, grad_loss))
@@ -176,15 +178,12 @@ def _backward(ctx, grad_row, grad_col, grad_positive, *_):
     )
 
 
-
 def _jvp(inputs, tangents_):
     return *tangents.log_sum_exps(inputs, tangents_), None, None, None
 
 
 derivatives.register("contrastive_lse", _backward, save=_save, jvp=_jvp)
-derivatives.register(
-    "contrastive_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice
-)
+derivatives.register("contrastive_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
 derivatives.register("sigmoid_loss", _backward_sigmoid, save=_save_sigmoid, jvp=_jvp_sigmoid, arguments=_needed)
 
 _library = torch.library.Library("gapkern", "IMPL")

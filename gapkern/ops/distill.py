@@ -78,7 +78,9 @@ def _difference(student: Tensor, teacher: Tensor) -> Tensor:
     return larger.mul_(apart.abs().neg_().expm1_().neg_()).mul_(apart.sign_())
 
 
-def _cross(images, texts, logit_scale, teacher_images, teacher_texts, teacher_scale, row, col, teacher_row, teacher_col):
+def _cross(
+    images, texts, logit_scale, teacher_images, teacher_texts, teacher_scale, row, col, teacher_row, teacher_col
+):
     student, teacher = _Logits(images, texts, logit_scale), _Logits(teacher_images, teacher_texts, teacher_scale)
     of_rows = images.new_empty(len(images), dtype=torch.float64)
     of_cols = images.new_zeros(len(texts), dtype=torch.float64)

@@ -100,8 +100,6 @@ def _constant(inputs, tangents):
 derivatives.register("perturb_bits", _refuse, save=_save_bits, jvp=_constant)
 derivatives.register("perturb_noise", _unchanged, jvp=_jvp_unchanged)
 derivatives.register("perturb_quantize", _zero, save=_save_quantize, jvp=_jvp_quantize)
-derivatives.register(
-    "perturb_noisy_gallery", _backward_noisy_gallery, save=_save_noisy_gallery, jvp=_jvp_noisy_gallery
-)
+derivatives.register("perturb_noisy_gallery", _backward_noisy_gallery, save=_save_noisy_gallery, jvp=_jvp_noisy_gallery)
 _library = torch.library.Library("gapkern", "IMPL")
 _library.impl("perturb_noisy_gallery", _noisy_gallery, "CompositeExplicitAutograd")

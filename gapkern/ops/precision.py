@@ -5,7 +5,7 @@ import torch
 
 @torch.compiler.assume_constant_result
 def matmul_precision(device: str) -> str:
-    """"highest", "high" or "medium" for this type of device; asked once per compiled graph.
+    """ "highest", "high" or "medium" for this type of device; asked once per compiled graph.
 
     `torch.get_float32_matmul_precision()` raises where the settings of single backends say more than it could, and
     where it does not, theirs may be newer.
