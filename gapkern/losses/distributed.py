@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gapkern.losses import agreement
 from gapkern.ops import derivatives
@@ -31,11 +32,18 @@ def shard(group: Any) -> Shard:
     """The rank's place in `group`: a process group, a one-dimensional DeviceMesh, or True for the default group.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised.
+        RuntimeError: torch.distributed is not initialised, or forward-mode differentiation.
         TypeError, ValueError: not a group, a mesh of several dimensions, or a group without this process.
     """
+    return Shard(*(_constant_place if torch.compiler.is_compiling() else _place)(group))
+
+
+def _place(group: Any) -> tuple[str, int, int]:
+    """The group's name, this process's rank in it, and its size."""
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("group: torch.distributed is not initialised; call torch.distributed.init_process_group")
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("gapkern: losses over ranks have no forward-mode derivative; use reverse mode (backward())")
     group = dist.group.WORLD if group is True else group
     if hasattr(group, "mesh_dim_names"):
         if group.ndim != 1:
@@ -51,7 +59,10 @@ def shard(group: Any) -> Shard:
             f"group: expected a torch.distributed group, a one-dimensional DeviceMesh or True, "
             f"got {type(group).__name__}"
         )
-    return Shard(group.group_name, dist.get_rank(group), dist.get_world_size(group))
+    return group.group_name, dist.get_rank(group), dist.get_world_size(group)
+
+
+_constant_place = torch.compiler.assume_constant_result(_place)  # compiled graphs are of one group
 
 
 def _group(name: str) -> Any:
@@ -177,10 +188,15 @@ for _name in ("stack", "reduce_scatter"):
 
 
 class _ScaleGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
+    def forward(x, factor):
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):

@@ -13,14 +13,14 @@ from gapkern.ops.precision import matmul_precision
 
 # memory="auto" lets the forward pass keep this much for the backward pass, which then forms the logits once less.
 AUTO_BYTES = 256 * 2**20
+ALL_BYTES = 2**62
 
 
-def work_bytes(memory: str | int, images: Tensor, texts: Tensor) -> int:
+def work_bytes(memory: str | int) -> int:
     """Bytes of N x M work space that a `memory` argument allows."""
     if isinstance(memory, str):
         _check.choice("memory", memory, ("auto", "recompute", "keep"))
-        item = 8 if images.dtype == torch.float64 else 4
-        return {"recompute": 0, "auto": AUTO_BYTES, "keep": images.shape[0] * texts.shape[0] * item}[memory]
+        return {"recompute": 0, "auto": AUTO_BYTES, "keep": ALL_BYTES}[memory]
     return _check.integer("memory", memory, low=0)
 
 
@@ -72,7 +72,7 @@ def contrastive_loss(
         _check.choice("reduction", reduction, ("mean", "sum", "none"))
         _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
         images, texts, scale = check_pairs(images, texts, logit_scale)
-        work_bytes(memory, images, texts)
+        work_bytes(memory)
         bias = None if logit_bias is None else scalar("logit_bias", logit_bias, images)
     except (TypeError, ValueError) as error:
         if place is not None:
@@ -90,7 +90,7 @@ def contrastive_loss(
         # The factor 1 / W is that of a mean over ranks; pairs on their own need none.
         return in_float(distributed.scale_gradient(losses, place.world), images)
     mean = distributed.mean_value(losses.mean(), place)
-    return in_float(mean if reduction == "mean" else mean * len(images) * place.world, images)
+    return in_float(mean if reduction == "mean" else mean * images.shape[0] * place.world, images)
 
 
 def sigmoid_loss(
@@ -132,7 +132,7 @@ def sigmoid_loss(
             distributed.refuse(place, error)
         raise
     if place is None:
-        return in_float(sigmoid_rows(images, texts, scale, bias, 0) / len(images), images)
+        return in_float(sigmoid_rows(images, texts, scale, bias, 0) / images.shape[0], images)
     loss = sharded_sigmoid(images, texts, scale, bias, place, 1 / place.world, "sigmoid_loss")
     return in_float(distributed.mean_value(loss, place), images)
 
@@ -151,7 +151,7 @@ def log_sum_exps(images, texts, scale, similarity, memory, label_offset):
         similarity=similarity,
         label_offset=label_offset,
         precision=matmul_precision(images.device.type),
-        work_bytes=work_bytes(memory, images, texts) if torch.is_grad_enabled() else 0,
+        work_bytes=work_bytes(memory) if torch.is_grad_enabled() else 0,
     )
 
 
@@ -163,7 +163,7 @@ def wanted(terms: str, **tensors: Tensor) -> str:
 
 def own_rows(texts: Tensor, place: distributed.Shard) -> slice:
     """Where this rank's rows are among everyone's."""
-    return slice(place.rank * len(texts), (place.rank + 1) * len(texts))
+    return slice(place.rank * texts.shape[0], (place.rank + 1) * texts.shape[0])
 
 
 def sharded_losses(images, texts, scale, similarity, memory, place, factor: float, terms: str) -> Tensor:
@@ -191,7 +191,7 @@ def sharded_sigmoid(images, texts, scale, bias, place, factor: float, terms: str
     images, texts = (distributed.scale_gradient(t, factor) for t in (images, texts))
     scale, bias = (distributed.mean_gradient(t, place) for t in (scale, bias))
     everyone = distributed.gather(texts, place, terms)
-    return sigmoid_rows(images, everyone, scale, bias, place.rank * len(texts)) / len(images)
+    return sigmoid_rows(images, everyone, scale, bias, place.rank * texts.shape[0]) / images.shape[0]
 
 
 def without_gradient(losses: Tensor, bias: Tensor | None) -> Tensor:

@@ -50,9 +50,10 @@ def scalar(name: str, value: Any, like: Tensor) -> Tensor:
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     if not isinstance(value, Tensor):
-        if not torch.compiler.is_compiling() or not isinstance(value, (int, float)):
-            value = _check.number(name, value)
-        return torch.full((), value, dtype=torch.float64, device=like.device)
+        if torch.compiler.is_compiling() and isinstance(value, (int, float)):
+            # A sum is what the compiler takes a number into the graph with; anything else it compiles anew for.
+            return torch.zeros((), dtype=torch.float64, device=like.device) + value
+        return torch.full((), _check.number(name, value), dtype=torch.float64, device=like.device)
     _plain(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")

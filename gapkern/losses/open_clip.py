@@ -12,7 +12,8 @@ DistributedDataParallel averages over ranks, so that factor W trains as one proc
 factors are open_clip's own. Where open_clip leaves part of the gradient out (local_loss without gather_with_grad), here
 it is whole. The gradient of logit_scale is that of the whole batch, on every rank.
 
-Subclasses may override open_clip's methods: `get_logits`, `get_ground_truth`, `dist_loss`, SigLipLoss's `_loss`. Where one is overridden, or labels were put into the cache, the loss is formed from the N x M logits with them.
+Subclasses may override open_clip's methods: `get_logits`, `get_ground_truth`, `dist_loss`, SigLipLoss's `_loss`. Where
+one is overridden, or labels were put into the cache, the loss is formed from the N x M logits with them.
 """
 
 from collections.abc import Callable
@@ -49,10 +50,6 @@ class _StandsIn(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         other = cls.__dict__.get("stands_for")
         return super().__instancecheck__(instance) or (other is not None and isinstance(instance, other))
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        other = cls.__dict__.get("stands_for")
-        return super().__subclasscheck__(subclass) or (other is not None and issubclass(subclass, other))
 
 
 class _Loss(torch.nn.Module, metaclass=_StandsIn):
@@ -163,12 +160,18 @@ class ClipLoss(_Loss):
         own = own_rows(features, place)
         return torch.cat([everyone[: own.start], features, everyone[own.stop :]])
 
-    def _is_dense(self, device: torch.device, *hooks: str) -> bool:
+    def _is_dense(self, features: Any, *hooks: str) -> bool:
+        """Whether the logits are formed: a hook is not ours, or labels in the cache are not."""
         if self._replaced("get_logits", "get_ground_truth", *hooks):
             return True
+        cached = self.labels.get(features.device) if self.labels and isinstance(features, Tensor) else None
         formed, version = self._formed
-        cached = self.labels.get(device)
-        return cached is not None and (cached is not formed or cached._version != version)
+        if cached is None or (cached is formed and cached._version == version):
+            return False
+        first = self.rank * cached.shape[0] if self.world_size > 1 and self.local_loss else 0
+        ours = cached.dim() == 1 and torch.equal(cached, torch.arange(first, first + len(cached), device=cached.device))
+        self._formed = (cached, cached._version) if ours else (None, 0)
+        return not ours
 
     def _cross_entropies(self, per_image: Tensor, per_text: Tensor) -> Tensor:
         labels = self.get_ground_truth(per_image.device, per_image.shape[0])
@@ -186,7 +189,7 @@ class ClipLoss(_Loss):
         return f"{type(self).__name__}(local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad})"
 
     def _contrastive(self, image_features, text_features, logit_scale, logit_bias=None) -> Tensor:
-        if self._is_dense(image_features.device):
+        if self._is_dense(image_features):
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
             return self._cross_entropies(*logits)
 
@@ -282,7 +285,7 @@ class DistillClipLoss(ClipLoss):
         """(contrastive, distill), or a dict of "contrastive_loss" and "distill_loss"."""
         student = image_features, text_features, logit_scale
         teacher = dist_image_features, dist_text_features, dist_logit_scale
-        fused = not self._is_dense(image_features.device, "dist_loss")
+        fused = not self._is_dense(image_features, "dist_loss")
         contrastive, distill_loss = (self._fused if fused else self._dense)(student, teacher)
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distill_loss}
@@ -302,7 +305,7 @@ class DistillClipLoss(ClipLoss):
             return of_student, tuple(t.detach() for t in of_teacher)
 
         place, ((images, texts, scale), (teacher_images, teacher_texts, teacher_scale)) = self._checked(check)
-        own = slice(0, len(texts))
+        own = slice(0, texts.shape[0])
         if place is not None:
             own = own_rows(texts, place)
             terms = wanted(self._terms(), images=images, texts=texts, logit_scale=scale)
@@ -396,8 +399,8 @@ class SigLipLoss(_Loss):
             return -F.logsigmoid(labels * logits).sum() / n
         images, texts, scale, bias = self._pairs(image_features, text_features, logit_scale, logit_bias)
         # Labels beyond the last column are nobody's.
-        offset = len(texts) if negative_only else 0
-        return in_float(sigmoid_rows(images, texts, scale, bias, offset) / len(images), images)
+        offset = texts.shape[0] if negative_only else 0
+        return in_float(sigmoid_rows(images, texts, scale, bias, offset) / images.shape[0], images)
 
     def _pairs(self, image_features, text_features, logit_scale, logit_bias) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         images, texts, scale = check_pairs(image_features, text_features, logit_scale, _NAMES)

@@ -184,6 +184,10 @@ def _jvp(inputs, tangents_):
 
 derivatives.register("contrastive_lse", _backward, save=_save, jvp=_jvp)
 derivatives.register("contrastive_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
+for _name in ("lse", "gradient", "sigmoid"):
+    derivatives.register(f"contrastive_chunk_{_name}", derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
+for _name in ("shift", "sums", "lse", "positive", "weights", "gradient", "sigmoid"):
+    derivatives.register(f"contrastive_sm90_{_name}", derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
 derivatives.register("sigmoid_loss", _backward_sigmoid, save=_save_sigmoid, jvp=_jvp_sigmoid, arguments=_needed)
 
 _library = torch.library.Library("gapkern", "IMPL")

@@ -141,3 +141,16 @@ def refuse_twice(ctx, *_):
 def refuse_jvp_twice(inputs, tangents):
     """The forward-mode rule of operators that form gradients."""
     raise RuntimeError(TWICE)
+
+
+_STEP = "gapkern: a step of the contrastive losses is not differentiable; contrastive_lse and sigmoid_loss are"
+
+
+def refuse_step(ctx, *_):
+    """The backward rule of the steps inside an operator."""
+    raise RuntimeError(_STEP)
+
+
+def refuse_jvp_step(inputs, tangents):
+    """Their forward-mode rule."""
+    raise RuntimeError(_STEP)
