@@ -230,6 +230,9 @@ def test_a_scale_on_the_cpu_goes_to_the_embeddings_device():
             assert x.grad.shape == x.shape
 
 
+META = torch.tensor(1.0, device="meta")
+
+
 def nested():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -40,6 +40,7 @@ from gapkern.losses.inputs import check_pairs, scalar
 from gapkern.ops import distill
 
 T = TypeVar("T")
+_init_module = torch.nn.Module.__init__  # not super(): that may be open_clip's class, once it was patched
 
 
 class _StandsIn(type):
@@ -107,7 +108,7 @@ class ClipLoss(_Loss):
         world_size: int = 1,
         use_horovod: bool = False,
     ):
-        torch.nn.Module.__init__(self)
+        _init_module(self)
         if use_horovod:
             raise ValueError("use_horovod: expected False; use torch.distributed")
         self.local_loss = local_loss
@@ -360,7 +361,7 @@ class SigLipLoss(_Loss):
         dist_impl: str | None = None,
         chunk_size: int = 0,
     ):
-        torch.nn.Module.__init__(self)
+        _init_module(self)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size

@@ -127,7 +127,11 @@ def _jvp_sigmoid(inputs, tangents_):
 def _(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
     n, m = images.shape[0], texts.shape[0]
     double = images.dtype == torch.float64
-    rows = torch.sym_min(n, max(work_bytes, 0) // (m * (8 if double else 4))) if work_bytes else 0
+    rows = 0
+    if work_bytes > 0:
+        rows = work_bytes // (m * (8 if double else 4))
+        # As an expression of the batch it would be compared with 0 and 1, which holds for some batches and not others.
+        rows = min(n, rows) if isinstance(n, int) and isinstance(m, int) else torch.library.get_ctx().new_dynamic_size()
     return (
         images.new_empty((n,), dtype=torch.float64),
         images.new_empty((m,), dtype=torch.float64),

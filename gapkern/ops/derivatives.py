@@ -72,7 +72,7 @@ def register(
 
     def apply(*inputs):
         with enable_single_level_autograd_function():
-            return Rule.apply(*inputs)
+            return Rule.apply(*inputs)  # type: ignore[attr-defined]
 
     def autograd(keyset, *inputs):
         inputs += tuple(a.default_value for a in schema[len(inputs) :])
