@@ -66,7 +66,7 @@ _constant_place = torch.compiler.assume_constant_result(_place)  # compiled grap
 
 
 def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _stack(x: Tensor, group: str, world: int) -> Tensor:

@@ -294,13 +294,13 @@ class DistillClipLoss(ClipLoss):
 
     def _dense(self, student, teacher) -> tuple[Tensor, Tensor]:
         logits, targets = self.get_logits(*student), self.get_logits(*teacher)
-        distill_loss = sum(self.dist_loss(t, s) for t, s in zip(targets, logits, strict=True)) / 2
-        return self._cross_entropies(*logits), distill_loss
+        per_image, per_text = (self.dist_loss(t, s) for t, s in zip(targets, logits, strict=True))
+        return self._cross_entropies(*logits), (per_image + per_text) / 2
 
     def _fused(self, student, teacher) -> tuple[Tensor, Tensor]:
         def check():
-            of_student = check_pairs(*student, _NAMES)
-            of_teacher = check_pairs(*teacher, tuple(f"dist_{name}" for name in _NAMES))
+            of_student = check_pairs(*student, names=_NAMES)
+            of_teacher = check_pairs(*teacher, names=_TEACHER_NAMES)
             _check.same_rows(image_features=of_student[0], dist_image_features=of_teacher[0])
             _check.same_device(image_features=of_student[0], dist_image_features=of_teacher[0])
             return of_student, tuple(t.detach() for t in of_teacher)
@@ -438,6 +438,7 @@ class SigLipLoss(_Loss):
 
 
 _NAMES = ("image_features", "text_features", "logit_scale")
+_TEACHER_NAMES = ("dist_image_features", "dist_text_features", "dist_logit_scale")
 ClipLoss._hooks = {name: vars(ClipLoss)[name] for name in ("get_logits", "get_ground_truth")}
 DistillClipLoss._hooks = ClipLoss._hooks | {"dist_loss": vars(DistillClipLoss)["dist_loss"]}
 SigLipLoss._hooks = {name: vars(SigLipLoss)[name] for name in ("get_logits", "get_ground_truth", "_loss")}

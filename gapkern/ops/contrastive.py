@@ -108,13 +108,13 @@ def _backward_sigmoid(ctx, grad_loss, *_):
         return (None,) * 7
     sources, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     needs = ctx.needs_input_grad[:4]
-    gradients = [
+    gradients = tuple(
         (g * grad_loss).to(t.dtype).reshape(t.shape)
         for g, t, needed in zip(saved, sources, needs, strict=True)
         if needed
-    ]
+    )
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # the saved gradients are constants
-        gradients = derivatives.once(tuple(gradients), (*sources, grad_loss))
+        gradients = derivatives.once(gradients, (*sources, grad_loss))
     wanted = iter(gradients)
     return *(next(wanted) if needed else None for needed in needs), None, None, None
 
@@ -127,7 +127,7 @@ def _jvp_sigmoid(inputs, tangents_):
 def _(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
     n, m = images.shape[0], texts.shape[0]
     double = images.dtype == torch.float64
-    rows = 0
+    rows: int | torch.SymInt = 0
     if work_bytes > 0:
         rows = work_bytes // (m * (8 if double else 4))
         # As an expression of the batch it would be compared with 0 and 1, which holds for some batches and not others.
