@@ -292,12 +292,12 @@ class DistillClipLoss(ClipLoss):
             return {"contrastive_loss": contrastive, "distill_loss": distill_loss}
         return contrastive, distill_loss
 
-    def _dense(self, student, teacher) -> tuple[Tensor, Tensor]:
+    def _dense(self, student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> tuple[Tensor, Tensor]:
         logits, targets = self.get_logits(*student), self.get_logits(*teacher)
         per_image, per_text = (self.dist_loss(t, s) for t, s in zip(targets, logits, strict=True))
         return self._cross_entropies(*logits), (per_image + per_text) / 2
 
-    def _fused(self, student, teacher) -> tuple[Tensor, Tensor]:
+    def _fused(self, student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> tuple[Tensor, Tensor]:
         def check():
             of_student = check_pairs(*student, names=_NAMES)
             of_teacher = check_pairs(*teacher, names=_TEACHER_NAMES)
