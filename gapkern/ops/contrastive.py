@@ -104,8 +104,6 @@ def _save_sigmoid(ctx, inputs, output):
 
 
 def _backward_sigmoid(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 7
     sources, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     needs = ctx.needs_input_grad[:4]
     gradients = tuple(

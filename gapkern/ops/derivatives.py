@@ -30,7 +30,7 @@ def register(
 
     Args:
         name: of the operator.
-        backward: (ctx, *gradients of the results, or None) -> a gradient or None for each argument.
+        backward: (ctx, *gradients of the results, None for some) -> a gradient or None for each argument.
         save: (ctx, arguments, results): saves what `backward` needs.
         jvp: (arguments, tangents) -> a tangent or None for each result, in operations that can be differentiated.
             Arguments without a tangent have None. Without a rule forward mode is refused.
@@ -62,6 +62,8 @@ def register(
 
         @staticmethod
         def backward(ctx, *gradients):
+            if all(g is None for g in gradients):
+                return (None,) * len(ctx.needs_input_grad)
             return None, *backward(_Context(ctx), *gradients)
 
         @staticmethod
