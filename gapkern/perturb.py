@@ -146,7 +146,9 @@ class Quantize(Perturbation):
         if self.range == "global":
             low, high = low.amin().reshape(1), high.amax().reshape(1)
         work = torch.promote_types(x.dtype, torch.float32)
-        quantized: Tensor = torch.ops.gapkern.perturb_quantize(x, low.to(work), high.to(work), self.bins)
+        quantized: Tensor = torch.ops.gapkern.perturb_quantize(
+            x, low.detach().to(work), high.detach().to(work), self.bins
+        )
         return quantized
 
     def describe(self) -> dict[str, Any]:

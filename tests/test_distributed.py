@@ -1,19 +1,14 @@
 """Losses over ranks: equal to the whole batch on one process, refused where ranks differ, the same training."""
 
 import itertools
-import os
-import socket
 import sys
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from gapkern import ClipLoss, DistillClipLoss, MeanShift, SigLipLoss, contrastive_loss, sigmoid_loss
 from gapkern.testing import assert_near
-from tests.scenes import HANGS
+from tests.ranks import together
 
 pytestmark = pytest.mark.distributed
 
@@ -185,48 +180,9 @@ def misplaced(rank, world):
         ClipLoss(rank=0, world_size=world + 1)(torch.eye(2), torch.eye(2), torch.tensor(1.0))
 
 
-JOBS = {f.__name__: f for f in (functions, classes, uneven, training, shifts, a_rank_with_nothing, misplaced)}
-
-
-def worker(rank, world, port, queue):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        for name, job in JOBS.items():
-            if name == "uneven" and world == 1:
-                continue
-            job(rank, world)
-            queue.put((name, rank, None))
-    except BaseException:
-        queue.put((name, rank, traceback.format_exc()))
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over the loopback interface")
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_together_do_what_one_process_does(world):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["gapkern", "pytest", "torch._dynamo", "torch.distributed"])
-    queue = context.Queue()
-    ranks = [context.Process(target=worker, args=(rank, world, port, queue)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=HANGS)
-        if process.is_alive():
-            process.kill()
-            pytest.fail("a rank hangs")
-    reports = []
-    while not queue.empty():
-        reports.append(queue.get(timeout=5))
-    failures = [f"rank {rank}, {name}:\n{trace}" for name, rank, trace in reports if trace]
-    assert not failures, "\n".join(failures)
-    jobs = [job for job in JOBS if world > 1 or job not in ("uneven",)]
-    assert sorted((name, rank) for name, rank, _ in reports if name in jobs) == sorted(
-        (name, rank) for name in jobs for rank in range(world)
+    together(
+        world, functions, classes, *([uneven] if world > 1 else []), training, shifts, a_rank_with_nothing, misplaced
     )

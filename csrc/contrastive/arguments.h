@@ -44,7 +44,7 @@ inline Arguments check(const Tensor& images, const Tensor& texts, const Tensor& 
                       dtype == ScalarType::Half,
                   "images: expected float32, float64, bfloat16 or float16");
   a.type = arithmetic_type(images);
-  const bool low = dtype == ScalarType::BFloat16 || (dtype == ScalarType::Float && precision != "highest");
+  const bool low = dtype == ScalarType::BFloat16 || (dtype == ScalarType::Float && precision == "medium");
   // Pairs gain nothing where one side does not fill a register tile, and few rows average little of their rounding.
   const Engine<float>* const bf16 = engine_set().bf16;
   a.pairs = low && a.similarity == Similarity::dot && bf16 != nullptr &&

@@ -16,7 +16,7 @@
 // sigmoid_loss -> sum_ij softplus(-z_ij (s <x_i, y_j> + bias)) in float64, z = +1 at the label and -1 elsewhere, and
 //   its gradients in the type of the arithmetic. Rows whose label lies outside [0, M) have none: a block of negatives.
 //
-// Arithmetic: float64 for float64 inputs, float32 otherwise; with precision "high" or "medium", and for bfloat16
+// Arithmetic: float64 for float64 inputs, float32 otherwise; with precision "medium", and for bfloat16
 // inputs, products of bfloat16 with float32 accumulation where the processor, or a Hopper GPU, has them (dot similarity
 // only). On the CPU: where norms allow logits too large for float32 (blocking.h: kFloatExponent, kPairsExponent),
 // float64 instead; distances are sums of squared differences. On CUDA they are norms and a product, about the texts'

@@ -7,47 +7,21 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern.losses import distributed
+from gapkern.losses.inputs import check_pairs, scalar
 from gapkern.ops import contrastive
+from gapkern.ops.precision import matmul_precision
 
 # memory="auto" lets the forward pass keep this much for the backward pass, which then forms the logits once less.
 AUTO_BYTES = 256 * 2**20
+ALL_BYTES = 2**62
 
 
-def work_bytes(memory: str | int, images: Tensor, texts: Tensor) -> int:
+def work_bytes(memory: str | int) -> int:
     """Bytes of N x M work space that a `memory` argument allows."""
     if isinstance(memory, str):
         _check.choice("memory", memory, ("auto", "recompute", "keep"))
-        item = 8 if images.dtype == torch.float64 else 4
-        return {"recompute": 0, "auto": AUTO_BYTES, "keep": images.shape[0] * texts.shape[0] * item}[memory]
+        return {"recompute": 0, "auto": AUTO_BYTES, "keep": ALL_BYTES}[memory]
     return _check.integer("memory", memory, low=0)
-
-
-def _matmul_precision() -> str:
-    """What products of float32 may round to; asked once per compiled graph."""
-    return torch.get_float32_matmul_precision()
-
-
-# As torch.compiler.assume_constant_result leaves it; calling that imports torch._dynamo, half of this package's import.
-_matmul_precision.__dict__["_dynamo_marked_constant"] = True
-
-
-def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        return torch.tensor(_check.number(name, value), dtype=torch.float64, device=like.device)
-    if value.numel() != 1:
-        raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
-    return value
-
-
-def check_pairs(images: Tensor, texts: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Checks the embeddings; returns logit_scale as a tensor."""
-    images, texts = _check.matrix("images", images), _check.matrix("texts", texts, rows="M")
-    _check.same_width(images=images, texts=texts)
-    _check.same_device(images=images, texts=texts)
-    if images.dtype != texts.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise TypeError(f"texts: expected {images.dtype} as in images, got {texts.dtype}")
-    _check.same_rows(images=images, texts=texts)
-    return scalar("logit_scale", logit_scale, images)
 
 
 def contrastive_loss(
@@ -69,15 +43,16 @@ def contrastive_loss(
     Args:
         images: (N, D) float32, float16, bfloat16 or float64, any strides.
         texts: (N, D), the same dtype.
-        logit_scale: s, one element.
+        logit_scale: s, one element: a tensor on the embeddings' device or the CPU, or a number.
         logit_bias: added to every logit, one element. Both softmaxes are invariant to it, so its gradient is zero.
         similarity: "dot", or "sqeuclidean" for S = -s ||x_i - y_j||^2.
         reduction: "mean", "sum", or "none" for one loss per pair, shape (N,).
         memory: "recompute" keeps nothing N x N for the backward pass, "keep" keeps the logits and saves a quarter of
             the arithmetic, a number allows that many bytes, "auto" keeps up to 256 MiB.
-        group: a torch.distributed group (True: the default one) over whose ranks the batch is spread; images and texts
-            are this rank's pairs, as many on every rank. The value ("none": of this rank's pairs) and the gradients
-            are those of the whole batch on one process. Each rank forms its rows of the logits once.
+        group: a torch.distributed group, a one-dimensional DeviceMesh, or True for the default group, over whose ranks
+            the batch is spread; images and texts are this rank's pairs, as many on every rank. The value ("none": of
+            this rank's pairs) and the gradients are those of the whole batch on one process. Each rank forms its rows
+            of the logits once. A rank's bad input raises on every rank.
 
     Returns:
         The loss, 0-d or (N,), in float32 (float64 for float64 inputs).
@@ -85,28 +60,37 @@ def contrastive_loss(
     Raises:
         ValueError: shapes, widths or row counts that do not match, or an unknown option.
         TypeError: not floating-point tensors, or two dtypes.
-        RuntimeError: a group without torch.distributed; double backward.
+        RuntimeError: a group without torch.distributed; double backward (`torch.func.hessian` too).
 
     Example:
         >>> images = torch.nn.functional.normalize(torch.eye(4) + 0.1, dim=1)
         >>> round(float(contrastive_loss(images, images, logit_scale=10.0)), 6)
         0.000943
     """
-    _check.choice("reduction", reduction, ("mean", "sum", "none"))
-    scale = check_pairs(images, texts, logit_scale)
-    if group is None:
-        losses = pair_losses(images, texts, scale, similarity, memory)
-    else:
-        place = distributed.shard(group)
-        losses = sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world)
-    losses = without_gradient(losses, logit_bias)
+    place = None if group is None or group is False else distributed.shard(group)
+    try:
+        _check.choice("reduction", reduction, ("mean", "sum", "none"))
+        _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
+        images, texts, scale = check_pairs(images, texts, logit_scale)
+        work_bytes(memory)
+        bias = None if logit_bias is None else scalar("logit_bias", logit_bias, images)
+    except (TypeError, ValueError) as error:
+        if place is not None:
+            distributed.refuse(place, error)
+        raise
+    if place is None:
+        losses = without_gradient(pair_losses(images, texts, scale, similarity, memory), bias)
+        if reduction == "none":
+            return in_float(losses, images)
+        return in_float(losses.mean() if reduction == "mean" else losses.sum(), images)
+    terms = f"contrastive_loss(similarity={similarity!r}, reduction={reduction!r})"
+    losses = sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world, terms)
+    losses = without_gradient(losses, bias)
     if reduction == "none":
         # The factor 1 / W is that of a mean over ranks; pairs on their own need none.
-        return in_float(losses if group is None else distributed.scale_gradient(losses, place.world), images)
-    if group is None:
-        return in_float(losses.mean() if reduction == "mean" else losses.sum(), images)
+        return in_float(distributed.scale_gradient(losses, place.world), images)
     mean = distributed.mean_value(losses.mean(), place)
-    return in_float(mean if reduction == "mean" else mean * len(images) * place.world, images)
+    return in_float(mean if reduction == "mean" else mean * images.shape[0] * place.world, images)
 
 
 def sigmoid_loss(
@@ -139,14 +123,18 @@ def sigmoid_loss(
         >>> round(float(sigmoid_loss(x, x, 10.0, -10.0)), 4)
         0.6932
     """
-    scale = check_pairs(images, texts, logit_scale)
-    bias = scalar("logit_bias", logit_bias, images)
-    if group is None:
-        return in_float(sigmoid_rows(images, texts, scale, bias, 0) / len(images), images)
-    place = distributed.shard(group)
-    return in_float(
-        distributed.mean_value(sharded_sigmoid(images, texts, scale, bias, place, 1 / place.world), place), images
-    )
+    place = None if group is None or group is False else distributed.shard(group)
+    try:
+        images, texts, scale = check_pairs(images, texts, logit_scale)
+        bias = scalar("logit_bias", logit_bias, images)
+    except (TypeError, ValueError) as error:
+        if place is not None:
+            distributed.refuse(place, error)
+        raise
+    if place is None:
+        return in_float(sigmoid_rows(images, texts, scale, bias, 0) / images.shape[0], images)
+    loss = sharded_sigmoid(images, texts, scale, bias, place, 1 / place.world, "sigmoid_loss")
+    return in_float(distributed.mean_value(loss, place), images)
 
 
 def pair_losses(images: Tensor, texts: Tensor, scale: Tensor, similarity: str, memory: str | int) -> Tensor:
@@ -156,51 +144,61 @@ def pair_losses(images: Tensor, texts: Tensor, scale: Tensor, similarity: str, m
 
 
 def log_sum_exps(images, texts, scale, similarity, memory, label_offset):
-    _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
     return contrastive.lse_pair(
         images,
         texts,
         scale,
         similarity=similarity,
         label_offset=label_offset,
-        precision=_matmul_precision(),
-        work_bytes=work_bytes(memory, images, texts),
+        precision=matmul_precision(images.device.type),
+        work_bytes=work_bytes(memory) if torch.is_grad_enabled() else 0,
     )
 
 
-def sharded_losses(images, texts, scale, similarity, memory, place, factor: float) -> Tensor:
+def wanted(terms: str, **tensors: Tensor) -> str:
+    """`terms`, and which gradients flow: the ranks' backward passes meet too."""
+    with_gradient = [name for name, t in tensors.items() if torch.is_grad_enabled() and t.requires_grad]
+    return f"{terms} with gradients of {', '.join(with_gradient) or 'nothing'}"
+
+
+def own_rows(texts: Tensor, place: distributed.Shard) -> slice:
+    """Where this rank's rows are among everyone's."""
+    return slice(place.rank * texts.shape[0], (place.rank + 1) * texts.shape[0])
+
+
+def sharded_losses(images, texts, scale, similarity, memory, place, factor: float, terms: str) -> Tensor:
     """(n,) float64 losses of this rank's pairs within the whole batch.
 
     `factor` multiplies the gradients of images and texts; 1 is that of the sum of all ranks' means.
     """
-    distributed.check_even(place, images=images, texts=texts)
+    terms = wanted(terms, images=images, texts=texts, logit_scale=scale)
+    own = own_rows(texts, place)
     images, texts = (distributed.scale_gradient(t, factor) for t in (images, texts))
     scale = distributed.mean_gradient(scale, place)
-    everyone = distributed.gather(texts, place)
-    own = slice(place.rank * len(texts), (place.rank + 1) * len(texts))
+    everyone = distributed.gather(texts, place, terms)
     row, partial, positive = log_sum_exps(images, everyone, scale, similarity, memory, own.start)
     return (row + distributed.merge_columns(partial, place)[own]) / 2 - positive
 
 
 def sigmoid_rows(images, texts, scale, bias, label_offset) -> Tensor:
-    return contrastive.sigmoid_sum(images, texts, scale, bias, label_offset=label_offset, precision=_matmul_precision())
+    precision = matmul_precision(images.device.type)
+    return contrastive.sigmoid_sum(images, texts, scale, bias, label_offset=label_offset, precision=precision)
 
 
-def sharded_sigmoid(images, texts, scale, bias, place, factor: float) -> Tensor:
+def sharded_sigmoid(images, texts, scale, bias, place, factor: float, terms: str) -> Tensor:
     """0-d float64: this rank's rows against all texts, over its number of pairs."""
-    distributed.check_even(place, images=images, texts=texts)
+    terms = wanted(terms, images=images, texts=texts, logit_scale=scale, logit_bias=bias)
     images, texts = (distributed.scale_gradient(t, factor) for t in (images, texts))
     scale, bias = (distributed.mean_gradient(t, place) for t in (scale, bias))
-    everyone = distributed.gather(texts, place)
-    return sigmoid_rows(images, everyone, scale, bias, place.rank * len(texts)) / len(images)
+    everyone = distributed.gather(texts, place, terms)
+    return sigmoid_rows(images, everyone, scale, bias, place.rank * texts.shape[0]) / images.shape[0]
 
 
-def without_gradient(losses: Tensor, logit_bias: Tensor | float | None) -> Tensor:
+def without_gradient(losses: Tensor, bias: Tensor | None) -> Tensor:
     """The losses themselves: a bias moves all logits alike. Its gradient is zero, and is there."""
-    if logit_bias is None:
+    if bias is None:
         return losses
-    bias = scalar("logit_bias", logit_bias, losses).reshape(())
-    return losses + (bias - bias)
+    return losses + (bias - bias).reshape(())
 
 
 def in_float(losses: Tensor, images: Tensor) -> Tensor:

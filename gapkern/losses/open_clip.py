@@ -11,35 +11,81 @@ Across ranks (`world_size` > 1) each rank forms its rows of the logits once. Wit
 DistributedDataParallel averages over ranks, so that factor W trains as one process with the whole batch would. The
 factors are open_clip's own. Where open_clip leaves part of the gradient out (local_loss without gather_with_grad), here
 it is whole. The gradient of logit_scale is that of the whole batch, on every rank.
+
+Subclasses may override open_clip's methods: `get_logits`, `get_ground_truth`, `dist_loss`, SigLipLoss's `_loss`. Where
+one is overridden, or labels were put into the cache, the loss is formed from the N x M logits with them.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gapkern import _check
 from gapkern.losses import distributed
 from gapkern.losses.functional import (
-    check_pairs,
     in_float,
     log_sum_exps,
+    own_rows,
     pair_losses,
-    scalar,
     sharded_losses,
     sharded_sigmoid,
     sigmoid_rows,
+    wanted,
     without_gradient,
-)  # fmt: skip
-from gapkern.ops.chunked import CHUNK_ELEMENTS
+)
+from gapkern.losses.inputs import check_pairs, scalar
+from gapkern.ops import distill
+
+T = TypeVar("T")
+_init_module = torch.nn.Module.__init__  # not super(): that may be open_clip's class, once it was patched
 
 
-class ClipLoss(torch.nn.Module):
+class _StandsIn(type):
+    """While open_clip is patched, its own class's instances are instances of the class under its name, too."""
+
+    stands_for: type | None = None
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        other = cls.__dict__.get("stands_for")
+        return super().__instancecheck__(instance) or (other is not None and isinstance(instance, other))
+
+
+class _Loss(torch.nn.Module, metaclass=_StandsIn):
+    """What the drop-in classes share: their place among ranks, and whether their hooks are their own."""
+
+    rank: int
+    world_size: int
+    _hooks: dict[str, Any]
+
+    def _replaced(self, *names: str) -> bool:
+        """Whether a subclass or an instance has one of these methods of its own."""
+        return any(name in vars(self) or getattr(type(self), name) is not self._hooks[name] for name in names)
+
+    def _checked(self, check: Callable[[], T]) -> tuple[distributed.Shard | None, T]:
+        """This rank's place, if there are others, and the result of `check`; an error is raised on every rank."""
+        place = distributed.shard(True) if self.world_size > 1 else None
+        try:
+            if place is not None and (place.rank, place.world) != (self.rank, self.world_size):
+                raise ValueError(
+                    f"rank and world_size: expected {place.rank} and {place.world} as in torch.distributed, "
+                    f"got {self.rank} and {self.world_size}"
+                )
+            return place, check()
+        except (TypeError, ValueError) as error:
+            if place is not None:
+                distributed.refuse(place, error)
+            raise
+
+
+class ClipLoss(_Loss):
     """Drop-in for `open_clip.ClipLoss`: the contrastive loss without its logits.
 
     Args:
         local_loss, gather_with_grad: see the module's table.
-        cache_labels: has nothing to do here, as no labels are formed.
+        cache_labels: whether `get_ground_truth` keeps its labels; the loss itself forms none.
         rank, world_size: of the default torch.distributed group.
         use_horovod: not supported.
 
@@ -62,7 +108,7 @@ class ClipLoss(torch.nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
     ):
-        super().__init__()
+        _init_module(self)
         if use_horovod:
             raise ValueError("use_horovod: expected False; use torch.distributed")
         self.local_loss = local_loss
@@ -71,25 +117,93 @@ class ClipLoss(torch.nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+        self._formed: tuple[Tensor | None, int] = (None, 0)
 
-    def _place(self) -> distributed.Shard:
-        return _place(self.rank, self.world_size)
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """(num_logits,) int64: the column of each row's label."""
+        if self.prev_num_logits == num_logits and device in self.labels:
+            return self.labels[device]
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        labels = torch.arange(first, first + num_logits, device=device)
+        if self.cache_labels:
+            self.labels[device], self.prev_num_logits = labels, num_logits
+            self._formed = labels, labels._version
+        return labels
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of images against texts and of texts against images, of the rows that the loss is over."""
+        images, texts = image_features, text_features
+        if self.world_size > 1:
+            images, texts = self._everyone(images, "image_features"), self._everyone(texts, "text_features")
+        if self.world_size > 1 and self.local_loss:
+            per_image = logit_scale * image_features @ texts.T
+            per_text = logit_scale * text_features @ images.T
+        else:
+            per_image = logit_scale * images @ texts.T
+            per_text = per_image.T
+        if logit_bias is not None:
+            per_image, per_text = per_image + logit_bias, per_text + logit_bias
+        return per_image, per_text
+
+    def _everyone(self, features: Tensor, name: str) -> Tensor:
+        """Every rank's features, with the gradients that `local_loss` and `gather_with_grad` ask for."""
+        place, _ = self._checked(lambda: _check.matrix(name, features))
+        assert place is not None
+        if self.gather_with_grad:
+            return distributed.gather(features, place, wanted(name, features=features))
+        everyone = distributed.gather(features.detach(), place, name)
+        if self.local_loss:
+            return everyone
+        own = own_rows(features, place)
+        return torch.cat([everyone[: own.start], features, everyone[own.stop :]])
+
+    def _is_dense(self, features: Any, *hooks: str) -> bool:
+        """Whether the logits are formed: a hook is not ours, or labels in the cache are not."""
+        if self._replaced("get_logits", "get_ground_truth", *hooks):
+            return True
+        cached = self.labels.get(features.device) if self.labels and isinstance(features, Tensor) else None
+        formed, version = self._formed
+        if cached is None or (cached is formed and cached._version == version):
+            return False
+        first = self.rank * cached.shape[0] if self.world_size > 1 and self.local_loss else 0
+        ours = cached.dim() == 1 and torch.equal(cached, torch.arange(first, first + len(cached), device=cached.device))
+        self._formed = (cached, cached._version) if ours else (None, 0)
+        return not ours
+
+    def _cross_entropies(self, per_image: Tensor, per_text: Tensor) -> Tensor:
+        labels = self.get_ground_truth(per_image.device, per_image.shape[0])
+        return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
 
     def _factor(self) -> float:
         return 1.0 if self.local_loss or self.gather_with_grad else 1 / self.world_size
 
-    def _mean(self, losses: Tensor) -> Tensor:
+    def _mean(self, losses: Tensor, place: distributed.Shard | None) -> Tensor:
         """Over this rank's pairs, or over everyone's."""
         mean = losses.mean()
-        return mean if self.world_size == 1 or self.local_loss else distributed.mean_value(mean, self._place())
+        return mean if place is None or self.local_loss else distributed.mean_value(mean, place)
+
+    def _terms(self) -> str:
+        return f"{type(self).__name__}(local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad})"
 
     def _contrastive(self, image_features, text_features, logit_scale, logit_bias=None) -> Tensor:
-        scale = check_pairs(image_features, text_features, logit_scale)
-        if self.world_size == 1:
-            losses = pair_losses(image_features, text_features, scale, "dot", "auto")
+        if self._is_dense(image_features):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
+            return self._cross_entropies(*logits)
+
+        def check():
+            images, texts, scale = check_pairs(image_features, text_features, logit_scale, _NAMES)
+            return images, texts, scale, None if logit_bias is None else scalar("logit_bias", logit_bias, images)
+
+        place, (images, texts, scale, bias) = self._checked(check)
+        if place is None:
+            losses = pair_losses(images, texts, scale, "dot", "auto")
         else:
-            losses = sharded_losses(image_features, text_features, scale, "dot", "auto", self._place(), self._factor())
-        return in_float(self._mean(without_gradient(losses, logit_bias)), image_features)
+            losses = sharded_losses(images, texts, scale, "dot", "auto", place, self._factor(), self._terms())
+        return in_float(self._mean(without_gradient(losses, bias), place), images)
 
     def forward(
         self,
@@ -127,7 +241,7 @@ class CoCaLoss(ClipLoss):
         world_size: int = 1,
         use_horovod: bool = False,
     ):
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        ClipLoss.__init__(self, local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
         self.clip_loss_weight = clip_loss_weight
         self.caption_loss_weight = caption_loss_weight
         self.caption_loss = torch.nn.CrossEntropyLoss(ignore_index=pad_id)
@@ -147,13 +261,17 @@ class CoCaLoss(ClipLoss):
 class DistillClipLoss(ClipLoss):
     """Drop-in for `open_clip.DistillClipLoss`: the contrastive loss and the cross-entropy to a teacher's softmaxes.
 
-    The teacher's softmaxes are formed in chunks of rows and used at once; the teacher gets no gradient.
+    The softmaxes are formed in chunks of rows and used at once; the teacher gets no gradient.
 
     Example:
         >>> x = torch.eye(2)
         >>> [round(float(v), 4) for v in DistillClipLoss()(x, x, torch.tensor(1.0), x, x, torch.tensor(1.0))]
         [0.3133, 0.5822]
     """
+
+    def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        """The mean over rows of the cross-entropy of the student's softmax to the teacher's."""
+        return -(teacher_logits.softmax(dim=1) * student_logits.log_softmax(dim=1)).sum(dim=1).mean(dim=0)
 
     def forward(  # type: ignore[override]
         self,
@@ -166,73 +284,58 @@ class DistillClipLoss(ClipLoss):
         output_dict=False,
     ):
         """(contrastive, distill), or a dict of "contrastive_loss" and "distill_loss"."""
-        images, texts = image_features, text_features
-        scale = check_pairs(images, texts, logit_scale)
-        teacher_images, teacher_texts = dist_image_features.detach(), dist_text_features.detach()
-        teacher_scale = check_pairs(teacher_images, teacher_texts, dist_logit_scale).detach()
-        own = slice(0, len(texts))
-        if self.world_size > 1:
-            place = self._place()
-            distributed.check_even(place, images=images, texts=texts)
+        student = image_features, text_features, logit_scale
+        teacher = dist_image_features, dist_text_features, dist_logit_scale
+        fused = not self._is_dense(image_features, "dist_loss")
+        contrastive, distill_loss = (self._fused if fused else self._dense)(student, teacher)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill_loss}
+        return contrastive, distill_loss
+
+    def _dense(self, student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> tuple[Tensor, Tensor]:
+        logits, targets = self.get_logits(*student), self.get_logits(*teacher)
+        per_image, per_text = (self.dist_loss(t, s) for t, s in zip(targets, logits, strict=True))
+        return self._cross_entropies(*logits), (per_image + per_text) / 2
+
+    def _fused(self, student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> tuple[Tensor, Tensor]:
+        def check():
+            of_student = check_pairs(*student, names=_NAMES)
+            of_teacher = check_pairs(*teacher, names=_TEACHER_NAMES)
+            _check.same_rows(image_features=of_student[0], dist_image_features=of_teacher[0])
+            _check.same_device(image_features=of_student[0], dist_image_features=of_teacher[0])
+            return of_student, tuple(t.detach() for t in of_teacher)
+
+        place, ((images, texts, scale), (teacher_images, teacher_texts, teacher_scale)) = self._checked(check)
+        own = slice(0, texts.shape[0])
+        if place is not None:
+            own = own_rows(texts, place)
+            terms = wanted(self._terms(), images=images, texts=texts, logit_scale=scale)
             images, texts = (distributed.scale_gradient(t, self._factor()) for t in (images, texts))
             scale = distributed.mean_gradient(scale, place)
-            own = slice(place.rank * len(texts), (place.rank + 1) * len(texts))
-            texts, teacher_texts = distributed.gather(texts, place), distributed.gather(teacher_texts, place)
+            texts = distributed.gather(texts, place, terms)
+            teacher_texts = distributed.gather(teacher_texts, place, "the teacher")
         row, col, positive = log_sum_exps(images, texts, scale, "dot", "auto", own.start)
-        with torch.no_grad():
-            teacher = teacher_images, teacher_texts, teacher_scale
-            teacher_row, teacher_col, _ = log_sum_exps(*teacher, "dot", 0, own.start)
-            if self.world_size > 1:
-                teacher_col = distributed.merge_columns(teacher_col, place)
-        if self.world_size > 1:
-            col = distributed.merge_columns(col, place)
-        both = (row + col[own]) / 2
-        # Every logit weighted by the teacher's two softmaxes, over this rank's rows.
-        agreement = _TeacherWeighted.apply(images, texts, scale, *teacher, teacher_row, teacher_col)
-        contrastive = in_float(self._mean(both - positive), image_features)
-        distill = in_float(self._mean(both - agreement / len(images)), image_features)
-        if output_dict:
-            return {"contrastive_loss": contrastive, "distill_loss": distill}
-        return contrastive, distill
+        both = (images, texts, scale), (teacher_images, teacher_texts, teacher_scale)
+        stats = [_of_all_ranks(distill.stats(*of), place) for of in both]
+        rows, cols = distill.cross(*both, *stats)
+        if place is not None:
+            col, cols = distributed.merge_columns(col, place), distributed.sum_columns(cols, place)
+        losses = (row + col[own]) / 2 - positive, (rows + cols[own]) / 2
+        contrastive, distill_loss = (in_float(self._mean(v, place), images) for v in losses)
+        return contrastive, distill_loss
 
 
-class _TeacherWeighted(torch.autograd.Function):
-    """sum_ij T_ij s <x_i, y_j> with T the mean of the teacher's row and column softmaxes, in chunks of rows."""
-
-    @staticmethod
-    def forward(ctx, images, texts, scale, teacher_images, teacher_texts, teacher_scale, teacher_row, teacher_col):
-        work = torch.promote_types(images.dtype, torch.float32)
-        x, y = images.to(work), texts.to(work)
-        teacher_y = teacher_texts.to(work)
-        step = max(1, CHUNK_ELEMENTS // len(y))
-        toward_x, toward_y = torch.empty_like(x), torch.zeros_like(y)
-        for first in range(0, len(x), step):
-            rows = slice(first, first + step)
-            t = teacher_scale.to(work) * (teacher_images[rows].to(work) @ teacher_y.T)
-            weight = (t - teacher_row[rows, None].to(work)).exp_()
-            weight += (t - teacher_col.to(work)).exp_()
-            weight /= 2
-            toward_x[rows] = weight @ y
-            toward_y += weight.T @ x[rows]
-        total = (x.double() * toward_x.double()).sum()
-        ctx.save_for_backward(toward_x, toward_y, total, scale)
-        ctx.dtypes = images.dtype, texts.dtype
-        return scale.double().reshape(()) * total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        toward_x, toward_y, total, scale = ctx.saved_tensors
-        factor = (grad * scale.double().reshape(())).to(toward_x.dtype)
-        return (
-            (factor * toward_x).to(ctx.dtypes[0]),
-            (factor * toward_y).to(ctx.dtypes[1]),
-            (grad * total).to(scale.dtype).reshape(scale.shape),
-            *(None,) * 5,
-        )
+def _of_all_ranks(stats: tuple[Tensor, Tensor], place: distributed.Shard | None) -> tuple[Tensor, Tensor]:
+    """The rows' statistics as they are, the columns' over every rank's rows."""
+    rows, cols = stats
+    if place is None:
+        return rows, cols
+    largest, logs = distributed.stack(cols, place).unbind(1)
+    most = largest.amax(0)
+    return rows, torch.stack([most, (largest - most + logs).logsumexp(0)])
 
 
-class SigLipLoss(torch.nn.Module):
+class SigLipLoss(_Loss):
     """Drop-in for `open_clip.SigLipLoss`: the sigmoid loss in one pass.
 
     Across ranks the value is that of this rank's images against all texts, and the features' gradient W times that of
@@ -258,12 +361,67 @@ class SigLipLoss(torch.nn.Module):
         dist_impl: str | None = None,
         chunk_size: int = 0,
     ):
-        super().__init__()
+        _init_module(self)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = _check.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
         self.chunk_size = chunk_size
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """(num_logits, num_logits): 1 for the pairs and -1 elsewhere, or -1 everywhere."""
+        labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
+        """(N, M): s <x_i, y_j> + bias."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """The loss of these images against these texts, as pairs or as negatives alone."""
+        if self._replaced("get_logits", "get_ground_truth"):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            n, like = image_features.shape[0], image_features
+            labels = self.get_ground_truth(like.device, like.dtype, n, negative_only=negative_only)
+            return -F.logsigmoid(labels * logits).sum() / n
+        images, texts, scale, bias = self._pairs(image_features, text_features, logit_scale, logit_bias)
+        # Labels beyond the last column are nobody's.
+        offset = texts.shape[0] if negative_only else 0
+        return in_float(sigmoid_rows(images, texts, scale, bias, offset) / images.shape[0], images)
+
+    def _pairs(self, image_features, text_features, logit_scale, logit_bias) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        images, texts, scale = check_pairs(image_features, text_features, logit_scale, _NAMES)
+        return images, texts, scale, scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, images)
+
+    def _over_ranks(self, image_features, text_features, logit_scale, logit_bias) -> Tensor:
+        place, (images, texts, scale, bias) = self._checked(
+            lambda: self._pairs(image_features, text_features, logit_scale, logit_bias)
+        )
+        assert place is not None
+        if not self._replaced("get_logits", "get_ground_truth", "_loss"):
+            return in_float(sharded_sigmoid(images, texts, scale, bias, place, 1.0, type(self).__name__), images)
+        terms = wanted(type(self).__name__, text_features=text_features)
+        everyone = distributed.gather(text_features, place, terms).chunk(place.world)
+        # This rank's own texts first, as open_clip has them.
+        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
+        for rank, others in enumerate(everyone):
+            if rank != place.rank:
+                loss = loss + self._loss(image_features, others, logit_scale, logit_bias, negative_only=True)
+        return loss
 
     def forward(
         self,
@@ -274,57 +432,13 @@ class SigLipLoss(torch.nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or {"contrastive_loss": loss}."""
-        scale = check_pairs(image_features, text_features, logit_scale)
-        bias = scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
-        if self.world_size == 1:
-            loss = sigmoid_rows(image_features, text_features, scale, bias, 0) / len(image_features)
-        else:
-            loss = sharded_sigmoid(image_features, text_features, scale, bias, _place(self.rank, self.world_size), 1.0)
-        loss = in_float(loss, image_features)
+        arguments = image_features, text_features, logit_scale, logit_bias
+        loss = self._loss(*arguments) if self.world_size == 1 else self._over_ranks(*arguments)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-def _place(rank: int, world_size: int) -> distributed.Shard:
-    place = distributed.shard(True)
-    if (place.rank, place.world) != (rank, world_size):
-        raise ValueError(
-            f"rank and world_size: expected {place.rank} and {place.world} as in torch.distributed, "
-            f"got {rank} and {world_size}"
-        )
-    return place
-
-
-class patch_open_clip:
-    """Makes open_clip's `create_loss` and its names for the losses return gapkern's classes.
-
-    In effect at once; `undo()` or leaving a `with` block takes it back.
-
-    Example:
-        >>> import open_clip
-        >>> with patch_open_clip():
-        ...     open_clip.ClipLoss.__module__
-        'gapkern.losses.open_clip'
-        >>> open_clip.ClipLoss.__module__
-        'open_clip.loss'
-    """
-
-    def __init__(self):
-        open_clip = _check.extra("open_clip", "open_clip_torch", "demo")
-        self._replaced: list[tuple[Any, str, Any]] = []
-        for ours in (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss):
-            name = ours.__name__
-            for module in (open_clip, open_clip.loss, open_clip.factory):
-                if hasattr(module, name):
-                    self._replaced.append((module, name, getattr(module, name)))
-                    setattr(module, name, ours)
-
-    def undo(self) -> None:
-        """Gives open_clip its own classes back."""
-        while self._replaced:
-            setattr(*self._replaced.pop())
-
-    def __enter__(self) -> "patch_open_clip":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.undo()
+_NAMES = ("image_features", "text_features", "logit_scale")
+_TEACHER_NAMES = ("dist_image_features", "dist_text_features", "dist_logit_scale")
+ClipLoss._hooks = {name: vars(ClipLoss)[name] for name in ("get_logits", "get_ground_truth")}
+DistillClipLoss._hooks = ClipLoss._hooks | {"dist_loss": vars(DistillClipLoss)["dist_loss"]}
+SigLipLoss._hooks = {name: vars(SigLipLoss)[name] for name in ("get_logits", "get_ground_truth", "_loss")}

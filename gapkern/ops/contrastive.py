@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from gapkern.ops import hopper
+from gapkern.ops import autocast, derivatives, hopper, tangents
 
 
 def lse_pair(
@@ -27,7 +28,7 @@ def lse_pair(
         logit_scale: one element, any floating-point dtype.
         similarity: "dot", S = s <x, y>, or "sqeuclidean", S = -s ||x - y||^2.
         label_offset: the label of row i is column i + label_offset.
-        precision: "highest" is true float32; "high" and "medium" allow bfloat16 products with float32 accumulation.
+        precision: "medium" allows bfloat16 products with float32 accumulation; "highest" and "high" are true float32.
         work_bytes: memory the forward pass may keep for the backward pass, so that it need not form logits again.
 
     Returns:
@@ -91,37 +92,44 @@ def _(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
     )
 
 
+def _needed(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
+    """A transform hides from the caller which gradients are wanted; the rule's own inputs say it."""
+    needs = [wanted or t.requires_grad for wanted, t in zip(needs, (images, texts), strict=True)]
+    return images, texts, logit_scale, logit_bias, label_offset, precision, needs
+
+
 def _save_sigmoid(ctx, inputs, output):
-    images, texts, logit_scale, logit_bias = inputs[:4]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = [t.dtype for t in (images, texts, logit_scale, logit_bias)]
-    ctx.shapes = [logit_scale.shape, logit_bias.shape]
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
 def _backward_sigmoid(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 7
-    if torch.is_grad_enabled():  # the saved gradients are constants: a second differentiation would silently be wrong
-        _refuse(ctx)
-    needs, (dx, dy, ds, db) = ctx.needs_input_grad, ctx.saved_tensors
-    return (
-        (dx * grad_loss).to(ctx.dtypes[0]) if needs[0] else None,
-        (dy * grad_loss).to(ctx.dtypes[1]) if needs[1] else None,
-        (ds * grad_loss).to(ctx.dtypes[2]).reshape(ctx.shapes[0]) if needs[2] else None,
-        (db * grad_loss).to(ctx.dtypes[3]).reshape(ctx.shapes[1]) if needs[3] else None,
-        None,
-        None,
-        None,
+    sources, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    needs = ctx.needs_input_grad[:4]
+    gradients = tuple(
+        (g * grad_loss).to(t.dtype).reshape(t.shape)
+        for g, t, needed in zip(saved, sources, needs, strict=True)
+        if needed
     )
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # the saved gradients are constants
+        gradients = derivatives.once(gradients, (*sources, grad_loss))
+    wanted = iter(gradients)
+    return *(next(wanted) if needed else None for needed in needs), None, None, None
+
+
+def _jvp_sigmoid(inputs, tangents_):
+    return tangents.sigmoid(inputs, tangents_), None, None, None, None
 
 
 @torch.library.register_fake("gapkern::contrastive_lse")
 def _(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
     n, m = images.shape[0], texts.shape[0]
     double = images.dtype == torch.float64
-    rows = torch.sym_min(n, max(work_bytes, 0) // (m * (8 if double else 4))) if work_bytes else 0
+    rows: int | torch.SymInt = 0
+    if work_bytes > 0:
+        rows = work_bytes // (m * (8 if double else 4))
+        # As an expression of the batch it would be compared with 0 and 1, which holds for some batches and not others.
+        rows = min(n, rows) if isinstance(n, int) and isinstance(m, int) else torch.library.get_ctx().new_dynamic_size()
     return (
         images.new_empty((n,), dtype=torch.float64),
         images.new_empty((m,), dtype=torch.float64),
@@ -148,7 +156,6 @@ def _save(ctx, inputs, output):
     images, texts, logit_scale, ctx.similarity, ctx.label_offset, ctx.precision, _ = inputs
     stats_and_kept = output[3:]
     ctx.mark_non_differentiable(*stats_and_kept)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(images, texts, logit_scale, *stats_and_kept)
 
 
@@ -173,34 +180,34 @@ def _backward(ctx, grad_row, grad_col, grad_positive, *_):
     )
 
 
-def _refuse(ctx, *gradients):
-    raise RuntimeError(
-        "gapkern: the contrastive losses can be differentiated once; double backward (create_graph=True) is refused"
-    )
+def _jvp(inputs, tangents_):
+    return *tangents.log_sum_exps(inputs, tangents_), None, None, None
 
 
-torch.library.register_autograd("gapkern::contrastive_lse", _backward, setup_context=_save)
-torch.library.register_autograd("gapkern::contrastive_lse_backward", _refuse)
-torch.library.register_autograd("gapkern::sigmoid_loss", _backward_sigmoid, setup_context=_save_sigmoid)
+derivatives.register("contrastive_lse", _backward, save=_save, jvp=_jvp)
+derivatives.register("contrastive_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
+for _name in ("lse", "gradient", "sigmoid"):
+    derivatives.register(f"contrastive_chunk_{_name}", derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
+for _name in ("shift", "sums", "lse", "positive", "weights", "gradient", "sigmoid"):
+    derivatives.register(f"contrastive_sm90_{_name}", derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
+derivatives.register("sigmoid_loss", _backward_sigmoid, save=_save_sigmoid, jvp=_jvp_sigmoid, arguments=_needed)
 
 _library = torch.library.Library("gapkern", "IMPL")
 
 
-def _autocast(operator, device: str):
+def _autocast(operator):
     """Under autocast only the embeddings take the lower precision: a rounded logit_scale would shift every logit."""
 
     def call(images, texts, *rest):
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            if images.dtype != torch.float64:
-                images, texts = images.to(dtype), texts.to(dtype)
+        images, texts = images.to(autocast.dtype_of(images)), texts.to(autocast.dtype_of(texts))
+        with autocast.disabled(images.device.type):
             return operator(images, texts, *rest)
 
     return call
 
 
 for _name in ("contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"):
-    _library.impl(_name, hopper.dispatch(_name), "CompositeExplicitAutograd")
+    _library.impl(_name, autocast.untouched(hopper.dispatch(_name)), "CompositeExplicitAutograd")
 for _name in ("contrastive_lse", "sigmoid_loss"):
-    for _device in ("cpu", "cuda"):
-        _library.impl(_name, _autocast(getattr(torch.ops.gapkern, _name), _device), f"Autocast{_device.upper()}")
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(_name, _autocast(getattr(torch.ops.gapkern, _name)), _key)

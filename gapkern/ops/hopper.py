@@ -2,7 +2,7 @@
 
 Same schemas and contract as csrc/contrastive/contrastive.h. The steps are the operators `contrastive_sm90_*`: CUDA
 kernels (csrc/contrastive/sm90.cuh), and PyTorch's operations here. Nothing in between waits for the device. float32 is
-taken with precision "high" or "medium", rounded to bfloat16 once; the gradients are then float32.
+taken with precision "medium", rounded to bfloat16 once; the gradients are then float32.
 """
 
 import functools
@@ -23,7 +23,7 @@ MOST_COLUMNS = 2**24  # of the sigmoid loss, where numbers of columns are float3
 _LN2, _LOG2E = math.log(2.0), 1 / math.log(2.0)
 _CEILING, _FLOOR, _WEIGHT_RANGE = 110, -102, 120  # csrc/contrastive/sm90.cuh
 _TAKEN = (
-    "sm90 for dot products of bfloat16, float16, and float32 with matmul precision high or medium, where dims are a "
+    "sm90 for dot products of bfloat16, float16, and float32 with matmul precision medium, where dims are a "
     "multiple of 8; chunked for the rest"
 )
 
@@ -53,8 +53,8 @@ def hindrance(
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"they need a device of capability 9.0, got {capability[0]}.{capability[1]}"
-    if dtype == torch.float32 and precision == "highest":
-        return "they take float32 with torch.set_float32_matmul_precision('high') or 'medium', got 'highest'"
+    if dtype == torch.float32 and precision != "medium":
+        return f"they take float32 with torch.set_float32_matmul_precision('medium'), got {precision!r}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"they take bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
     if dims % 8:
@@ -303,7 +303,7 @@ def _gradient(
 
 def _sigmoid(images, texts, logit_scale, logit_bias, row_labels, col_numbers):
     t = images.float() @ texts.float().T
-    z = torch.where(row_labels[:, None] == col_numbers, 1.0, -1.0)
+    z = torch.where(row_labels[:, None] == col_numbers, 1.0, -1.0).to(t.dtype)
     s = z * (logit_scale.reshape(()).float() * t + logit_bias.reshape(()).float())
     ds = -z * torch.sigmoid(-s)
     sums = [v.sum(1, dtype=torch.float64) for v in (-torch.nn.functional.logsigmoid(s), ds, ds * t)]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gapkern.ops import derivatives
+
 _CHUNK = 2**20  # elements in float64 at once
 _TINY = 1e-12  # norms below it are taken for it, as torch.nn.functional.normalize does
 
@@ -63,7 +65,7 @@ def _save_sum(ctx, inputs, output):
 
 def _backward_sum(ctx, grad):
     shape, dtype = ctx.like
-    return grad.to(dtype).expand(shape)
+    return (grad.to(dtype).expand(shape),)
 
 
 def _save_gram(ctx, inputs, output):
@@ -100,6 +102,36 @@ def _backward_apply(ctx, grad):
     return (*gradients(grad, x, shift, output, ctx.normalize, ctx.needs_input_grad), None)
 
 
-torch.library.register_autograd("gapkern::meanshift_sum", _backward_sum, setup_context=_save_sum)
-torch.library.register_autograd("gapkern::meanshift_gram", _backward_gram, setup_context=_save_gram)
-torch.library.register_autograd("gapkern::meanshift_apply", _backward_apply, setup_context=_save_apply)
+def _jvp_sum(inputs, tangents):
+    return tangents[0].sum(0, dtype=torch.float64)
+
+
+def _jvp_gram(inputs, tangents):
+    x, mean = (t.double() for t in inputs)
+    moved = torch.zeros_like(x)
+    for sign, tangent in zip((1, -1), tangents, strict=True):
+        if tangent is not None:
+            moved = moved + sign * tangent.double()
+    half = (x - mean).T @ moved
+    return half + half.T
+
+
+def tangent(inputs, tangents):
+    """Of meanshift_apply."""
+    (x, shift, normalize), (dx, dshift, _) = inputs, tangents
+    rows = torch.zeros_like(x, dtype=torch.float64)
+    for moved in (dx, dshift):
+        if moved is not None:
+            rows = rows + moved.double()
+    if normalize:
+        moved = x.double() + shift.double()
+        norm = moved.norm(dim=1, keepdim=True)
+        clamped = norm.clamp_min(_TINY)
+        unit = moved / clamped
+        rows = (rows - torch.where(norm > _TINY, (rows * unit).sum(1, keepdim=True), 0.0) * unit) / clamped
+    return rows.to(x.dtype)
+
+
+derivatives.register("meanshift_sum", _backward_sum, save=_save_sum, jvp=_jvp_sum)
+derivatives.register("meanshift_gram", _backward_gram, save=_save_gram, jvp=_jvp_gram)
+derivatives.register("meanshift_apply", _backward_apply, save=_save_apply, jvp=tangent)

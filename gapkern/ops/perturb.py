@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from gapkern.ops import meanshift
+from gapkern.ops import derivatives, meanshift
+
+_RANGE = "gapkern: perturb_quantize has no derivative for low and high; pass them without a gradient (detach())"
 
 
 @torch.library.register_fake("gapkern::perturb_bits")
@@ -51,8 +53,24 @@ def _backward_noisy_gallery(ctx, grad):
     return (*meanshift.gradients(grad, x, shift, moved, normalize, ctx.needs_input_grad), *(None,) * 7)
 
 
+def _jvp_noisy_gallery(inputs, tangents):
+    x, shift, *noise, normalize, when = inputs
+    if when == "before":
+        x = torch.ops.gapkern.perturb_noise(x, *noise)
+    return meanshift.tangent((x, shift, normalize), (*tangents[:2], None))
+
+
 def _unchanged(ctx, grad):
     return (grad, *(None,) * 5)
+
+
+def _jvp_unchanged(inputs, tangents):
+    return tangents[0].clone()
+
+
+def _save_quantize(ctx, inputs, output):
+    if any(t.requires_grad for t in inputs[1:3]):
+        raise RuntimeError(_RANGE)
 
 
 def _zero(ctx, grad):
@@ -60,10 +78,28 @@ def _zero(ctx, grad):
     return torch.zeros_like(grad), None, None, None
 
 
-torch.library.register_autograd("gapkern::perturb_noise", _unchanged)
-torch.library.register_autograd("gapkern::perturb_quantize", _zero)
-torch.library.register_autograd(
-    "gapkern::perturb_noisy_gallery", _backward_noisy_gallery, setup_context=_save_noisy_gallery
-)
+def _jvp_quantize(inputs, tangents):
+    if any(tangent is not None for tangent in tangents[1:3]):
+        raise RuntimeError(_RANGE)
+    return torch.zeros_like(inputs[0])
+
+
+def _save_bits(ctx, inputs, output):
+    ctx.mark_non_differentiable(output)
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError("gapkern: perturb_bits is not differentiable")
+
+
+def _constant(inputs, tangents):
+    """Random bits do not depend on x, but for its shape."""
+    return None
+
+
+derivatives.register("perturb_bits", _refuse, save=_save_bits, jvp=_constant)
+derivatives.register("perturb_noise", _unchanged, jvp=_jvp_unchanged)
+derivatives.register("perturb_quantize", _zero, save=_save_quantize, jvp=_jvp_quantize)
+derivatives.register("perturb_noisy_gallery", _backward_noisy_gallery, save=_save_noisy_gallery, jvp=_jvp_noisy_gallery)
 _library = torch.library.Library("gapkern", "IMPL")
 _library.impl("perturb_noisy_gallery", _noisy_gallery, "CompositeExplicitAutograd")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gapkern._nearest import distances
+from gapkern.ops import derivatives
 
 
 @torch.library.register_fake("gapkern::robustness_exact")
@@ -52,13 +53,24 @@ def _nearest(queries: Tensor, gallery: Tensor, centre: Tensor) -> tuple[Tensor, 
     return row, best.clone(), second.clone(), slack.clone()
 
 
+_CONSTANT = "gapkern: robustness_exact, robustness_exact_inner and robustness_nearest are not differentiable"
+
+
 def _refuse(ctx, *grads):
-    raise RuntimeError("gapkern: robustness_exact, _exact_inner and _nearest are not differentiable")
+    raise RuntimeError(_CONSTANT)
 
 
-torch.library.register_autograd("gapkern::robustness_exact", _refuse)
-torch.library.register_autograd("gapkern::robustness_exact_inner", _refuse)
-torch.library.register_autograd("gapkern::robustness_nearest", _refuse)
+def _refuse_jvp(inputs, tangents):
+    raise RuntimeError(_CONSTANT)
+
+
+def _save_nearest(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[0])
+
+
+derivatives.register("robustness_exact", _refuse, jvp=_refuse_jvp)
+derivatives.register("robustness_exact_inner", _refuse, jvp=_refuse_jvp)
+derivatives.register("robustness_nearest", _refuse, save=_save_nearest, jvp=_refuse_jvp)
 _library = torch.library.Library("gapkern", "IMPL")
 _library.impl("robustness_exact", _on_the_cpu, "CompositeExplicitAutograd")
 _library.impl("robustness_exact_inner", _inner_on_the_cpu, "CompositeExplicitAutograd")
