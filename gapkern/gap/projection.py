@@ -274,5 +274,5 @@ def _mapped(x: Tensor, fit: Fit, metric: str, reduce: bool, dtype: torch.dtype) 
     return mapped
 
 
-def _like(given: _X, rows: Tensor) -> Any:
+def _like(given: _X, rows: Tensor) -> _X:
     return rows.numpy() if isinstance(given, np.ndarray) else rows
