@@ -142,7 +142,7 @@ def test_batches_ranks_and_files_give_the_same_projection(tmp_path):
     assert torch.equal(loaded.transform_queries(queries), expected)
     assert (loaded.agreement_, loaded.offset_, loaded.n_components_) == (whole.agreement_, whole.offset_, 5)
     assert torch.equal(pickle.loads(pickle.dumps(whole)).transform_queries(queries), expected)
-    with pytest.raises(ValueError, match="loaded can be applied but not added to"):
+    with pytest.raises(ValueError, match="a loaded projection can be applied but not added to"):
         loaded.partial_fit(gallery)
     with pytest.raises(ValueError, match=r"expected a gapkern\.MeanShift file"):
         MeanShift.load(tmp_path / "projection.safetensors")

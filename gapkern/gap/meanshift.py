@@ -74,6 +74,8 @@ class MeanShift(TwoSided[Fit]):
         [2.0, 1.0, 0.0]
     """
 
+    _noun = "shift"
+
     def __init__(
         self,
         alpha: float = 1.0,

@@ -78,6 +78,8 @@ class Projection(TwoSided[Fit]):
         [[0.0, 0.8, 0.2], [0.0, 0.3, 0.7]]
     """
 
+    _noun = "projection"
+
     def __init__(
         self,
         n_components: int | float | str = "auto",

@@ -66,6 +66,7 @@ class TwoSided(Estimator, Generic[F]):
     agreement: Any
     model: str | None
 
+    _noun: str
     _sides: tuple[Side, Side] | None = None  # what was seen; None for what was loaded
     _found: F | None = None  # worked out when it is first asked for
     _asked: tuple[Any, ...] | None = None  # the parameters that a fit depends on, as they were when fitting
@@ -142,7 +143,7 @@ class TwoSided(Estimator, Generic[F]):
             raise TypeError(f"other: expected a {type(self).__name__}, got {type(other).__name__}")
         mine, theirs = self._seen(), other._seen()
         if mine[0].dims != theirs[0].dims:
-            raise ValueError(f"other: expected D = {mine[0].dims}, got one of D = {theirs[0].dims}")
+            raise ValueError(f"other: expected D = {mine[0].dims}, got a {self._noun} of D = {theirs[0].dims}")
         return self._take(mine[0].with_side(theirs[0]), mine[1].with_side(theirs[1]))
 
     @isolated
@@ -162,7 +163,7 @@ class TwoSided(Estimator, Generic[F]):
         return self._take(gallery, queries)
 
     def _loaded(self) -> str:
-        return f"{type(self).__name__}: one that was loaded can be applied but not added to; fit one anew"
+        return f"{type(self).__name__}: a loaded {self._noun} can be applied but not added to; fit one anew"
 
     def _seen(self) -> tuple[Side, Side]:
         if self._sides is None:
