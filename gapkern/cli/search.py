@@ -41,8 +41,8 @@ def run(arguments) -> int:
         index.set_parameters(arguments.parameters)
     agreed({"index": index.model, "queries": model_of(arguments.queries, name="queries")})
     count, dims = files.size(arguments.queries, name="queries")
-    if dims != index.dims:
-        raise ValueError(f"queries: expected D = {index.dims} as in {arguments.index}, got ({count}, {dims})")
+    if dims != index.d:
+        raise ValueError(f"queries: expected D = {index.d} as in {arguments.index}, got ({count}, {dims})")
     parts, done = [], 0
     with common.progress({"search": "searching"}) as step:
         for rows in files.chunks(arguments.queries, name="queries"):

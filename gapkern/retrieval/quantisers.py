@@ -145,7 +145,7 @@ def compare_quantisers(
     for number, factory in enumerate(factories):
         for moved in (None, shift):
             try:
-                index = _learned(GapIndex(factory, shift=moved), learned).add(gallery)
+                index = _learned(GapIndex(factory, shift=moved, d=gallery.shape[1]), learned).add(gallery)
             except ValueError as error:
                 left_out[factory] = str(error)
                 break
@@ -157,16 +157,14 @@ def compare_quantisers(
 
 
 def _learned(index: GapIndex, sample: Tensor) -> GapIndex:
-    if index.dims is None:
-        index._make(sample.shape[1])
-    for rotation in rotations(index._index):
+    for rotation in rotations(index.faiss_index):
         rotation.niter = ROTATIONS
     return index.train(sample)
 
 
 def _row(index, factory, queries, wanted, truth, k, probes) -> dict[str, Any]:
     parameters = ""
-    lists = index.lists
+    lists = index.nlist
     if lists:
         parameters = f"nprobe={probes or max(1, math.ceil(lists / 8))}"
         index.set_parameters(parameters)
