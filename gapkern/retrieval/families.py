@@ -14,6 +14,7 @@ from gapkern import _memory
 from gapkern.retrieval._faiss import errors, faiss
 
 HNSW_LINKS, NSG_LINKS = 2, 4  # the fewest of a node with which FAISS builds a graph: fewer end or hang the process
+FASTSCAN_BLOCK = 32  # codes
 NSG_EXACT = 20_000  # nodes up to which NSG starts from all distances: its approximate start fails on small graphs
 INNER = ("index", "base_index", "refine_index", "storage", "quantizer")
 LIST_BYTES = 48  # of an empty inverted list in memory: two vectors
@@ -62,17 +63,15 @@ def _refuse(index: Any, expected: str, metric: int) -> None:
             raise ValueError(f"factory: expected {expected}: {kind}: {UNSERVED[kind]}")
         if isinstance(part, module.IndexIDMap):
             raise ValueError(f"factory: expected {expected}: an IDMap inside of another index")
-        if hasattr(part, "hnsw") and part.hnsw.nb_neighbors(0) < 2 * HNSW_LINKS:
+        links = module.vector_to_array(part.hnsw.cum_nneighbor_per_level) if hasattr(part, "hnsw") else None
+        if links is not None and (len(links) < 2 or links[1] < 2 * HNSW_LINKS):
             raise ValueError(f"factory: expected {expected}: HNSW needs {HNSW_LINKS} links or more")
         if hasattr(part, "nsg"):
             if part.nsg.R < NSG_LINKS:
                 raise ValueError(f"factory: expected {expected}: NSG needs {NSG_LINKS} links or more")
             part.build_type = 0
-        if isinstance(part, module.IndexIVF) and part.nlist < 1:
-            raise ValueError(f"factory: expected {expected}: an inverted file needs a list")
-    for transform in transforms(index):
-        if isinstance(transform, module.RemapDimensionsTransform) and transform.d_out < transform.d_in:
-            raise ValueError(f"factory: expected {expected}: padding to {transform.d_out} drops columns")
+        if getattr(part, "bbs", FASTSCAN_BLOCK) != FASTSCAN_BLOCK:
+            raise ValueError(f"factory: expected {expected}: FAISS decodes and merges only blocks of {FASTSCAN_BLOCK}")
 
 
 def parts(index: Any, quantizers: bool = True) -> Iterator[Any]:
@@ -156,8 +155,9 @@ def merges_lists(index: Any) -> bool:
 def appends(one: Any, other: Any) -> bool:
     """Whether FAISS can append one index to another; both are empty and of one kind."""
     module = faiss()
-    if any(isinstance(part, module.IndexIVF) for part in parts(one)):
-        return False  # an IDMap around an inverted file would number its rows anew, from 0
+    # An IDMap around an inverted file would number its rows anew, from 0; FastScan's codes lie in blocks.
+    if any(isinstance(part, module.IndexIVF | module.IndexFastScan) for part in parts(one)):
+        return False
     try:
         one.merge_from(other, 0)
     except RuntimeError:
@@ -171,6 +171,11 @@ def removal(index: Any) -> str | None:
     if lists_of(index) is None and any(isinstance(part, module.IndexIVF) for part in parts(index.index)):
         return "its rows are known by their numbers"
     return None
+
+
+def decodes(index: Any) -> bool:
+    """Whether FAISS gives a vector back: from this FastScan it gives another."""
+    return not any(type(part).__name__ == "IndexIVFRaBitQFastScan" for part in parts(index))
 
 
 def code_range(index: Any) -> tuple[float, float] | None:

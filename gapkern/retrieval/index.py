@@ -279,7 +279,10 @@ class GapIndex:
             raise ValueError(f"keys: expected ids of the index, got {missing[0]}, which it does not hold")
         if not len(wanted):
             return np.empty((0, self.d or 0), np.float32)
-        with errors("keys", f"an index whose codes FAISS decodes, got {self.factory!r}"):
+        expected = f"an index whose codes FAISS decodes, got {self.factory!r}"
+        if not families.decodes(self._index):
+            raise ValueError(f"keys: expected {expected}")
+        with errors("keys", expected):
             return stored.vectors(self._index, wanted.astype(np.int64))
 
     def ids(self) -> np.ndarray:
