@@ -16,12 +16,12 @@ from tests.scenes import searched
 
 pytestmark = pytest.mark.faiss
 WRAPPED = (
-    "IDMap2,IVF8,Flat IVF8,Flat,IDMap Flat,IDMap2 PCA8,IDMap,Flat IVF8,PQ4x4np,RFlat IVF8,PQ4x4np,Refine(SQ8) IVF8,PQ4+4 "
-    "IVF8,FlatDedup FlatL2Panorama4 IVF8,FlatPanorama4"
+    "IDMap2,IVF8,Flat IVF8,Flat,IDMap Flat,IDMap2 PCA8,IDMap,Flat IVF8,PQ4x4np,RFlat IVF8,PQ4x4np,Refine(SQ8) "
+    "IVF8,PQ4+4 IVF8,FlatDedup FlatL2Panorama4 IVF8,FlatPanorama4"
 )
 UNSERVED = (
-    "NSG16,PQ4x4 HNSW8_2+PQ4 Residual8,PQ4x4 ZnLattice2x10_6 ZnLattice0x10_6 BFlat PQ4x4fs_64 IVF0,Flat PQ4x0 HNSW0 HNSW1 "
-    "NSG2 LSQ0x4 RR0,Flat IVF8_HNSW0,Flat IVF8,FlatPanorama0 IVF1000000000,Flat IVF99999999999999999999,Flat "
+    "NSG16,PQ4x4 HNSW8_2+PQ4 Residual8,PQ4x4 ZnLattice2x10_6 ZnLattice0x10_6 BFlat PQ4x4fs_64 IVF0,Flat PQ4x0 HNSW0 "
+    "HNSW1 NSG2 LSQ0x4 RR0,Flat IVF8_HNSW0,Flat IVF8,FlatPanorama0 IVF1000000000,Flat IVF99999999999999999999,Flat "
     "IMI2x60,Flat ,"
 )
 

@@ -130,6 +130,7 @@ def compare_quantisers(
     gallery = _check.matrix("gallery", gallery, rows="G").detach()
     _check.same_width(queries=queries, gallery=gallery)
     k = _check.integer("k", k, low=1, high=len(gallery))
+    truth = GapIndex().add(gallery).search(queries, k)[1]
     if shift is None:
         shift = MeanShift().fit(gallery, queries)
     elif not shift._fitted():
@@ -140,7 +141,6 @@ def compare_quantisers(
     if count < len(gallery):
         learned = gallery[torch.linspace(0, len(gallery) - 1, count, dtype=torch.float64).round().long()]
     factories = usual(gallery.shape[1], count) if factories is None else list(factories)
-    truth = GapIndex().add(gallery).search(queries, k)[1]
     rows, left_out = [], {}
     for number, factory in enumerate(factories):
         for moved in (None, shift):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._nearest import CHUNK, _full_precision
+from gapkern._nearest import CHUNK, _full_precision, in_range
 from gapkern.retrieval import exact
 
 GROUP = 32  # costs whose least one is compared first
@@ -155,6 +155,7 @@ def ranks_of_positives(
     Returns:
         For each query (Q,), and for each gallery row that is somebody's positive, in their order: int64.
     """
+    queries, gallery, _ = in_range(queries, gallery, metric)
     cost = exact.costs(queries, gallery, asking, wanted, metric)
     ours = _Side(cost, asking, wanted, len(queries), limit)
     theirs = _Side(cost, wanted, asking, len(gallery) if both else 0, limit)
