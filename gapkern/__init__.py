@@ -45,8 +45,26 @@ __all__ = [
 
 # Loaded when they are first named: some need packages of the extras, or take a second to import.
 _SUBMODULES = frozenset(
-    "cli datasets dynamics embeddings evaluation experiments figures files models ops prompts ranks reference report "
-    "retrieval selfcheck testing theory".split()
+    (
+        "cli",
+        "datasets",
+        "dynamics",
+        "embeddings",
+        "evaluation",
+        "experiments",
+        "figures",
+        "files",
+        "models",
+        "ops",
+        "prompts",
+        "ranks",
+        "reference",
+        "report",
+        "retrieval",
+        "selfcheck",
+        "testing",
+        "theory",
+    )
 )
 
 
