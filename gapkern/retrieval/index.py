@@ -1,6 +1,7 @@
 """`GapIndex`: a FAISS index that closes the gap, keeps its ids, and says what is wrong with what it is given."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,11 @@ class GapIndex:
         """
         if self._index is None:
             raise ValueError("GapIndex: train or add before set_parameters")
-        with errors("text", f"FAISS search parameters of {self.factory!r}, got {text!r}"):
+        expected = f"FAISS search parameters of {self.factory!r}, got {text!r}"
+        for name, value in re.findall(r"(nprobe|efSearch|k_factor\w*)=([^,]*)", text):
+            if value.startswith("-") or not value.strip("0. "):
+                raise ValueError(f"text: expected {expected}: {name} is above 0")
+        with errors("text", expected):
             faiss().ParameterSpace().set_index_parameters(self._index, text)
         self._looked_up = None
         return self

@@ -77,6 +77,14 @@ def keep(path: Path, save: Callable[[Path], Any]) -> None:
         raise _unwritten(path, error) from None
 
 
+def note(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a manifest or a plan, as JSON."""
+    try:
+        files.write_json(path, value)
+    except OSError as error:
+        raise _unwritten(path, error) from None
+
+
 def _unwritten(path: Path, error: OSError) -> ValueError:
     return ValueError(f"path: cannot write to the folder {path.parent}: {error.strerror or error}")
 
@@ -156,9 +164,7 @@ def facts(factory: str, metric: str, index: Any, following: int, model: str | No
 
 def commit(folder: Path, facts: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]]) -> None:
     """Makes the data files the folder's index, and removes those of the one before."""
-    files.write_json(
-        folder / MANIFEST, {"format": FORMAT, "version": FORMAT_VERSION, **facts, "files": data}
-    )  # fmt: skip
+    note(folder / MANIFEST, {"format": FORMAT, "version": FORMAT_VERSION, **facts, "files": data})
     current = {entry["name"] for entry in data.values()}
     for kind, suffix in SUFFIXES.items():
         for old in (*folder.glob(f"{kind}-*{suffix}"), *folder.glob(f".{kind}.tmp*")):
