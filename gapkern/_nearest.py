@@ -48,8 +48,8 @@ def in_range(queries: Tensor, gallery: Tensor, metric: str = "l2") -> tuple[Tens
         distances or inner products.
 
     Example:
-        >>> queries, gallery, grown = in_range(torch.tensor([[3e20, 4e20]]), torch.zeros(1, 2))
-        >>> float((queries - gallery).square().sum() / grown) == 25e40
+        >>> queries, gallery, grown = in_range(torch.tensor([[3 * 2.0**70, 4 * 2.0**70]]), torch.zeros(1, 2))
+        >>> float((queries - gallery).square().sum() / grown) == 25 * 2.0**140
         True
     """
     largest = [_largest(queries), _largest(gallery)]

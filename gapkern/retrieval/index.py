@@ -1,7 +1,6 @@
 """`GapIndex`: a FAISS index that closes the gap, keeps its ids, and says what is wrong with what it is given."""
 
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -272,19 +271,9 @@ class GapIndex:
     def reconstruct_batch(self, keys: Any) -> np.ndarray:
         """`reconstruct` of several ids (N,): float32 (N, D)."""
         self._usable()
-        wanted = np.asarray(keys)
-        if wanted.ndim != 1 or (len(wanted) and not np.issubdtype(wanted.dtype, np.integer)):
-            raise TypeError(f"keys: expected integers (N,), got {wanted.dtype} of shape {wanted.shape}")
-        missing = wanted[~np.isin(wanted, self.ids())]
-        if len(missing):
-            raise ValueError(f"keys: expected ids of the index, got {missing[0]}, which it does not hold")
-        if not len(wanted):
-            return np.empty((0, self.d or 0), np.float32)
-        expected = f"an index whose codes FAISS decodes, got {self.factory!r}"
-        if not families.decodes(self._index):
-            raise ValueError(f"keys: expected {expected}")
-        with errors("keys", expected):
-            return stored.vectors(self._index, wanted.astype(np.int64))
+        if self._index is None:
+            raise ValueError("GapIndex: expected vectors to reconstruct, got none; call add first")
+        return stored.vectors(self._index, keys, self.factory)
 
     def ids(self) -> np.ndarray:
         """All ids, int64 (N,): in the order they were added, or list by list where there are inverted lists."""
@@ -298,12 +287,7 @@ class GapIndex:
         """
         if self._index is None:
             raise ValueError("GapIndex: train or add before set_parameters")
-        expected = f"FAISS search parameters of {self.factory!r}, got {text!r}"
-        for name, value in re.findall(r"(nprobe|efSearch|k_factor\w*)=([^,]*)", text):
-            if value.startswith("-") or not value.strip("0. "):
-                raise ValueError(f"text: expected {expected}: {name} is above 0")
-        with errors("text", expected):
-            faiss().ParameterSpace().set_index_parameters(self._index, text)
+        lookup.tune(self._index, text, self.factory)
         self._looked_up = None
         return self
 

@@ -1,5 +1,6 @@
 """Searches in a FAISS index: exactly where the rows lie as they are, by its codes elsewhere."""
 
+import re
 import warnings
 from typing import Any
 
@@ -75,6 +76,16 @@ class Lookup:
                     raise
                 self._copy = self.index, None
         return self._copy[0]
+
+
+def tune(index: Any, text: str, factory: str) -> None:
+    """Sets FAISS's search parameters; raises ValueError where FAISS knows none of that name or value."""
+    expected = f"FAISS search parameters of {factory!r}, got {text!r}"
+    for name, value in re.findall(r"(nprobe|efSearch|k_factor\w*)=([^,]*)", text):
+        if value.startswith("-") or not value.strip("0. "):
+            raise ValueError(f"text: expected {expected}: {name} is above 0")
+    with errors("text", expected):
+        faiss().ParameterSpace().set_index_parameters(index, text)
 
 
 def room(queries: int, k: int) -> None:

@@ -33,12 +33,29 @@ def _listed(ivf: Any) -> Any:
             yield number, part
 
 
-def vectors(index: Any, wanted: np.ndarray) -> np.ndarray:
-    """The decoded vectors of ids (N,) that are there: float32 (N, D), back through the transforms.
+def vectors(index: Any, keys: Any, factory: str) -> np.ndarray:
+    """The decoded vectors of ids (N,), back through the transforms: float32 (N, D).
 
     Raises:
-        RuntimeError: FAISS does not decode them.
+        TypeError: no integers.
+        ValueError: an id that the index does not hold; codes that FAISS does not decode.
     """
+    wanted = np.asarray(keys)
+    if wanted.ndim != 1 or (len(wanted) and not np.issubdtype(wanted.dtype, np.integer)):
+        raise TypeError(f"keys: expected integers (N,), got {wanted.dtype} of shape {wanted.shape}")
+    missing = wanted[~np.isin(wanted, ids(index))]
+    if len(missing):
+        raise ValueError(f"keys: expected ids of the index, got {missing[0]}, which it does not hold")
+    if not len(wanted):
+        return np.empty((0, index.d), np.float32)
+    expected = f"an index whose codes FAISS decodes, got {factory!r}"
+    if not families.decodes(index):
+        raise ValueError(f"keys: expected {expected}")
+    with errors("keys", expected):
+        return _decoded(index, wanted.astype(np.int64))
+
+
+def _decoded(index: Any, wanted: np.ndarray) -> np.ndarray:
     module = faiss()
     ivf = families.lists_of(index)
     if ivf is None:
