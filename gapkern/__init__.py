@@ -1,5 +1,8 @@
 """gapkern: fused contrastive losses and modality-gap tools for multi-modal embeddings."""
 
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
 from gapkern import _load
 from gapkern._version import __version__
 
@@ -40,3 +43,37 @@ __all__ = [
     "sigmoid_loss",
     "sweep",
 ]
+
+# Loaded when they are first named: some need packages of the extras, or take a second to import.
+_SUBMODULES = frozenset(
+    (
+        "cli",
+        "datasets",
+        "dynamics",
+        "embeddings",
+        "evaluation",
+        "experiments",
+        "figures",
+        "files",
+        "models",
+        "ops",
+        "prompts",
+        "ranks",
+        "reference",
+        "report",
+        "retrieval",
+        "selfcheck",
+        "testing",
+        "theory",
+    )
+)
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name in _SUBMODULES:
+        return _import_module(f"gapkern.{name}")
+    raise AttributeError(f"module 'gapkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -1,5 +1,6 @@
 """Distances or inner products, and each query's best row, never Q x G at once."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ from gapkern._rows import unit
 
 CHUNK = 2**22  # elements of a Q x G block at hand
 METRICS = ("l2", "ip", "cosine")
+RANGE = 2.0**40  # values up to which, and down to whose inverse, sums of squares are exact enough in float32
 
 
 def best(queries: Tensor, gallery: Tensor, metric: str = "l2", *, exact: bool = True) -> Tensor:
@@ -25,6 +27,7 @@ def best(queries: Tensor, gallery: Tensor, metric: str = "l2", *, exact: bool = 
         return nearest(queries, gallery, exact=exact)
     if metric == "cosine":
         gallery = unit(gallery.double()).to(torch.promote_types(gallery.dtype, torch.float32))
+    queries, gallery, _ = in_range(queries, gallery, "ip")
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for rows, scores, slack in inner_products(queries, gallery):
         if exact and len(gallery) > 1:
@@ -51,7 +54,8 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         >>> nearest(torch.tensor([[0.9, 0.0], [0.0, 0.2]]), torch.eye(2)).tolist()
         [0, 1]
     """
-    if gallery.is_cuda and gallery.dtype != torch.float64 and _squares_in_float32(queries, gallery):
+    queries, gallery, _ = in_range(queries, gallery)
+    if gallery.is_cuda and gallery.dtype != torch.float64:
         return in_tiles(queries, gallery, exact=exact)
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for rows, squared, slack in distances(queries, gallery):
@@ -60,6 +64,31 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         else:
             found[rows] = squared.argmin(1)
     return found
+
+
+def in_range(queries: Tensor, gallery: Tensor, metric: str = "l2") -> tuple[Tensor, Tensor, float]:
+    """Rows whose squares float32 holds: both as they are, or as float64 times powers of two, which round nothing.
+
+    Returns:
+        Queries and gallery, by one number for "l2" and each by its own for "ip"; and by what costs grew: squared
+        distances or inner products.
+
+    Example:
+        >>> queries, gallery, grown = in_range(torch.tensor([[3 * 2.0**70, 4 * 2.0**70]]), torch.zeros(1, 2))
+        >>> float((queries - gallery).square().sum() / grown) == 25 * 2.0**140
+        True
+    """
+    largest = [_largest(queries), _largest(gallery)]
+    if metric == "l2":
+        largest = [max(largest)] * 2
+    if all(top == 0 or 1 / RANGE <= top <= RANGE for top in largest):
+        return queries, gallery, 1.0
+    scales = [math.ldexp(1.0, -min(1000, max(-1000, math.frexp(top)[1]))) for top in largest]
+    return queries.double() * scales[0], gallery.double() * scales[1], scales[0] * scales[1]
+
+
+def _largest(x: Tensor) -> float:
+    return max(map(abs, map(float, x.aminmax()))) if x.numel() else 0.0
 
 
 def in_tiles(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from gapkern.cli import answer
+
 VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
 
 
@@ -31,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb; bad input is one line on stderr and exit status 2, an interrupt 130."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        with answer.alone(getattr(arguments, "json", False)):
+            return arguments.run(arguments) or 0
     except (ValueError, TypeError, ImportError) as error:
         print(f"gapkern {arguments.verb}: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gapkern import files
+from gapkern.cli import answer
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def perturbations(arguments: argparse.Namespace) -> list[Any]:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(files.plain(value), indent=2, allow_nan=False))
+    print(json.dumps(files.plain(value), indent=2, allow_nan=False), file=answer.stream())
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:

@@ -1,8 +1,6 @@
 """`gapkern index`: an index of embedding files, or what each quantiser would cost and keep."""
 
-from pathlib import Path
-
-from gapkern import files
+from gapkern import _check, files
 from gapkern.cli import common
 
 
@@ -50,8 +48,8 @@ def run(arguments) -> int:
     with common.progress(stages) as step:
         manifest = disk.build(
             arguments.gallery, arguments.out, (arguments.factory or ["Flat"])[0], arguments.metric, shift,
-            ids=arguments.ids, model=model, sample=arguments.sample or disk.SAMPLE, block=arguments.block,
-            progress=step,
+            ids=arguments.ids, model=model, block=arguments.block, progress=step,
+            sample=disk.SAMPLE if arguments.sample is None else arguments.sample,
         )  # fmt: skip
     if arguments.json:
         common.print_json(manifest)
@@ -68,6 +66,9 @@ def _compare(arguments, shift) -> int:
     from gapkern.retrieval import compare_quantisers
 
     common.model(arguments.model, gallery=arguments.gallery, queries=arguments.compare)
+    out = files.folder(arguments.out) if arguments.out else None
+    if out is not None:
+        _check.extra("matplotlib", "matplotlib", "demo")
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.compare, name="queries")
     with common.progress({"compare": "quantisers"}) as step:
@@ -75,8 +76,7 @@ def _compare(arguments, shift) -> int:
             queries, gallery, arguments.factory, shift=shift, positives=common.labels(arguments.labels, len(queries)),
             k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
-    if arguments.out:
-        out = files.folder(arguments.out)
+    if out is not None:
         result.to_json(out / "quantisers.json")
         result.to_csv(out / "quantisers.csv")
         result.plot(out / "quantisers.png")
@@ -86,6 +86,6 @@ def _compare(arguments, shift) -> int:
     common.table(list(result.rows[0]), [list(row.values()) for row in result.rows])
     for factory, reason in result.left_out.items():
         print(f"left out: {factory} ({reason})")
-    if arguments.out:
-        print(f"written: {Path(arguments.out)}/quantisers.json, .csv, .png")
+    if out is not None:
+        print(f"written: {out}/quantisers.json, .csv, .png")
     return 0

@@ -1,6 +1,7 @@
 """`gapkern search`: nearest neighbours of embedding files in an index."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from gapkern import _check, files
 from gapkern.cli import common
 
 SHOWN = 10  # queries in the table
+MOST = 10_000  # neighbours that may be asked for where there are fewer vectors
 
 
 def add(verbs) -> None:
@@ -20,9 +22,11 @@ def add(verbs) -> None:
     parser.add_argument("index", help="the folder of the index")
     parser.add_argument("queries", help="embeddings that ask, (Q, D), a file or a folder of shards")
     parser.add_argument("--k", type=int, default=10, help="neighbours of each query (default: %(default)s)")
-    parser.add_argument("--out", help=".npz (distances and ids, (Q, K)), .parquet (query, rank, id, distance) or .json")
+    parser.add_argument("--out", help=".npz (distances and ids, (Q, K)), .parquet (query, rank, id, distance) or "
+                        ".json; where there are fewer than K neighbours, -1, no row, or null")  # fmt: skip
     parser.add_argument("--parameters", metavar="TEXT", help="FAISS search parameters, such as nprobe=16")
-    parser.add_argument("--verify", action="store_true", help="compare the index's files with their hashes first")
+    parser.add_argument("--verify", action="store_true", default=None,
+                        help="compare the index's files with their hashes first, also beyond 1 GiB")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="that searches codes; cuda needs FAISS built for it (default: %(default)s)")  # fmt: skip
     common.add_json(parser)
@@ -31,23 +35,27 @@ def add(verbs) -> None:
 
 def run(arguments) -> int:
     from gapkern.embeddings.folder import agreed, model_of
-    from gapkern.retrieval import GapIndex
+    from gapkern.retrieval import GapIndex, lookup
 
     out = Path(arguments.out) if arguments.out else None
     if out is not None and out.suffix not in (".npz", ".parquet", ".json"):
         raise ValueError(f"out: expected a name ending in .npz, .parquet or .json, got {out}")
+    if out is not None and out.suffix == ".parquet":
+        _tables()
     index = GapIndex.load(arguments.index, mmap=True, verify=arguments.verify, device=arguments.device)
     if arguments.parameters:
         index.set_parameters(arguments.parameters)
     agreed({"index": index.model, "queries": model_of(arguments.queries, name="queries")})
+    k = _check.integer("k", arguments.k, low=1, high=max(index.ntotal, MOST))
     count, dims = files.size(arguments.queries, name="queries")
-    if dims != index.dims:
-        raise ValueError(f"queries: expected D = {index.dims} as in {arguments.index}, got ({count}, {dims})")
+    lookup.room(count, k)
+    if dims != index.d:
+        raise ValueError(f"queries: expected D = {index.d} as in {arguments.index}, got ({count}, {dims})")
     parts, done = [], 0
     with common.progress({"search": "searching"}) as step:
         for rows in files.chunks(arguments.queries, name="queries"):
             try:
-                parts.append(index.search(rows, arguments.k))
+                parts.append(index.search(rows, k))
             except ValueError as error:
                 raise ValueError(f"{error} (of those from row {done} on)" if done else str(error)) from None
             done += len(rows)
@@ -57,28 +65,41 @@ def run(arguments) -> int:
     if out is not None:
         _write(out, distances, ids)
     if arguments.json:
-        common.print_json({"ids": ids, "distances": distances})
+        common.print_json(_listed(distances, ids))
     elif out is not None:
         print(f"written: {out} ({count} queries, k = {arguments.k})")
     else:
-        shown = [[q, *(f"{i} ({d:.4f})" for i, d in zip(ids[q], distances[q], strict=True))]
-                 for q in range(min(count, SHOWN))]  # fmt: skip
-        common.table(["query", *(f"{rank + 1}" for rank in range(arguments.k))], shown)
+        some = [zip(ids[q], distances[q], strict=True) for q in range(min(count, SHOWN))]
+        shown = [[q, *("-" if i < 0 else f"{i} ({d:.4g})" for i, d in found)] for q, found in enumerate(some)]
+        common.table(["query", *(f"{rank + 1}" for rank in range(k))], shown)
         if count > SHOWN:
             print(f"{count - SHOWN} more queries: use --out or --json")
     return 0
 
 
+def _listed(distances: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
+    """As JSON has it: of a neighbour that is missing, null."""
+    found = [[int(i) if i >= 0 else None for i in row] for row in ids]
+    near = np.where(ids >= 0, distances, np.nan).tolist()  # JSON has null for it
+    return {"ids": found, "distances": near}
+
+
 def _write(out: Path, distances: np.ndarray, ids: np.ndarray) -> None:
+    """In .npz a missing neighbour is id -1 at the largest distance, as in FAISS; a .parquet has no row for it."""
     if out.suffix == ".json":
-        files.write_json(out, {"ids": ids, "distances": distances})
+        files.write_json(out, _listed(distances, ids))
     elif out.suffix == ".npz":
         with files.replacing(out) as temporary, open(temporary, "wb") as file:
             np.savez(file, distances=distances, ids=ids)
     else:
-        pandas = _check.extra("pandas", "pandas", "tables")
-        _check.extra("pyarrow", "pyarrow", "tables")
+        pandas = _tables()
         count, k = ids.shape
         columns = {"query": np.repeat(np.arange(count), k), "rank": np.tile(np.arange(1, k + 1), count)}
         frame = pandas.DataFrame({**columns, "id": ids.ravel(), "distance": distances.ravel()})
+        frame = frame[frame["id"] >= 0]
         files.write(out, lambda temporary: frame.to_parquet(temporary, index=False))
+
+
+def _tables() -> Any:
+    _check.extra("pyarrow", "pyarrow", "tables")
+    return _check.extra("pandas", "pandas", "tables")

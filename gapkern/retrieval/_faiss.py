@@ -1,9 +1,6 @@
 """FAISS, imported when it is first needed, and its errors in our words."""
 
-import ctypes
-import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +40,7 @@ def errors(name: str, expected: str) -> Iterator[None]:
     """Turns what FAISS throws into a ValueError `name: expected ..., got ...` with FAISS's own reason."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # "Error in <signature> at <file>:<line>: Error: 'condition' failed: reason"
         reason = re.sub(r"^Error in .*? at \S+?:\d+: (Error: )?", "", str(error).strip().replace("\n", " "))
         raise ValueError(f"{name}: expected {expected}; FAISS: {reason}") from None
@@ -113,20 +110,3 @@ def train(index: Any, sample: np.ndarray, name: str) -> None:
             f"{wanted} training points",
             stacklevel=4,
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps what FAISS prints on stdout from there: --json promises nothing else."""
-    libc = ctypes.CDLL(None)
-    sys.stdout.flush()
-    libc.fflush(None)
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        try:
-            yield
-        finally:
-            libc.fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)

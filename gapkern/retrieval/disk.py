@@ -17,11 +17,10 @@ from torch import Tensor
 
 from gapkern import _check, files
 from gapkern.gap import MeanShift
-from gapkern.retrieval import store
-from gapkern.retrieval._faiss import errors, faiss, quiet, train
+from gapkern.retrieval import families, intake, store, stored
+from gapkern.retrieval._faiss import errors, faiss, train
 from gapkern.retrieval.index import GapIndex
 
-WORK = "unfinished"
 SAMPLE = 2**17  # rows to learn from
 BLOCK = 2**26  # numbers of a block
 
@@ -55,54 +54,65 @@ def build(
         The manifest.
 
     Raises:
-        ValueError: what `GapIndex` raises, by the gallery's rows; a folder that holds other things.
+        ValueError: what `GapIndex` raises, by the gallery's rows; a folder that holds other things, that another run
+            writes, or whose disk is full.
     """
     rows = _Rows(gallery)
-    index = GapIndex(factory, metric, shift, model=model)
-    if index.dims is None:
-        index._make(rows.dims)
-    if index.dims != rows.dims:
-        raise ValueError(f"gallery: expected D = {index.dims} as the shift, got ({len(rows)}, {rows.dims})")
-    names = index._ids(None if ids is None else _integers(ids), len(rows))
+    if isinstance(shift, MeanShift) and len(shift.shift_vector_) != rows.dims:
+        width = len(shift.shift_vector_)
+        raise ValueError(f"gallery: expected D = {width} as the shift, got ({len(rows)}, {rows.dims})")
+    index = GapIndex(factory, metric, shift, model=model, d=rows.dims)
+    names = intake.numbers(None if ids is None else _integers(ids), len(rows), 0)
     size = _check.integer("block", block, low=1) if block is not None else max(1, BLOCK // rows.dims)
     _check.integer("sample", sample, low=1)
-    folder = store.claim(out)
-    plan = {
-        "factory": factory, "metric": metric, "model": index.model, "shift": _shift_facts(shift), "gallery": rows.facts,
-        "ids": None if ids is None else files.fingerprint(torch.from_numpy(names)[:, None]),
-        "sample": sample, "block": size, "faiss": faiss().__version__,
-    }  # fmt: skip
-    work = folder / WORK
-    if (folder / store.MANIFEST).exists() and store.manifest(folder).get("plan") == plan:
+    with store.claimed(out) as folder:
+        plan = {
+            "factory": factory, "metric": metric, "model": index.model, "shift": _shift_facts(shift),
+            "gallery": rows.facts(), "sample": sample,
+            "ids": None if ids is None else files.fingerprint(torch.from_numpy(names)[:, None]),
+            "block": size, "faiss": faiss().__version__,
+        }  # fmt: skip
+        work = folder / store.WORK
+        if not _complete(folder, plan):
+            _start(work, plan)
+            _build(folder, plan, index, rows, names, progress)
         shutil.rmtree(work, ignore_errors=True)
         return store.manifest(folder)
-    _start(work, plan)
-    trained = work / "trained.faiss"
+
+
+def _complete(folder: Path, plan: dict[str, Any]) -> bool:
+    """Whether the folder's index is that of the plan, with all of its files."""
+    try:
+        found = store.manifest(folder)
+        return found.get("plan") == plan and bool(store.checked(folder, found, False))
+    except ValueError:
+        return False
+
+
+def _build(folder: Path, plan, index: GapIndex, rows: "_Rows", names: np.ndarray, progress) -> None:
+    trained = folder / store.WORK / "trained.faiss"
     if not trained.exists():
         progress("train", 0, 1)
-        _train(index, rows, sample)
-        files.write(trained, lambda path: faiss().write_index(index._index, str(path)))
+        _train(index, rows, plan["sample"])
+        store.keep(trained, lambda path: store.write_index(index.faiss_index, path))
     progress("train", 1, 1)
-    if not _merges(trained):
-        size = len(rows)
+    size = plan["block"] if _merges(trained) else len(rows)
     blocks = []
     for number, first in enumerate(range(0, len(rows), size)):
-        path = work / f"block-{number:06d}.faiss"
+        path = trained.with_name(f"block-{number:06d}.faiss")
         if not path.exists():
             _add(trained, path, index, rows, names, first, min(len(rows), first + size), progress)
         blocks.append(path)
         progress("add", min(len(rows), first + size), len(rows))
     progress("merge", 0, 1)
-    index._index, data = _merge(folder, trained, blocks)
-    if index.count != len(rows):
-        raise RuntimeError(f"merging {len(blocks)} blocks gave {index.count} vectors of {len(rows)}")
-    index._next = int(names.max()) + 1
-    if shift is not None:
-        data["shift"] = store.put(folder, "shift", shift.save)
-    store.commit(folder, {**index.facts(), "plan": plan}, data)
-    shutil.rmtree(work, ignore_errors=True)
+    whole, data = _merge(folder, trained, blocks)
+    if whole.ntotal != len(rows):
+        raise RuntimeError(f"merging {len(blocks)} blocks gave {whole.ntotal} vectors of {len(rows)}")
+    if index.shift is not None:
+        data["shift"] = store.put(folder, "shift", index.shift.save)
+    facts = store.facts(index.factory, index.metric, whole, int(names.max()) + 1, index.model)
+    store.commit(folder, {**facts, "plan": plan}, data)
     progress("merge", 1, 1)
-    return store.manifest(folder)
 
 
 class _Rows:
@@ -113,11 +123,14 @@ class _Rows:
         sizes = [files.size(shard, name="gallery") for shard in self.shards]
         self.dims = files.size(path, name="gallery")[1]
         self.starts = np.concatenate([[0], np.cumsum([count for count, _ in sizes])])
-        self.facts = []
-        for shard, (count, _) in zip(self.shards, sizes, strict=True):
-            name = shard.rpartition("[")[0] if shard.endswith("]") else shard
-            status = os.stat(name)
-            self.facts.append([os.path.basename(shard), count, status.st_size, status.st_mtime_ns])
+        self.counts = [count for count, _ in sizes]
+
+    def facts(self) -> list[list[Any]]:
+        """Of each shard its name, rows and the SHA-256 of its file: times and sizes do not tell other bytes."""
+        return [
+            [os.path.basename(shard), count, files.digest(shard.rpartition("[")[0] if shard.endswith("]") else shard)]
+            for shard, count in zip(self.shards, self.counts, strict=True)
+        ]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -127,7 +140,7 @@ class _Rows:
         for shard, start, end in zip(self.shards, self.starts, self.starts[1:], strict=False):
             low, high = max(which.start, start), min(which.stop, end)
             if low < high:
-                parts.append(files.load_embeddings(shard, name="gallery")[low - start : high - start].float())
+                parts.append(files.load_embeddings(shard, name="gallery")[low - start : high - start])
         return torch.cat(parts)
 
 
@@ -153,13 +166,11 @@ def _start(work: Path, plan: dict[str, Any]) -> None:
     if known != plan:
         shutil.rmtree(work, ignore_errors=True)
         files.folder(work)
-        files.write_json(work / "plan.json", plan)
-    for leftover in work.glob(".*.tmp*"):
-        leftover.unlink()
+        store.note(work / "plan.json", plan)
 
 
 def _train(index: GapIndex, rows: _Rows, sample: int) -> None:
-    if index._index.is_trained:
+    if index.is_trained:
         return
     wanted = np.linspace(0, len(rows) - 1, min(sample, len(rows))).round().astype(np.int64)
     step = max(1, BLOCK // 16 // rows.dims)
@@ -168,67 +179,50 @@ def _train(index: GapIndex, rows: _Rows, sample: int) -> None:
         inside = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + step)]
         if len(inside):
             part = rows[first : min(len(rows), first + step)]
-            parts.append(index._moved("gallery", part, first, side="gallery")[inside - first])
+            parts.append(index.moved("gallery", part, first)[inside - first])
     learned = np.concatenate(parts)
+    intake.spread("gallery", learned)
     with errors("gallery", f"enough rows to train {index.factory!r}, got {len(learned)}"):
-        train(index._index, learned, "gallery")
-
-
-def _on_disk(ivf: Any) -> bool:
-    """Whether there are inverted lists that can live in a file; FastScan's, packed in blocks, cannot."""
-    module = faiss()
-    if ivf is None:
-        return False
-    lists = module.downcast_InvertedLists(ivf.invlists)
-    return isinstance(lists, module.ArrayInvertedLists) and not isinstance(ivf, module.IndexIVFPQR)
+        train(index.faiss_index, learned, "gallery")
 
 
 def _merges(trained: Path) -> bool:
     """Whether indexes of blocks can be put together."""
-    module = faiss()
-    one, other = (module.read_index(str(trained)) for _ in range(2))
-    ivf = module.try_extract_index_ivf(one)
-    if ivf is not None:
-        return _on_disk(module.downcast_index(ivf))
-    try:
-        one.merge_from(other, 0)
-    except RuntimeError:
-        return False
-    return True
+    one, other = (faiss().read_index(str(trained)) for _ in range(2))
+    return families.merges_lists(one) or families.appends(one, other)
 
 
 def _add(trained, path, index, rows, names, first, last, progress) -> None:
-    module = faiss()
-    part = module.read_index(str(trained))
-    step = max(1, BLOCK // 16 // rows.dims)
+    part = faiss().read_index(str(trained))
+    step = last - first if families.built_at_once(part) else max(1, BLOCK // 16 // rows.dims)
     for start in range(first, last, step):
         end = min(last, start + step)
-        some = index._moved("gallery", rows[start:end], start, side="gallery")
+        some = index.moved("gallery", rows[start:end], start)
+        if start == 0 and not index.exact:
+            intake.spread("gallery", some)
+        families.prepare(part, some, "gallery")
         with errors("gallery", f"vectors that {index.factory!r} can hold"):
             part.add_with_ids(some, names[start:end])
         progress("add", end, len(rows))
-    files.write(path, lambda temporary: module.write_index(part, str(temporary)))
+    store.keep(path, lambda temporary: store.write_index(part, temporary))
 
 
 def _merge(folder: Path, trained: Path, blocks: list[Path]) -> tuple[Any, dict[str, Any]]:
     """The whole index, and its data files."""
     module = faiss()
     whole = module.read_index(str(trained))
-    ivf = module.try_extract_index_ivf(whole)
     data = {}
-    if ivf is not None and _on_disk(module.downcast_index(ivf)):
-        from faiss.contrib.ondisk import merge_ondisk
-
-        with quiet():
-            data["lists"] = store.put(
-                folder, "lists", lambda temporary: merge_ondisk(whole, [str(b) for b in blocks], temporary)
-            )
+    if families.merges_lists(whole):
+        parts = [module.read_index(str(block), module.IO_FLAG_MMAP | module.IO_FLAG_READ_ONLY) for block in blocks]
+        lists, sources = families.lists_of(whole), [families.lists_of(part) for part in parts]
+        data["lists"] = store.put(folder, "lists", lambda temporary: store.write_lists(lists, sources, temporary))
+        whole.ntotal = lists.ntotal
         # The name alone: the folder may move.
-        module.downcast_InvertedLists(ivf.invlists).filename = data["lists"]["name"]
+        stored.on_disk(whole).filename = data["lists"]["name"]
     elif len(blocks) == 1:
         whole = module.read_index(str(blocks[0]))
     else:
         for block in blocks:
             whole.merge_from(module.read_index(str(block)), 0)
-    data["index"] = store.put(folder, "index", lambda temporary: module.write_index(whole, temporary))
+    data["index"] = store.put(folder, "index", lambda temporary: store.write_index(whole, temporary))
     return whole, data

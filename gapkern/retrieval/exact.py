@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from gapkern._ambient import product
-from gapkern._nearest import CHUNK
+from gapkern._nearest import CHUNK, in_range
 
 QUERY_ROWS, GALLERY_ROWS = 1024, 2048  # of a block: with both factors within a core's reach of the cache
+# Below, squares are subnormal: rounded to fewer bits, or to 0.
+LOST = 2**14 * torch.finfo(torch.float32).tiny
 SPARE = 8  # candidates beyond k that are kept for near-ties
 
 
@@ -42,7 +44,7 @@ def factors(x: Tensor, middle: Tensor, metric: str, *, side: str) -> tuple[Tenso
 def slack(norms: Tensor, reach: Tensor, metric: str) -> Tensor:
     """How far apart two float32 costs of a row must be to be told apart, given the other side's largest norm."""
     scale = norms * reach if metric == "ip" else (norms + reach).square()
-    return 8 * torch.finfo(torch.float32).eps * scale
+    return 8 * torch.finfo(torch.float32).eps * scale + LOST
 
 
 def costs(queries: Tensor, gallery: Tensor, rows: Tensor, columns: Tensor, metric: str) -> Tensor:
@@ -73,6 +75,7 @@ def search(
         >>> search(torch.tensor([[0.9, 0.0]]), torch.eye(2)[[0, 1, 0]], 2)[1].tolist()
         [[0, 2]]
     """
+    queries, gallery, grown = in_range(queries, gallery, metric)
     found_costs = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     found = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     middle = centre(gallery, metric)
@@ -89,7 +92,7 @@ def search(
         margin = slack((q.float() - middle).norm(dim=1), limit, metric)
         some = slice(first, first + len(q))
         found_costs[some], found[some] = settle(q, gallery, values, rows, margin, k, metric, ids, middle)
-    return found_costs, found
+    return found_costs / grown, found
 
 
 def blocks(queries: Tensor, gallery: Tensor, middle: Tensor, metric: str) -> Iterator[tuple[int, Tensor]]:

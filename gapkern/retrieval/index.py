@@ -1,7 +1,6 @@
 """`GapIndex`: a FAISS index that closes the gap, keeps its ids, and says what is wrong with what it is given."""
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from torch import Tensor
 from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern.gap import MeanShift
-from gapkern.retrieval import exact, store
-from gapkern.retrieval._faiss import errors, faiss, no_gpu, on_gpu, train
+from gapkern.retrieval import families, intake, lookup, store, stored
+from gapkern.retrieval._faiss import errors, faiss, no_gpu, train
 
 CHUNK = 2**22  # numbers that are moved and converted at once
-GPU_NEIGHBOURS = 2048  # the most that FAISS selects on a GPU
 
 
 class GapIndex:
@@ -32,11 +30,13 @@ class GapIndex:
         device: where codes are searched: "cuda", FAISS's first GPU; "cpu"; or "auto", a GPU where FAISS is built with
             them, sees one and knows the index there, unless files are mapped. A Flat index is searched where the
             queries are. Not yet run on a GPU.
+        d: width of the rows, where it should be checked at once (default: that of the first rows).
 
     Raises:
         ImportError: faiss-cpu is not installed.
         TypeError: an argument of a wrong type.
-        ValueError: a factory string that FAISS does not know; a shift of another model; "cuda" without FAISS on a GPU.
+        ValueError: a factory string that FAISS does not know or cannot serve; a shift of another model or width; "cuda"
+            without FAISS on a GPU.
 
     Example:
         >>> gallery = torch.eye(3)
@@ -48,7 +48,7 @@ class GapIndex:
 
     def __init__(
         self, factory: str = "Flat", metric: str = "l2", shift: MeanShift | None = None, *, model: str | None = None,
-        device: str = "auto",
+        device: str = "auto", d: int | None = None,
     ):  # fmt: skip
         if not isinstance(factory, str):
             raise TypeError(f"factory: expected a FAISS factory string, got {type(factory).__name__}")
@@ -70,107 +70,106 @@ class GapIndex:
                 stacklevel=2,
             )
         self._index: Any = None
-        self._read_only = False
+        self._codes: tuple[float, float] | None = None
+        self._read_only = self._broken = False
         self._next = 0  # above all ids so far
-        self._views: dict[Any, Any] = {}
-        if shift is not None:
-            self._make(len(shift.shift_vector_))
+        self._looked_up: lookup.Lookup | None = None
+        widths = {} if shift is None else {"shift": len(shift.shift_vector_)}
+        if d is not None:
+            widths["d"] = _check.integer("d", d, low=1)
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"d: expected D = {widths['shift']} as the shift, got {d}")
+        for width in set(widths.values()):
+            self._make(width)
 
     def __repr__(self) -> str:
         return (
             f"GapIndex(factory={self.factory!r}, metric={self.metric!r}, shift={self.shift!r}): "
-            f"{self.count} vectors, D = {self.dims}"
+            f"{self.ntotal} vectors, D = {self.d}"
         )
 
     @property
-    def count(self) -> int:
+    def ntotal(self) -> int:
         """Number of vectors."""
         return int(self._index.ntotal) if self._index is not None else 0
 
     def __len__(self) -> int:
-        return self.count
+        return self.ntotal
 
     @property
-    def dims(self) -> int | None:
-        """D, known once something was trained or added."""
+    def d(self) -> int | None:
+        """Width of the rows, known once it was given or something was trained or added."""
         return int(self._index.d) if self._index is not None else None
 
+    # As manifests have them.
+    count, dims = ntotal, d
+
     @property
-    def trained(self) -> bool:
+    def is_trained(self) -> bool:
         """Whether vectors can be added."""
         return self._index is not None and bool(self._index.is_trained)
 
     @property
-    def exact(self) -> bool:
-        """Whether every distance is compared: a Flat index."""
-        return self._index is not None and self._flat() is not None
+    def metric_type(self) -> int:
+        """FAISS's number of the metric."""
+        return int(faiss().METRIC_L2 if self.metric == "l2" else faiss().METRIC_INNER_PRODUCT)
 
     @property
-    def lists(self) -> int:
+    def exact(self) -> bool:
+        """Whether every distance is compared: a Flat index."""
+        return self._index is not None and families.flat_of(self._index) is not None
+
+    @property
+    def nlist(self) -> int:
         """Number of inverted lists, 0 where there are none."""
-        ivf = faiss().try_extract_index_ivf(self._index) if self._index is not None else None
+        ivf = None if self._index is None else faiss().try_extract_index_ivf(self._index)
         return int(ivf.nlist) if ivf is not None else 0
+
+    @property
+    def faiss_index(self) -> Any:
+        """FAISS's own index, once `d` is known: an IDMap, or an inverted file, which keeps ids itself."""
+        return self._index
 
     @property
     def bytes_per_vector(self) -> float:
         """Size of a stored vector's code, without its id and what all share; with its links where there is a graph."""
-        if not self.count:
+        if not self.ntotal:
             raise ValueError("GapIndex: expected vectors to measure, got none; call add first")
         try:
             return float(self._index.sa_code_size())
         except RuntimeError:  # graphs have no code apart from the whole
-            return len(faiss().serialize_index(self._index)) / self.count - 8
+            return len(faiss().serialize_index(self._index)) / self.ntotal - 8
 
-    def _make(self, dims: int) -> None:
-        module = faiss()
-        metric = module.METRIC_L2 if self.metric == "l2" else module.METRIC_INNER_PRODUCT
-        with errors("factory", f"a FAISS factory string for D = {dims}, got {self.factory!r}"):
-            index = module.index_factory(dims, self.factory, metric)
-        if module.try_extract_index_ivf(index) is None and not isinstance(index, module.IndexIDMap):
-            # Only inverted lists keep ids of their own.
-            index = module.IndexIDMap(index)
-        self._index = index
-
-    def _flat(self) -> Any:
-        """The Flat index inside, or None."""
-        module = faiss()
-        if not isinstance(self._index, module.IndexIDMap):
-            return None
-        inner = module.downcast_index(self._index.index)
-        return inner if isinstance(inner, module.IndexFlat) else None
+    def _make(self, d: int) -> None:
+        self._index = families.make(self.factory, d, self.metric)
+        self._codes = families.code_range(self._index)
 
     def _rows(self, name: str, value: Any, *, empty: bool = False) -> Tensor:
         rows = _check.matrix(name, value, empty=empty).detach()
         if self._index is None:
             self._make(rows.shape[1])
-        if rows.shape[1] != self.dims:
-            raise ValueError(f"{name}: expected D = {self.dims}, got shape {tuple(rows.shape)}")
+        if rows.shape[1] != self.d:
+            raise ValueError(f"{name}: expected D = {self.d}, got shape {tuple(rows.shape)}")
         return rows
 
-    def _moved(self, name: str, rows: Tensor, first: int, *, side: str) -> np.ndarray:
-        """Finite, moved, float32 and contiguous, as FAISS takes it."""
-        rows = rows.float()
-        wrong = ~torch.isfinite(rows).all(1)
-        if bool(wrong.any()):
-            row = first + int(wrong.nonzero()[0])
-            raise ValueError(f"{name}: expected finite values in float32, got NaN or infinity, first in row {row}")
-        if self.shift is not None:
-            rows = self.shift.transform(rows) if side == "gallery" else self.shift.transform_queries(rows)
-        return np.ascontiguousarray(rows.cpu().numpy())
+    def moved(self, name: str, rows: Tensor, first: int, *, side: str = "gallery") -> np.ndarray:
+        """Rows as FAISS's index takes them (`intake.moved`); `first` is the number of the first, for messages."""
+        return intake.moved(name, rows, first, self.shift, side=side, codes=self._codes)
 
     @isolated
     def train(self, sample: Any) -> "GapIndex":
         """Learns lists and codes from gallery rows (N, D), which are moved as the gallery is. Returns self.
 
         Raises:
-            ValueError: too few rows; vectors were added already; another D; NaN or infinity.
+            ValueError: too few rows; vectors were added already; another D; NaN, infinity, or norms out of range.
         """
         rows = self._rows("sample", sample)
         self._writable()
-        if self.count:
-            raise ValueError(f"GapIndex: expected an empty index to train, got one of {self.count} vectors")
+        if self.ntotal:
+            raise ValueError(f"GapIndex: expected an empty index to train, got one of {self.ntotal} vectors")
         if not self._index.is_trained:
-            moved = self._moved("sample", rows, 0, side="gallery")
+            moved = self.moved("sample", rows, 0)
+            intake.spread("sample", moved)
             with errors("sample", f"enough rows to train {self.factory!r}, got {len(rows)}"):
                 train(self._index, moved, "sample")
         return self
@@ -184,66 +183,104 @@ class GapIndex:
 
         Raises:
             TypeError: no floating-point embeddings, ids that are no integers.
-            ValueError: another D, a NaN or an infinity (by row), ids of another number or given twice, not trained.
+            ValueError: another D, a NaN, an infinity or a norm whose square leaves float32 (by row), ids of another
+                number or given twice, not trained. The index is as it was.
         """
         rows = self._rows("gallery", gallery, empty=True)
         self._writable()
         if not self._index.is_trained:
             raise ValueError(f"GapIndex: {self.factory!r} must learn from a sample; call train(sample) before add")
-        names = self._ids(ids, len(rows))
-        step = max(1, CHUNK // rows.shape[1])
+        names = intake.numbers(ids, len(rows), self._next)
+        if len(names) and self.ntotal and names.min() < self._next:
+            known = np.sort(names[np.isin(names, self.ids())])
+            if len(known):
+                raise ValueError(f"ids: expected new ids, got {known[0]}, which the index holds already")
+        step = max(1, len(rows) if families.built_at_once(self._index) else CHUNK // rows.shape[1])
         if len(rows) > step:
             # All are looked at before any is added.
             for first in range(0, len(rows), step):
-                self._moved("gallery", rows[first : first + step], first, side="gallery")
+                self.moved("gallery", rows[first : first + step], first)
         for first in range(0, len(rows), step):
-            some = self._moved("gallery", rows[first : first + step], first, side="gallery")
-            with errors("gallery", f"vectors that {self.factory!r} can hold"):
-                self._index.add_with_ids(some, names[first : first + step])
+            some = self.moved("gallery", rows[first : first + step], first)
+            if not self.ntotal and not self.exact:
+                intake.spread("gallery", some)
+            self._append(some, names[first : first + step])
         if len(names):
             self._next = max(self._next, int(names.max()) + 1)
-        self._views.clear()
+        self._looked_up = None
         return self
 
+    def _append(self, rows: np.ndarray, names: np.ndarray) -> None:
+        before = self.ntotal
+        families.prepare(self._index, rows, "gallery")
+        try:
+            with errors("gallery", f"vectors that {self.factory!r} can hold"):
+                self._index.add_with_ids(rows, names)
+        except ValueError:
+            if not before:
+                self._index.reset()
+            elif families.holds(self._index) != before:
+                self._broken = True
+            raise
+
     def _writable(self) -> None:
+        self._usable()
         if self._read_only:
             raise ValueError(
                 "GapIndex: expected an index in memory, got one mapped from files; load it with mmap=False"
             )
 
-    def _ids(self, ids: Any, count: int) -> np.ndarray:
-        if ids is None:
-            return np.arange(self._next, self._next + count, dtype=np.int64)
-        names = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-        if names.shape != (count,):
-            raise ValueError(f"ids: expected shape ({count},), one for each row, got {names.shape}")
-        if count and not np.issubdtype(names.dtype, np.integer):
-            raise TypeError(f"ids: expected integers, got {names.dtype}")
-        if count and (names.min() < 0 or int(names.max()) >= 2**63 - 1):
-            wrong = int(np.flatnonzero((names < 0) | (names >= 2**63 - 1))[0])
-            raise ValueError(f"ids: expected 0 <= id < 2**63 - 1, got {names[wrong]} in row {wrong}")
-        names = np.ascontiguousarray(names, dtype=np.int64)
-        unique, times = np.unique(names, return_counts=True)
-        if len(unique) < count:
-            raise ValueError(f"ids: expected each id once, got {unique[times > 1][0]} {times[times > 1][0]} times")
-        if count and self.count and unique[0] < self._next:
-            known = unique[np.isin(unique, self.ids())]
-            if len(known):
-                raise ValueError(f"ids: expected new ids, got {known[0]}, which the index holds already")
-        return names
+    def _usable(self) -> None:
+        if self._broken:
+            raise ValueError(
+                "GapIndex: expected a whole index, got one that FAISS left half extended; load or build it anew"
+            )
+
+    def remove_ids(self, ids: Any) -> int:
+        """Removes vectors; ids that the index does not hold are passed over, as in FAISS. Returns how many it removed.
+
+        Args:
+            ids: (N,) integers.
+
+        Raises:
+            TypeError, ValueError: no integers; an index that FAISS removes nothing from (graphs, refinements).
+        """
+        self._writable()
+        if self._index is None:
+            raise ValueError("GapIndex: expected vectors to remove, got none; call add first")
+        wanted = intake.numbers(np.unique(np.asarray(ids)), len(np.unique(np.asarray(ids))), 0)
+        expected = f"an index that FAISS removes vectors from, got {self.factory!r}"
+        if (reason := families.removal(self._index)) is not None:
+            raise ValueError(f"GapIndex: expected {expected}: {reason}")
+        with errors("GapIndex", expected):
+            removed = int(self._index.remove_ids(wanted))
+        self._looked_up = None
+        return removed
+
+    def reconstruct(self, key: int) -> np.ndarray:
+        """The vector of an id as the index holds it, float32 (D,): shifted, and decoded where there are codes.
+
+        Distances are to this vector. Only a Flat index without a shift of the gallery gives back the row itself.
+
+        Raises:
+            TypeError, ValueError: no integer; an id that the index does not hold; codes that FAISS does not decode.
+
+        Example:
+            >>> GapIndex().add(torch.eye(2), ids=[5, 7]).reconstruct(7).tolist()
+            [0.0, 1.0]
+        """
+        return self.reconstruct_batch([_check.integer("key", key, low=0)])[0]
+
+    def reconstruct_batch(self, keys: Any) -> np.ndarray:
+        """`reconstruct` of several ids (N,): float32 (N, D)."""
+        self._usable()
+        if self._index is None:
+            raise ValueError("GapIndex: expected vectors to reconstruct, got none; call add first")
+        return stored.vectors(self._index, keys, self.factory)
 
     def ids(self) -> np.ndarray:
         """All ids, int64 (N,): in the order they were added, or list by list where there are inverted lists."""
-        module = faiss()
-        if self._index is None:
-            return np.empty(0, np.int64)
-        ivf = module.try_extract_index_ivf(self._index)
-        if ivf is None:
-            return module.vector_to_array(self._index.id_map)
-        lists = ivf.invlists
-        sizes = [lists.list_size(i) for i in range(lists.nlist)]
-        parts = [module.rev_swig_ptr(lists.get_ids(i), n).copy() for i, n in enumerate(sizes) if n]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return np.empty(0, np.int64) if self._index is None else stored.ids(self._index)
 
     def set_parameters(self, text: str) -> "GapIndex":
         """Sets FAISS's search parameters, as "nprobe=16" or "efSearch=64". Returns self.
@@ -253,9 +290,8 @@ class GapIndex:
         """
         if self._index is None:
             raise ValueError("GapIndex: train or add before set_parameters")
-        with errors("text", f"FAISS search parameters of {self.factory!r}, got {text!r}"):
-            faiss().ParameterSpace().set_index_parameters(self._index, text)
-        self._views.pop("gpu", None)
+        lookup.tune(self._index, text, self.factory)
+        self._looked_up = None
         return self
 
     @isolated
@@ -275,9 +311,11 @@ class GapIndex:
             ValueError: another D, a NaN or an infinity (by row), k < 1.
         """
         k = _check.integer("k", k, low=1)
+        self._usable()
         if self._index is None:
             raise ValueError("GapIndex: expected vectors to search, got none; call add first")
         rows = self._rows("queries", queries, empty=True)
+        lookup.room(len(rows), k)
         distances = torch.full((len(rows), k), torch.finfo(torch.float32).max, dtype=torch.float32)
         if self.metric == "ip":
             distances.neg_()
@@ -286,112 +324,51 @@ class GapIndex:
         if device.type != "cpu" and self.exact:
             distances, found = distances.to(device), found.to(device)
         step = max(1, CHUNK // rows.shape[1])
-        least = min(k, self.count)
+        least, searched = min(k, self.ntotal), self._lookup()
         for first in range(0, len(rows) if least else 0, step):
-            moved = torch.from_numpy(self._moved("queries", rows[first : first + step], first, side="queries"))
+            moved = torch.from_numpy(self.moved("queries", rows[first : first + step], first, side="queries"))
             some = slice(first, first + len(moved))
-            if self.exact:
-                d, i = self._search_flat(moved, least, device)
-                distances[some, :least], found[some, :least] = d, i
-            else:
-                distances[some], found[some] = self._search_codes(moved, k)
+            d, i = searched.exactly(moved, least, device) if self.exact else searched.by_codes(moved, least)
+            distances[some, :least], found[some, :least] = d, i
         if isinstance(queries, np.ndarray):
             return distances.numpy(), found.numpy()
         return distances.to(device), found.to(device)
 
-    def _search_flat(self, queries: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        gallery, ids, reach = self._view(device)
-        sign = 1 if self.metric == "l2" else -1
-        ordered = self._views["ordered"]
-        if device.type != "cpu":
-            cost, rows = exact.search(
-                queries.to(device), gallery, k, metric=self.metric, ids=None if ordered else ids
-            )  # fmt: skip
-        else:
-            count = min(len(gallery), k + exact.SPARE)
-            values, rows = map(torch.from_numpy, self._flat().search(queries.numpy(), count))
-            margin = exact.slack(queries.norm(dim=1), reach, self.metric)
-            cost, rows = exact.settle(
-                queries, gallery, sign * values, rows, margin, k, self.metric, None if ordered else ids
-            )  # fmt: skip
-        return (sign * cost).float(), ids[rows]
-
-    def _view(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The Flat index's vectors and ids where they are needed, and the largest norm."""
-        if device not in self._views:
-            flat = self._flat()
-            array = faiss().rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                gallery = torch.from_numpy(array).to(device)
-            ids = torch.from_numpy(self.ids()).to(device)
-            self._views[device] = gallery, ids, exact.reach(gallery, torch.zeros_like(gallery[0]))
-            self._views["ordered"] = bool((ids[1:] > ids[:-1]).all())
-        return self._views[device]
-
-    def _search_codes(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        index = self._index if self.device == "auto" and k > GPU_NEIGHBOURS else self._searched()
-        with errors("queries", f"a search that {self.factory!r} can do"):
-            distances, ids = map(torch.from_numpy, index.search(queries.numpy(), k))
-        # By id first, then by distance in a stable sort; what is missing (-1) stays last.
-        order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(1)
-        values = distances.gather(1, order)
-        order = order.gather(1, values.argsort(dim=1, stable=True, descending=self.metric == "ip"))
-        return distances.gather(1, order), ids.gather(1, order)
-
-    def _searched(self) -> Any:
-        """A copy on FAISS's first GPU where `device` wants it there; the index itself elsewhere."""
-        if self.device == "cpu" or (self.device == "auto" and (self._read_only or no_gpu())):
-            return self._index
-        if "gpu" not in self._views:
-            try:
-                with errors("device", f"'cpu' or 'auto' for {self.factory!r}, got 'cuda'"):
-                    self._views["gpu"] = on_gpu(self._index)
-            except ValueError:
-                if self.device == "cuda":
-                    raise
-                self._views["gpu"] = self._index, None
-        return self._views["gpu"][0]
+    def _lookup(self) -> lookup.Lookup:
+        if self._looked_up is None:
+            self._looked_up = lookup.Lookup(self._index, self.metric, self.factory, self.device, self._read_only)
+        return self._looked_up
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes the index into a folder: FAISS's file, the shift, a manifest with counts and hashes. Atomic.
 
         Raises:
-            ValueError: nothing was trained or added; the folder cannot be written or holds other things.
+            ValueError: nothing was trained or added; the folder cannot be written, is being written, or holds other
+                things.
         """
+        self._usable()
         if self._index is None:
             raise ValueError("GapIndex: train or add before save")
-        folder = store.claim(path)
-        module = faiss()
-        data = {}
-        lists = self._on_disk()
-        if lists is not None:
-            source = lists.filename
-            data["lists"] = store.put(folder, "lists", lambda temporary: shutil.copyfile(source, temporary))
-            lists.filename = data["lists"]["name"]  # the folder may move
-        try:
-            data["index"] = store.put(folder, "index", lambda temporary: module.write_index(self._index, temporary))
-        finally:
+        with store.claimed(path) as folder:
+            data = {}
+            lists = stored.on_disk(self._index)
             if lists is not None:
-                lists.filename = source
-        if self.shift is not None:
-            data["shift"] = store.put(folder, "shift", self.shift.save)
-        store.commit(folder, self.facts(), data)
-        return folder
+                source = lists.filename
+                data["lists"] = store.put(folder, "lists", lambda temporary: store.copy(source, temporary))
+                lists.filename = data["lists"]["name"]  # the folder may move
+            try:
+                data["index"] = store.put(folder, "index", lambda temporary: store.write_index(self._index, temporary))
+            finally:
+                if lists is not None:
+                    lists.filename = source
+            if self.shift is not None:
+                data["shift"] = store.put(folder, "shift", self.shift.save)
+            store.commit(folder, self.facts(), data)
+        return Path(path)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the index."""
-        return {
-            "factory": self.factory, "metric": self.metric, "dims": self.dims, "count": self.count, "next": self._next,
-            "model": self.model, "faiss": faiss().__version__,
-        }  # fmt: skip
-
-    def _on_disk(self) -> Any:
-        """Inverted lists that live in a file, or None."""
-        module = faiss()
-        ivf = module.try_extract_index_ivf(self._index)
-        lists = None if ivf is None else module.downcast_InvertedLists(ivf.invlists)
-        return lists if isinstance(lists, module.OnDiskInvertedLists) else None
+        return store.facts(self.factory, self.metric, self._index, self._next, self.model)
 
     @staticmethod
     def load(
@@ -400,32 +377,26 @@ class GapIndex:
         """Reads what `save` or `gapkern index` wrote.
 
         Args:
-            mmap: leave the vectors in the file until a search needs them; nothing can be added then. An index with
-                lists on disk is always mapped.
-            verify: compare the files' hashes with the manifest's (default: where they are read whole).
+            mmap: leave the vectors in the file until a search needs them; nothing can be added then.
+            verify: compare the files' hashes with the manifest's (default: unless more than 1 GiB is mapped).
             device: as for `GapIndex`.
 
         Raises:
-            ValueError: no index, another format, a file that is missing, truncated or changed.
+            ValueError: no index, another format, a file that is missing, truncated or changed; one that does not fit
+                into memory.
         """
-        module = faiss()
         found = store.manifest(path)
-        paths = store.checked(path, found, (not mmap) if verify is None else verify)
+        paths = store.checked(path, found, verify, mmap)
         shift = MeanShift.load(paths["shift"]) if "shift" in paths else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "metric='ip'")
             index = GapIndex(found["factory"], found["metric"], shift, model=found["model"], device=device)
-        flags = 0
-        if "lists" in paths:
-            flags = module.IO_FLAG_ONDISK_SAME_DIR | module.IO_FLAG_READ_ONLY
-        elif mmap:
-            flags = module.IO_FLAG_MMAP_IFC | module.IO_FLAG_READ_ONLY
-        with errors("path", f"an index that FAISS {module.__version__} reads in {paths['index']}"):
-            index._index = module.read_index(str(paths["index"]), flags)
-        if (index.count, index.dims) != (found["count"], found["dims"]):
+        index._index = stored.read(paths["index"], paths.get("lists"), mmap)
+        index._codes = families.code_range(index._index)
+        if (index.ntotal, index.d) != (found["count"], found["dims"]):
             raise ValueError(
                 f"path: expected {found['count']} x {found['dims']} as the manifest says, got "
-                f"{index.count} x {index.dims} in {paths['index']}"
+                f"{index.ntotal} x {index.d} in {paths['index']}"
             )
-        index._next, index._read_only = found["next"], bool(flags)
+        index._next, index._read_only = found["next"], mmap
         return index

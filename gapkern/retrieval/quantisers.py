@@ -130,6 +130,7 @@ def compare_quantisers(
     gallery = _check.matrix("gallery", gallery, rows="G").detach()
     _check.same_width(queries=queries, gallery=gallery)
     k = _check.integer("k", k, low=1, high=len(gallery))
+    truth = GapIndex().add(gallery).search(queries, k)[1]
     if shift is None:
         shift = MeanShift().fit(gallery, queries)
     elif not shift.is_fitted:
@@ -140,12 +141,11 @@ def compare_quantisers(
     if count < len(gallery):
         learned = gallery[torch.linspace(0, len(gallery) - 1, count, dtype=torch.float64).round().long()]
     factories = usual(gallery.shape[1], count) if factories is None else list(factories)
-    truth = GapIndex().add(gallery).search(queries, k)[1]
     rows, left_out = [], {}
     for number, factory in enumerate(factories):
         for moved in (None, shift):
             try:
-                index = _learned(GapIndex(factory, shift=moved), learned).add(gallery)
+                index = _learned(GapIndex(factory, shift=moved, d=gallery.shape[1]), learned).add(gallery)
             except ValueError as error:
                 left_out[factory] = str(error)
                 break
@@ -157,16 +157,14 @@ def compare_quantisers(
 
 
 def _learned(index: GapIndex, sample: Tensor) -> GapIndex:
-    if index.dims is None:
-        index._make(sample.shape[1])
-    for rotation in rotations(index._index):
+    for rotation in rotations(index.faiss_index):
         rotation.niter = ROTATIONS
     return index.train(sample)
 
 
 def _row(index, factory, queries, wanted, truth, k, probes) -> dict[str, Any]:
     parameters = ""
-    lists = index.lists
+    lists = index.nlist
     if lists:
         parameters = f"nprobe={probes or max(1, math.ceil(lists / 8))}"
         index.set_parameters(parameters)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated, product
-from gapkern._nearest import CHUNK
+from gapkern._nearest import CHUNK, in_range
 from gapkern.retrieval import exact
 
 GROUP = 32  # costs whose least one is compared first
@@ -157,6 +157,7 @@ def ranks_of_positives(
     Returns:
         For each query (Q,), and for each gallery row that is somebody's positive, in their order: int64.
     """
+    queries, gallery, _ = in_range(queries, gallery, metric)
     cost = exact.costs(queries, gallery, asking, wanted, metric)
     ours = _Side(cost, asking, wanted, len(queries), limit)
     theirs = _Side(cost, wanted, asking, len(gallery) if both else 0, limit)
