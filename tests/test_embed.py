@@ -281,7 +281,6 @@ _FORKS = """
 import json, os, sys
 import open_clip, pyarrow.parquet, torchvision
 from gapkern import embeddings, evaluation, models
-from gapkern.embeddings import run
 from gapkern.cli import main
 for line in sys.stdin:
     sys.stdout.flush()
@@ -340,14 +339,14 @@ def test_two_ranks_write_the_same(place, whole, tmp_path):
 _DIES = """
 import os, sys
 from gapkern.cli import main
-from gapkern.embeddings import sources
+from gapkern.embeddings import pictures
 if os.environ["RANK"] == "1":
-    decode = sources._decode
-    def dying(file, name):
+    decode = pictures.decode
+    def dying(content, name):
         if name == os.environ["DIES_AT"]:
             os.kill(os.getpid(), 9)
-        return decode(file, name)
-    sources._decode = dying
+        return decode(content, name)
+    pictures.decode = dying
 sys.exit(main(sys.argv[1:]))
 """
 

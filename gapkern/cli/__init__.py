@@ -1,7 +1,10 @@
 """`gapkern VERB`: one module per verb, each with `add(subparsers)` and `run(arguments)`."""
 
 import argparse
+import os
 import sys
+
+from gapkern import layout
 
 VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
 
@@ -31,7 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb; bad input is one line on stderr and exit status 2, an interrupt 130."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        with layout.notes() as said:
+            status = arguments.run(arguments) or 0
+        if os.environ.get("RANK", "0") == "0":
+            for line in said:
+                print(f"gapkern {arguments.verb}: {line}", file=sys.stderr)
+        return status
     except (ValueError, TypeError, ImportError) as error:
         print(f"gapkern {arguments.verb}: {error}", file=sys.stderr)
         return 2

@@ -72,7 +72,7 @@ def _compare(arguments, shift) -> int:
     queries = files.load_embeddings(arguments.compare, name="queries")
     with common.progress({"compare": "quantisers"}) as step:
         result = compare_quantisers(
-            queries, gallery, arguments.factory, shift=shift, positives=common.labels(arguments.labels, len(queries)),
+            queries, gallery, arguments.factory, shift=shift, positives=common.labels(arguments, len(queries), len(gallery), "compare"),
             k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
     if arguments.out:

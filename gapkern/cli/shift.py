@@ -180,7 +180,7 @@ def run_compare(arguments) -> int:
     common.model(None, gallery=arguments.gallery, queries=arguments.queries)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.queries, name="queries")
-    labels = common.labels(arguments.labels, len(queries))
+    labels = common.labels(arguments, len(queries), len(gallery))
     rows: list[dict] = []
     with common.progress({"compare": "components"}) as step:
         for i, wanted in enumerate(arguments.components):

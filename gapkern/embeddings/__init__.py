@@ -11,7 +11,7 @@ __all__ = ["Embeddings", "RankLost", "embed", "manifest", "model_of", "verify", 
 def __getattr__(name: str) -> Any:
     # `run` stands above `gapkern.models`, which reads hashes from here.
     if name in ("embed", "RankLost"):
-        from gapkern.embeddings import run
+        from gapkern.embeddings import job, run
 
-        return getattr(run, name)
+        return run.embed if name == "embed" else job.RankLost
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
