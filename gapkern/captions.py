@@ -7,6 +7,9 @@ from typing import Any
 
 from gapkern.prompts import check_text, read_json
 
+FILES = ("image", "file_name", "filename", "image_path", "file")
+TEXTS = ("captions", "caption", "text", "texts")
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -113,8 +116,7 @@ def _karpathy(images: list[Any], split: str, path: Any, name: str) -> Pairs:
 def _listed(found: list[Any]) -> Pairs:
     merged: dict[str, list[tuple[Any, Any]]] = {}
     for entry in found:
-        file = next((entry[key] for key in ("image", "file_name", "filename", "image_path", "file") if key in entry), None)
-        told = next((entry[key] for key in ("captions", "caption", "text", "texts") if key in entry), None)
+        file, told = (next((entry[key] for key in names if key in entry), None) for names in (FILES, TEXTS))
         if file is None or told is None:
             raise KeyError("image" if file is None else "caption")
         merged.setdefault(_file(file), []).extend((None, text) for text in _many(told))

@@ -19,20 +19,23 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
                         "gallery row (Q,): .npy, .npz, .safetensors, .json, .csv, lines")  # fmt: skip
 
 
-def labels(arguments: argparse.Namespace, queries: int, gallery: int, asking: str = "queries") -> Any:
+def labels(
+    arguments: argparse.Namespace, queries: int, gallery: int, asking: str = "queries", *, fewer: bool = False
+) -> Any:
     """What --labels says: each query's right gallery row (Q,), or None.
 
     Args:
         queries, gallery: the rows of both.
         asking: the argument of the queries.
+        fewer: whether "paired" may leave gallery rows without a query.
 
     Raises:
         ValueError: see `gapkern.embeddings.labels.load`.
     """
     from gapkern.embeddings.labels import Side, load
 
-    rows = Side(getattr(arguments, asking), queries, "queries")
-    found = load(arguments.labels, rows, gallery, "gallery rows", to=Side(arguments.gallery, gallery, "gallery"))
+    rows, to = Side(getattr(arguments, asking), queries, "queries"), Side(arguments.gallery, gallery, "gallery")
+    found = load(arguments.labels, rows, gallery, "gallery rows", to=to, fewer=fewer)
     return None if found is None else found.numpy()
 
 

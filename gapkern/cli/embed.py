@@ -32,7 +32,7 @@ def add(verbs) -> None:
                         "folders of these names; or a JSON object {folder: name}: classes.npy is written, their "
                         "vectors")  # fmt: skip
     parser.add_argument("--on-error", "--on_error", choices=("stop", "skip"), default="stop",
-                        help="at an image that cannot be read; skip leaves it out and names it (default: %(default)s)")  # fmt: skip
+                        help="at an image that cannot be read; skip leaves it out (default: %(default)s)")  # fmt: skip
     parser.add_argument("--templates", help="JSON or one per line, with {c} for the class (default: a photo of a {c}.)")
     parser.add_argument("--out", help="the folder of embeddings")
     parser.add_argument("--verify", metavar="DIR", help="embed nothing: read all of DIR, compare it with its manifest")
@@ -73,8 +73,9 @@ def run(arguments) -> int:
                 arguments.model, arguments.pretrained, **_sources(arguments), out=arguments.out,
                 batch_size=arguments.batch_size, resume=not arguments.no_resume, shard_rows=arguments.shard_rows,
                 dtype=arguments.dtype, normalize=not arguments.raw, metadata=not arguments.no_metadata,
-                workers=arguments.num_workers, on_error=arguments.on_error, device=arguments.device, precision=arguments.precision,
-                timeout=arguments.timeout, on_progress=step if rank == 0 else lambda *_: None,
+                workers=arguments.num_workers, on_error=arguments.on_error, device=arguments.device,
+                precision=arguments.precision, timeout=arguments.timeout,
+                on_progress=step if rank == 0 else lambda *_: None,
             )  # fmt: skip
     except embeddings.RankLost as error:
         print(f"gapkern embed: {error}", file=sys.stderr, flush=True)

@@ -70,9 +70,10 @@ def _compare(arguments, shift) -> int:
     common.model(arguments.model, gallery=arguments.gallery, queries=arguments.compare)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.compare, name="queries")
+    positives = common.labels(arguments, len(queries), len(gallery), "compare", fewer=True)
     with common.progress({"compare": "quantisers"}) as step:
         result = compare_quantisers(
-            queries, gallery, arguments.factory, shift=shift, positives=common.labels(arguments, len(queries), len(gallery), "compare"),
+            queries, gallery, arguments.factory, shift=shift, positives=positives,
             k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
     if arguments.out:

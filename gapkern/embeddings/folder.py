@@ -5,8 +5,9 @@
     OUT/<kind>/manifest.json          model, rows, D, dtype, the order of the rows' keys, what the embeddings were made
                                       from, and each shard's rows, bytes and SHA-256
 
-The keys are the metadata's column `key`; the manifest has their order's hash. Shards are in natural order (2 before 10). Where clip-retrieval wrote the folder, `metadata` belongs to both kinds and
-there is no manifest, and the order of the rows is called "as stored".
+The keys are the metadata's column `key`; the manifest has their order's hash. Shards are in natural order (2 before
+10). Where clip-retrieval wrote the folder, `metadata` belongs to both kinds, there is no manifest, and the order of the
+rows is called "as stored".
 """
 
 import bisect

@@ -1,6 +1,7 @@
 """One kind's shards: which rows each has, which are finished, how the others are made, and the manifest of all."""
 
 import fcntl
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +156,7 @@ class Job:
         anew = [(first, min(total, first + size)) for first in range(0, total, size)]
         row = {key: i for i, key in enumerate(self.keys)}
         starts = [0]
-        for (_, last), (first, _) in zip(before, before[1:], strict=False):
+        for (_, last), (first, _) in itertools.pairwise(before):
             start = row.get(first, row[last] + 1 if last in row else None)
             if start is None or not starts[-1] < start < total:
                 return anew
@@ -270,8 +271,8 @@ class Job:
         self.skipped = {key: why for note in notes if note for key, why in note["skipped"].items()}
         self.kept = [i for i, key in enumerate(self.keys) if key not in self.skipped]
         if not self.kept:
-            key, why = next(iter(self.skipped.items()))
-            raise ValueError(f"images: expected one that can be read, got {len(self.skipped)} that cannot: {why or key}")
+            why = next(iter(self.skipped.values()))
+            raise ValueError(f"images: expected one that can be read, got {len(self.skipped)} that cannot: {why}")
 
     def _finish(self) -> None:
         notes = [self._note(shard) for shard in range(len(self.spans))]

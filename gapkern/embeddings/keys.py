@@ -102,9 +102,12 @@ def plain(name: str) -> str:
 
 
 def classes_of(
-    folders: Sequence[str], names: Sequence[str] | Mapping[str, str], *, empty: Sequence[str] = (),
+    folders: Sequence[str],
+    names: Sequence[str] | Mapping[str, str],
+    *,
+    empty: Sequence[str] = (),
     argument: str = "classnames",
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Each folder's class: its place among class names that come in another order.
 
     Args:
@@ -128,9 +131,9 @@ def classes_of(
         return [among(folder) or 0 for folder in folders]
     everyone = [*folders, *empty]
     by_name = [among(folder) for folder in folders]
-    if None not in by_name and len(set(by_name)) == len(folders):
-        if set(range(len(names))) <= {*by_name, *map(among, empty)}:
-            return [int(i) for i in by_name if i is not None]
+    places_of = [place for place in by_name if place is not None]
+    if len(set(places_of)) == len(folders) and set(range(len(names))) <= {*places_of, *map(among, empty)}:
+        return places_of
     if all(re.fullmatch("[0-9]+", folder) for folder in everyone):
         if sorted(map(int, everyone)) == list(range(len(names))):
             return [int(folder) for folder in folders]

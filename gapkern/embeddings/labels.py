@@ -57,18 +57,20 @@ def load(
     name: str = "labels",
     names: Sequence[str] | None = None,
     to: Side | None = None,
+    fewer: bool = False,
 ) -> Tensor | None:
     """What --labels says: (N,) int64, one of `count` for each row.
 
     Args:
         text: None; "paired"; a whole number n, of rows for each of `count` in order; or a file: `.npy`,
             `.npz[key]`, `.safetensors[key]` of integers; `.json` of a list, or of an object from rows' keys; `.csv` or
-            `.tsv` with a column of labels and one of keys; lines. Names are taken for numbers where `names` says theirs.
+            `.tsv` with a column of labels and one of keys; lines. Names stand for numbers where `names` has them.
         rows: what is labelled.
         count: what the labels choose from.
         what: what those are called in errors: "classes", "gallery rows".
         names: of what they choose from.
         to: what they choose from, where it has keys: "paired" and `image_of.npy` are checked against them.
+        fewer: whether "paired" may leave some of those without a row.
 
     Raises:
         ValueError: no such file, another shape or number, no integers, out of range, of rows of another order.
@@ -76,7 +78,7 @@ def load(
     if text is None:
         return None
     if text == "paired" or (text.isascii() and text.isdecimal()):
-        return _in_order(text, rows, count, what, name, to)
+        return _in_order(text, rows, count, what, name, to, fewer)
     values, named = _read(text, name)
     found = _array(values, names, name) if named is None else _by_key(values, named, rows, names, name)
     if found.shape != (rows.count,):
@@ -123,8 +125,10 @@ def check_paired(first: Side, second: Side) -> None:
         return
 
 
-def _in_order(text: str, rows: Side, count: int, what: str, name: str, to: Side | None) -> Tensor:
+def _in_order(text: str, rows: Side, count: int, what: str, name: str, to: Side | None, fewer: bool) -> Tensor:
     each = 1 if text == "paired" else int(text)
+    if fewer and text == "paired" and rows.count <= count:
+        return torch.arange(rows.count)
     if not each or each * count != rows.count:
         per = "one of" if text == "paired" else f"{each} for each of"
         if rows.name == "texts" and to is not None:
@@ -155,7 +159,8 @@ def _ordered(found: Tensor, text: str, facts: dict[str, Any], rows: Side, name: 
     wanted = rows.keys()
     if there is None or wanted is None or keys.order(there) != facts["order"] or not set(wanted) <= set(there):
         raise ValueError(
-            f"{name}: expected labels of the rows of {rows.path}, got those of another order in {text}, which no keys join"
+            f"{name}: expected labels of the rows of {rows.path}, got those of another order in {text} "
+            "and no keys to join them by"
         )
     row = {key: i for i, key in enumerate(there)}
     return found[[row[key] for key in wanted]]

@@ -7,7 +7,7 @@ done again. The manifest is written last, from the notes.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 

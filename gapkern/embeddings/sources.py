@@ -286,8 +286,8 @@ def _tars(paths: list[Path]) -> Images:
     samples = found.samples
     where = ", ".join(map(str, paths[:3])) or "a list"
     if not samples:
-        kinds = ", ".join(pictures.SUFFIXES)
-        raise ValueError(f"images: expected images ({kinds}) in {where}, got none ({_counted(found.others) or 'empty'})")
+        kinds, got = ", ".join(pictures.SUFFIXES), _counted(found.others) or "nothing"
+        raise ValueError(f"images: expected images ({kinds}) in {where}, got {got}")
     if found.others:
         layout.note(f"images: left aside in {where}: {_counted(found.others)}")
     names = [sample.name for sample in samples]
@@ -300,9 +300,12 @@ def _tars(paths: list[Path]) -> Images:
     if any(sample.text is not None for sample in samples):
         told = [check_text("images", sample.text or "", f"the .txt of {sample.name}") for sample in samples]
     return Images(
-        pictures.Decoded(content, names), keys.unique("images", names), content,
-        labels=labels if len(labels) == len(numbers) else None, captions=told,
-    )  # fmt: skip
+        pictures.Decoded(content, names),
+        keys.unique("images", names),
+        content,
+        labels=labels if len(labels) == len(numbers) else None,
+        captions=told,
+    )
 
 
 def _counted(counts: Counter) -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, datasets, embeddings, prompts
-from gapkern.embeddings import Embeddings
-from gapkern.embeddings import keys, labels as loader, sides
+from gapkern.embeddings import Embeddings, keys, sides
+from gapkern.embeddings import labels as loader
 from gapkern.embeddings.folder import agreed
 from gapkern.embeddings.labels import Side, array
 from gapkern.evaluation.tasks import TASKS, Outcome, Settings, classification, multiple_choice, retrieval
