@@ -176,5 +176,5 @@ def _strings(name: str, value: Any) -> list[str]:
 
 
 def _some(value: Any) -> str:
-    text = ", ".join(map(repr, list(value)[:5])) if isinstance(value, dict) else repr(value)
+    text = ", ".join(map(repr, list(value)[:5])) if isinstance(value, dict) and value else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

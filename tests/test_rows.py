@@ -266,8 +266,11 @@ def test_what_stands_beside_goes_with_its_rows(run, classes, pictures, tmp_path)
     numbers(run)
     embed(run, "--images", "pics", "--no_resume")
     assert there() == {"rows.json", "image_of.npy"}
+    assert [NUMBERS[i] for i in np.load("out/image_of.npy")] == coded.values(Embeddings("out", "text_emb")[:])
     embed(run, "--images", "digits", "--no_resume")
-    assert there() == {"labels.npy", "classnames.json", "rows.json"}
+    assert there() == {"labels.npy", "classnames.json", "rows.json", "image_of.npy"}
+    line = ["--images", "out", "--texts", "out", "--labels", "out/image_of.npy", "--task", "zeroshot_retrieval"]
+    assert "labels: expected one image of the name '0.png'" in refused(run, "eval", *line)
     np.save("out/labels.npy", np.zeros(classes, dtype=np.int64))
     np.save("vectors.npy", np.eye(10, 64, dtype=np.float32))
     line = ["eval", "--images", "out", "--texts", "vectors.npy", "--labels", "out/labels.npy"]

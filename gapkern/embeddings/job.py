@@ -18,6 +18,7 @@ from gapkern.embeddings import keys, loading
 from gapkern.layout import PROGRESS
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+NOTHING: dict[str, Any] = {"shard": None, "metadata": None, "source": "", "skipped": {}}
 Tick = Callable[[str, int, int], None]
 
 
@@ -61,7 +62,7 @@ class Job:
                 raise ValueError(problem)
             self.spans = [range(first, last) for first, last in spans]
             mine = range(self.ranks.rank, len(self.spans), self.ranks.world)
-            pending = [i for i in mine if not self._finished(i)]
+            pending = [i for i in mine if self.spans[i] and not self._finished(i)]
             computed = self._compute(pending, sum(len(self.spans[i]) for i in mine))
             computed = int(self._with_others(self.ranks.sum, torch.tensor([computed])))
             self._settle()
@@ -120,7 +121,7 @@ class Job:
         if found is not None:
             self._take_up(found)
         spans = self._layout((known or {}).get("spans") or [])
-        ends = [[self.keys[first], self.keys[last - 1]] for first, last in spans]
+        ends = [self._ends(range(first, last)) for first, last in spans]
         files.write_json(plan, {**self.facts, "spans": ends})
         for old in (*self.folder.glob(".*.tmp*"), *self.beside.glob(".*.tmp*"), *self.notes.glob(".*.tmp*")):
             old.unlink(missing_ok=True)
@@ -150,22 +151,29 @@ class Job:
         """First and last row of each shard.
 
         Rows that came or went since a run before, whose shards began and ended with the keys `before`, change the
-        shards they are in and no others, unless a shard grew to twice its size.
+        shards they are in and no others, unless a shard grew to twice its size. A shard may lose all its rows.
         """
         size, total = self.facts["shard_rows"], len(self.source)
         anew = [(first, min(total, first + size)) for first in range(0, total, size)]
         row = {key: i for i, key in enumerate(self.keys)}
         starts = [0]
-        for (_, last), (first, _) in itertools.pairwise(before):
-            start = row.get(first, row[last] + 1 if last in row else None)
-            if start is None or not starts[-1] < start < total:
-                return anew
-            starts.append(start)
-        if not before:
+        for ends, following in itertools.pairwise(before):
+            found = row.get(following[0]) if following else None
+            if found is None and ends and ends[1] in row:
+                found = row[ends[1]] + 1
+            starts.append(-1 if found is None else found)
+        for i in reversed(range(len(starts))):
+            if starts[i] < 0:
+                starts[i] = starts[i + 1] if i + 1 < len(starts) else total
+        if not before or starts != sorted(starts):
             return anew
         starts += range(starts[-1] + size, total, size)
         spans = list(zip(starts, [*starts[1:], total], strict=True))
         return spans if all(last - first < 2 * size for first, last in spans) else anew
+
+    def _ends(self, rows: Sequence[int]) -> list[str]:
+        """The keys of a shard's first and last row; none of a shard without rows."""
+        return [self.keys[rows[0]], self.keys[rows[-1]]] if rows else []
 
     def _take_up(self, found: dict[str, Any]) -> None:
         """Notes of a finished folder's shards: its manifest goes once one of them is done again."""
@@ -267,7 +275,7 @@ class Job:
 
     def _settle(self) -> None:
         """What was skipped on any rank, once all are done."""
-        notes = [self._note(shard) for shard in range(len(self.spans))]
+        notes = [self._note(shard) for shard, rows in enumerate(self.spans) if rows]
         self.skipped = {key: why for note in notes if note for key, why in note["skipped"].items()}
         self.kept = [i for i, key in enumerate(self.keys) if key not in self.skipped]
         if not self.kept:
@@ -275,7 +283,7 @@ class Job:
             raise ValueError(f"images: expected one that can be read, got {len(self.skipped)} that cannot: {why}")
 
     def _finish(self) -> None:
-        notes = [self._note(shard) for shard in range(len(self.spans))]
+        notes = [self._note(i) if rows else {**NOTHING} for i, rows in enumerate(self.spans)]
         missing = [self._name(i) for i, note in enumerate(notes)
                    if note is None or (note["shard"] and not (self.folder / self._name(i)).exists())]  # fmt: skip
         if missing:
@@ -300,7 +308,7 @@ class Job:
             "skipped": self.skipped,
             "transforms": [],
             "metadata": told if self.facts["has_metadata"] else None,
-            "spans": [[self.keys[rows[0]], self.keys[rows[-1]]] for rows in self.spans],
+            "spans": [self._ends(rows) for rows in self.spans],
             "sources": [{"source": note["source"], "skipped": note["skipped"]} for note in whole],
         }
         folders.write_manifest(self.folder, entries, first.shape[1], first.dtype, **facts)

@@ -127,7 +127,7 @@ def check_paired(first: Side, second: Side) -> None:
 
 def _in_order(text: str, rows: Side, count: int, what: str, name: str, to: Side | None, fewer: bool) -> Tensor:
     each = 1 if text == "paired" else int(text)
-    if fewer and text == "paired" and rows.count <= count:
+    if fewer and text == "paired" and rows.count < count:
         return torch.arange(rows.count)
     if not each or each * count != rows.count:
         per = "one of" if text == "paired" else f"{each} for each of"

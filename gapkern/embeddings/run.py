@@ -113,7 +113,7 @@ def embed(
             "model": model.id, "normalized": bool(normalize), "stored": dtype, "batch_size": batch_size,
             "shard_rows": shard_rows, "has_metadata": bool(metadata), "precision": model.precision,
         }  # fmt: skip
-        settled = sides.Settled(model.id, pictures is not None, told is not None)
+        settled = sides.Settled(model.id, pictures is not None, told is not None, resume)
         kept: list[int] = []
 
         def run(kind: str, source: Any) -> Job:

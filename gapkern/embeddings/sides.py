@@ -4,6 +4,7 @@
 into. A file whose rows are no longer there goes when the embeddings do.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ class Settled:
     model: str
     images: bool = False
     texts: bool = False
+    resume: bool = True
     labels: Sequence[int] | None = None
     classes: Sequence[str] | None = None
     image_of: Sequence[int] | None = None
@@ -110,11 +112,13 @@ def settle(out: Path, now: Settled) -> None:
         put(LABELS, labels, order=before["order"], names=list(now.classnames))
     if now.vectors is not None and now.classnames is not None:
         names = list(now.classnames)
-        put(CLASSES, now.vectors.numpy(), order=keys.order(names), names=names, model=now.model)
+        facts = {"names": names, "model": now.model, "images": orders["img_emb"]}
+        put(CLASSES, now.vectors.numpy(), order=keys.order(names), **facts)
     elif now.images or now.texts:
         of_labels = entries.get(LABELS, {}).get("names")
         kept = entries.get(CLASSES, {})
-        if kept.get("model") != now.model or of_labels not in (None, kept.get("names")):
+        former = now.images and (not now.resume or kept.get("images") not in (None, orders["img_emb"]))
+        if former or kept.get("model") != now.model or of_labels not in (None, kept.get("names")):
             drop(CLASSES)
     names = entries.get(CLASSES, {}).get("names") or entries.get(LABELS, {}).get("names")
     if names:
@@ -141,21 +145,27 @@ def _settle_captions(out: Path, now: Settled, orders: dict, entries: dict, put: 
     if before and before.get("of") == orders["img_emb"]:
         return
     drop(IMAGE_OF)
-    if not before or (rows := joined(out)) is None:
-        return
-    put(IMAGE_OF, rows, order=orders["text_emb"], of=orders["img_emb"])
+    if before and (found := joined(out, orders["img_emb"])) is not None:
+        rows, of = found
+        put(IMAGE_OF, rows, order=orders["text_emb"], of=of)
 
 
-def joined(out: Path) -> np.ndarray | None:
-    """(T,) int64: each text's row among the images of a folder, by key; None where keys are unknown or do not fit."""
-    images = Embeddings(out, "img_emb").keys()
-    of = Embeddings(out, "text_emb").keys("image_key") if images is not None else None
-    if images is None or of is None:
+def joined(out: Path, images_order: str | None) -> tuple[np.ndarray, str | None] | None:
+    """(T,) int64: each text's row among the images of a folder, by key, and the images' order.
+
+    Where they are not all there, the row among the texts' own images as they come; None where keys are unknown.
+    """
+    of = Embeddings(out, "text_emb").keys("image_key") if manifest(out / "text_emb") else None
+    if of is None:
         return None
     distinct = list(dict.fromkeys(of))
-    try:
-        found = keys.rows_of(distinct, images, name="captions")
-    except ValueError:
-        return None
+    found: list[int | None] = list(range(len(distinct)))
+    order: str | None = keys.order(distinct)
+    images = Embeddings(out, "img_emb").keys()
+    if images is not None:
+        with contextlib.suppress(ValueError):
+            rows = keys.rows_of(distinct, images, name="captions")
+            if None not in rows:
+                found, order = rows, images_order
     row = dict(zip(distinct, found, strict=True))
-    return None if None in found else np.asarray([row[key] for key in of], dtype=np.int64)
+    return np.asarray([row[key] for key in of], dtype=np.int64), order
