@@ -16,7 +16,7 @@ from pathlib import Path
 from gapkern import _check
 
 FORMAT, VERSION = "gapkern.embeddings", 1
-MANIFEST, PROGRESS = "manifest.json", ".progress"
+MANIFEST, PROGRESS, SHIFTED = "manifest.json", ".progress", "shift.json"
 KINDS = ("img_emb", "text_emb")
 SIDES = ("classes.npy", "image_of.npy", "labels.npy")
 SUFFIXES = (".npy", ".safetensors")
@@ -134,8 +134,9 @@ def _is_shards(folder: Path) -> bool:
 
 
 def _finished(folder: Path, name: str) -> Path:
-    if (folder / PROGRESS).is_dir() and not (folder / MANIFEST).exists():
-        raise ValueError(f"{name}: expected a finished folder, got {folder}, whose embed has not ended: run it again")
+    begun = "embed" if (folder / PROGRESS).is_dir() else "shift apply" if (folder / SHIFTED).exists() else None
+    if begun and not (folder / MANIFEST).exists():
+        raise ValueError(f"{name}: expected a finished folder, got {folder}, whose {begun} has not ended: run it again")
     return folder
 
 

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,7 +80,8 @@ def karpathy(pictures):
     return {"images": [{"filename": n, "filepath": "val2014", "cocoid": 5 * i, "split": "test",
                         "sentences": [{"raw": f"caption of {v}", "sentid": 2 * i + s} for s in range(2)]}
                        for i, (n, v) in enumerate(reversed(pictures.items()))]
-            + [{"filename": "not.png", "filepath": "val2014", "split": "val", "sentences": [{"raw": "1"}]}]}  # fmt: skip
+            + [{"filename": "not.png", "filepath": "val2014", "split": "val", "sentences": [{"raw": "1"}]}]
+    }  # fmt: skip
 
 
 FORMS = {
@@ -195,7 +197,7 @@ def numbers(run, expected=1.0):
     images = Embeddings("out", "img_emb")[:].numpy()
     vectors, labels = np.load("out/classes.npy"), np.load("out/labels.npy")
     assert found == coded.accuracy(images, vectors, labels) == expected
-    names = json.loads(open("out/classnames.json").read())
+    names = json.loads(Path("out/classnames.json").read_text())
     assert coded.values(vectors) == [coded.number(name) for name in names]
     assert [coded.number(names[label]) for label in labels] == coded.values(images)
 

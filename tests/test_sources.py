@@ -135,13 +135,13 @@ def test_compressed_tars_are_refused(tmp_path):
 
     path = tar(tmp_path / "x.tar", FIVE)
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(ValueError, match="images: expected a folder or an uncompressed .tar"):
+    with pytest.raises(ValueError, match=r"images: expected a folder or an uncompressed \.tar"):
         sources.images(tmp_path / "x.tar.gz")
     source, notes = said(tmp_path)
     assert len(source) == 5
     assert "1 .gz" in notes
     path.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(ValueError, match="images: expected a folder or an uncompressed .tar"):
+    with pytest.raises(ValueError, match=r"images: expected a folder or an uncompressed \.tar"):
         sources.images(path)
 
 
@@ -203,9 +203,9 @@ def test_sixteen_bits_are_scaled(tmp_path, name):
 
 
 def test_unknown_ranges_are_refused(tmp_path):
-    for array, kind in ((np.ones((2, 3), np.float32), "32-bit floats"), (np.ones((2, 3), np.int32), "32-bit integers")):
-        PIL.fromarray(array).save(tmp_path / "x.tif")
-        with pytest.raises(ValueError, match=rf"images: cannot read x\.tif \(expected 8 or 16 bits a channel, got {kind}"):
+    for dtype, kind in ((np.float32, "32-bit floats"), (np.int32, "32-bit integers")):
+        PIL.fromarray(np.ones((2, 3), dtype)).save(tmp_path / "x.tif")
+        with pytest.raises(ValueError, match=rf"cannot read x\.tif \(expected 8 or 16 bits a channel, got {kind}"):
             sources.images(tmp_path).read(0)
 
 
@@ -226,11 +226,11 @@ def test_lines_end_with_line_feeds_alone(tmp_path):
         assert prompts.load_classnames(tmp_path / "n.txt") == odd
         (tmp_path / "p.txt").write_bytes(("\ufeff" + end.join(f"{{c}}{text}" for text in odd) + end).encode())
         assert prompts.load_templates(tmp_path / "p.txt", "") == [f"{{c}}{text}" for text in odd]
+    (tmp_path / "t.txt").write_bytes(b"a\xff\n")
     with pytest.raises(ValueError, match="texts: expected UTF-8 in"):
-        (tmp_path / "t.txt").write_bytes(b"a\xff\n")
         sources.texts(tmp_path / "t.txt")
-    with pytest.raises(ValueError, match="classnames: expected no blank line within .*, got one in line 2"):
-        (tmp_path / "n.txt").write_text("a\n\nb\n")
+    (tmp_path / "n.txt").write_text("a\n\nb\n")
+    with pytest.raises(ValueError, match=r"classnames: expected no blank line within .*, got one in line 2"):
         prompts.load_classnames(tmp_path / "n.txt")
     for path, content in (("c.json", {"a": ["x", "y"]}), ("m.json", {"x": "the x", "y": "the y"})):
         (tmp_path / path).write_text(json.dumps(content), encoding="utf-8-sig")

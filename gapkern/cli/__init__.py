@@ -30,16 +30,21 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    """Runs one verb; then says on stderr what it chose where its arguments left a choice, and what it left aside."""
+    with layout.notes() as said:
+        status = arguments.run(arguments) or 0
+    if os.environ.get("RANK", "0") == "0":
+        for line in said:
+            print(f"gapkern {arguments.verb}: {line}", file=sys.stderr)
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; bad input is one line on stderr and exit status 2, an interrupt 130."""
     arguments = parser().parse_args(argv)
     try:
-        with layout.notes() as said:
-            status = arguments.run(arguments) or 0
-        if os.environ.get("RANK", "0") == "0":
-            for line in said:
-                print(f"gapkern {arguments.verb}: {line}", file=sys.stderr)
-        return status
+        return _run(arguments)
     except (ValueError, TypeError, ImportError) as error:
         print(f"gapkern {arguments.verb}: {error}", file=sys.stderr)
         return 2

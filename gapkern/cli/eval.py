@@ -192,7 +192,8 @@ def _targets(arguments, facts, settings) -> list[Any]:
 
 def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the task takes, and what the records say beside its facts."""
-    from gapkern import datasets, prompts
+    from gapkern import datasets, layout, prompts
+    from gapkern.embeddings.shifted import check_unmoved
     from gapkern.evaluation import encode, inputs
 
     dataset, task = facts["dataset"], facts["task"]
@@ -203,7 +204,11 @@ def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, A
     if arguments.custom_classname_file:
         names = prompts.load_classnames(arguments.custom_classname_file, dataset)
     if arguments.images is not None:
-        told: dict[str, Any] = {"model_id": inputs.model_of(arguments.images, arguments.texts)}
+        told: dict[str, Any] = {"model_id": inputs.model_of(arguments.images, arguments.texts),
+                                "inputs": inputs.made_from(arguments.images, arguments.texts)}  # fmt: skip
+        if shift is not None:
+            for name in ("images", "texts"):
+                check_unmoved(layout.place(getattr(arguments, name), inputs.KINDS[name], name=name), name=name)
         inputs.same_model(shift, facts["model"] if arguments.model else None, told["model_id"])
         known = list(templates) if arguments.custom_template_file else None
         given = inputs.from_files(

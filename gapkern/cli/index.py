@@ -35,8 +35,11 @@ def add(verbs) -> None:
 
 def run(arguments) -> int:
     from gapkern import MeanShift
+    from gapkern.embeddings.shifted import check_unmoved
 
     shift = MeanShift.load(arguments.shift) if arguments.shift else None
+    if shift is not None:
+        check_unmoved(arguments.gallery, name="gallery")
     if arguments.compare:
         return _compare(arguments, shift)
     if not arguments.out:

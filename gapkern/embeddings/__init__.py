@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from gapkern.embeddings.folder import Embeddings, manifest, model_of, write_folder
+from gapkern.embeddings.folder import Embeddings, described, manifest, model_of, write_folder
 from gapkern.embeddings.verification import verify
 
-__all__ = ["Embeddings", "RankLost", "embed", "manifest", "model_of", "verify", "write_folder"]
+__all__ = ["Embeddings", "RankLost", "described", "embed", "manifest", "model_of", "verify", "write_folder"]
 
 
 def __getattr__(name: str) -> Any:

@@ -216,8 +216,8 @@ class Embeddings:
 
 def metadata_files(shards: Path) -> list[Path]:
     """The Parquet files that belong to a folder of shards, in natural order; none where there are none."""
-    for folder in METADATA.get(shards.name, ()):
-        found = [p for p in (shards.parent / folder).glob("*.parquet") if not p.name.startswith(".")]
+    for folder in (*(shards.parent / name for name in METADATA.get(shards.name, ())), shards / "metadata"):
+        found = [p for p in folder.glob("*.parquet") if not p.name.startswith(".")]
         if found:
             return sorted(found, key=lambda p: layout.natural(p.name))
     return []

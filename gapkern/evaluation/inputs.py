@@ -160,6 +160,17 @@ def whole(rows: Rows, ranks: Ranks) -> Tensor:
     return torch.cat(parts) if parts else rows.values
 
 
+def made_from(images: str, texts: str) -> dict[str, dict[str, Any]]:
+    """What a record says of stored embeddings: the hashes and the order of their rows, and what was done to them."""
+    result = {}
+    for name, path in {"images": images, "texts": texts}.items():
+        told = embeddings.described(path, KINDS[name], name=name)
+        hashes = [entry["sha256"] for entry in told.get("shards", [])] or [told.get("sha256")]
+        facts = {"sha256": hashes, "order": told.get("order"), "transforms": told.get("transforms")}
+        result[name] = {key: value for key, value in facts.items() if value and value != [None]}
+    return {name: facts for name, facts in result.items() if facts}
+
+
 def same_model(shift: Any, *known: str | None) -> None:
     """Raises ValueError where a fitted shift is of another model's embeddings; `known` are the names of this one."""
     names = list(dict.fromkeys(name for name in known if name))

@@ -15,7 +15,7 @@ from gapkern.perturb import title
 REQUIRED = ("dataset", "model", "pretrained", "task", "metrics", "language")
 NAME = "{dataset}_{pretrained}_{model}_{language}_{task}{variant}.json"
 _HEAD = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "transform", "perturbation")
-_LEFT_OUT = ("metrics", "per_seed", "details", "classnames", "templates", "env")
+_LEFT_OUT = ("metrics", "per_seed", "details", "classnames", "templates", "inputs", "env")
 
 
 def slug(text: str) -> str:
