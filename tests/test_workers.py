@@ -84,7 +84,7 @@ def test_workers_started_in_any_way(method, tmp_path):
 
 def test_every_data_sets_images_can_be_sent(tmp_path):
     coded.picture(tmp_path / "a" / "x.png", 7)
-    coded.picture(tmp_path / "b" / "y.png", 8)
+    shutil.copytree(tmp_path / "a", tmp_path / "set" / "a")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "a" / "x.png", "x.png")
     (tmp_path / "captions.json").write_text('{"a/x.png": "7"}')
@@ -95,7 +95,7 @@ def test_every_data_sets_images_can_be_sent(tmp_path):
         sources.images(tmp_path / "a").read,
         sources.images(tmp_path / "x.tar").signed,
         sources.images(tmp_path).signed,
-        datasets.load("imagefolder", tmp_path).image,
+        datasets.load("imagefolder", tmp_path / "set").image,
         datasets.load("mscoco_captions", tmp_path, annotation_file=tmp_path / "captions.json").image,
         datasets.load("aokvqa", tmp_path, annotation_file=tmp_path / "questions.json").image,
         datasets.Arrays(np.full((1, 2, 3), 7, np.uint8)),

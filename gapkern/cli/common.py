@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,10 +33,12 @@ def labels(
     Raises:
         ValueError: see `gapkern.embeddings.labels.load`.
     """
+    from gapkern.embeddings import sides
     from gapkern.embeddings.labels import Side, load
 
+    names = None if os.path.isdir(arguments.gallery) else sides.of(arguments.gallery, name="gallery").get("names")
     rows, to = Side(getattr(arguments, asking), queries, "queries"), Side(arguments.gallery, gallery, "gallery")
-    found = load(arguments.labels, rows, gallery, "gallery rows", to=to, fewer=fewer)
+    found = load(arguments.labels, rows, gallery, "gallery rows", names=names, to=to, fewer=fewer)
     return None if found is None else found.numpy()
 
 

@@ -156,7 +156,8 @@ def walk(root: Path) -> tuple[list[str], list[str], list[str]]:
     seen: dict[tuple[int, int], str] = {}
     classes: list[str] = []
     # Links last: a folder is known by its own name where it has one below the root.
-    queue, links = [""], []
+    queue: list[str] = [""]
+    links: list[str] = []
     while queue or links:
         here = queue.pop() if queue else links.pop(0)
         status = (root / here).stat()

@@ -114,7 +114,7 @@ class Target:
         if not self.folder:
             source = self.pairs[0][0]
             return self._describe(facts | {"made_from": [files.digest(_without_key(source))]})
-        entries = []
+        entries: list[dict[str, Any]] = []
         for source, _ in self.pairs:
             target = self.out / Path(source).name
             rows = files.size(target, name="out")[0]

@@ -272,7 +272,7 @@ def _folder(path: Path) -> Images:
         if empty:
             layout.note(f"images: folders without images are no classes: {', '.join(empty[:5])}")
     content: Any = pictures.Files(path, names)
-    if in_tars is not None:
+    if in_tars is not None and in_tars.content is not None:
         layout.note(f"images: {len(names)} files and {len(in_tars)} images in {len(archives)} tars of {path}")
         content = pictures.Joined([content, in_tars.content], [len(names), len(in_tars)])
         names = [*names, *in_tars.names]
