@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import shutil
 import unicodedata
@@ -411,3 +412,79 @@ def test_paired_needs_as_many(run, sides):
     assert "labels: cannot read absent.npy" in refused(
         run, "shift", "compare", "gallery.npy", "queries.npy", "--labels", "absent.npy"
     )
+
+
+def test_questions_meet_their_images(run, pictures, tmp_path):
+    """Ids as COCO's file names have them; images come in the files' order, questions in another, some twice."""
+    for i, value in enumerate(NUMBERS):
+        coded.picture(tmp_path / "coco" / f"{900 - i:012d}.png", value)
+    asked = [3, 0, 6, 3, 1, 5, 2, 4]
+    entries = [
+        {"image": f"val/{900 - i:012d}.png", "question": "is it", "correct_choice_idx": n % 3,
+         "choices": [str(NUMBERS[i]) if c == n % 3 else str(40 + c) for c in range(3)]}
+        for n, i in enumerate(asked)
+    ]  # fmt: skip
+    (tmp_path / "questions.json").write_text(json.dumps(entries))
+    (tmp_path / "choices.txt").write_text("\n".join(c for entry in entries for c in entry["choices"]))
+    embed(run, "--images", "coco", "--texts", "choices.txt")
+    line = ["--images", "out", "--texts", "out", "--annotation_file", "questions.json", "--task", "multiple_choice"]
+    assert coded.values(Embeddings("out", "img_emb")[:]) == NUMBERS[::-1]
+    assert measured(run, *line)["accuracy"] == 1
+    (tmp_path / "questions.json").write_text(json.dumps([entries[0] | {"image": "absent.png"}, *entries[1:]]))
+    assert "images: expected those of all questions in out, got none of the name 'absent.png'" in refused(
+        run, "eval", *line
+    )
+
+
+def test_robustness_to_class_vectors_of_another_order(run, classes, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps(coded.NAMES))
+    embed(run, "--images", "digits", "--classnames", "names.json")
+    embed(run, "--images", "digits", out="alphabet")
+    line = ["--gaussian", "0.000001", "--alphas", "0,1", "--components", "2", "--json"]
+    for labels in ("out/labels.npy", "alphabet/labels.npy"):
+        status, out, err = run("robust", "out/img_emb", "out/classes.npy", *line, "--labels", labels)
+        assert status == 0, err
+        assert json.loads(out)["rows"][0]["clean_accuracy"] == 1
+    line = ["--images", "out", "--texts", "out/classes.npy", "--labels", "alphabet/labels.npy"]
+    assert measured(run, *line)["acc1"] == 1
+    assert "classnames: expected the order of out/classes.npy" in refused(
+        run, "eval", *line, "--custom_classname_file", "alphabet/classnames.json"
+    )
+
+
+def test_harm_to_what_says_whose_rows_these_are(run, classes, tmp_path):
+    embed(run, "--images", "digits", "--shard_rows", "8")
+    assert verify("out")
+    shutil.copytree("out", "kept")
+
+    def harmed(harm):
+        shutil.rmtree("out")
+        shutil.copytree("kept", "out")
+        harm()
+        return refused(run, "embed", "--verify", "out")
+
+    swapped = json.loads((tmp_path / "out/img_emb/manifest.json").read_text()) | {"order": "0" * 64}
+    assert "labels.npy: expected the order of out/img_emb, got another's" in harmed(
+        lambda: (tmp_path / "out/img_emb/manifest.json").write_text(json.dumps(swapped))
+    )
+    assert "labels.npy: missing, rows.json has it" in harmed((tmp_path / "out/labels.npy").unlink)
+    assert "labels.npy as out/rows.json has it, got another file" in harmed(
+        lambda: np.save("out/labels.npy", np.zeros(classes, np.int64))
+    )
+    assert "metadata_0.parquet" in harmed(lambda: (tmp_path / "out/metadata/metadata_0.parquet").write_bytes(b"PAR1"))
+    np.save("vectors.npy", np.eye(10, 64, dtype=np.float32))
+    (tmp_path / "byname.json").write_text('{"a.png": 1}')
+    line = ["eval", "--images", "out", "--texts", "vectors.npy", "--labels", "byname.json"]
+    assert "images: expected Parquet beside out/img_emb" in refused(run, *line)
+    for name, content in (("rows.json", '{"files": 3}'), ("rows.json", "{"), ("img_emb/manifest.json", "[]")):
+        (tmp_path / "out" / name).write_text(content)
+        refused(run, "eval", "--images", "out", "--texts", "vectors.npy", "--labels", "out/labels.npy")
+
+
+def test_names_that_are_not_utf8(run, tmp_path):
+    names = [b"caf\xe9.png", b"a.png"]
+    for i, name in enumerate(names):
+        coded.picture(tmp_path / "pics" / f"{i}.png", 7 + i).rename(tmp_path / "pics" / os.fsdecode(name))
+    embed(run, "--images", "pics")
+    images = Embeddings("out", "img_emb")
+    assert (images.keys(), coded.values(images[:])) == (["a.png", "caf\\xe9.png"], [8, 7])

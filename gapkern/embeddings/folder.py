@@ -11,6 +11,7 @@ rows is called "as stored".
 """
 
 import bisect
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,10 @@ from gapkern import _check, files, layout
 from gapkern.embeddings import keys
 from gapkern.layout import FORMAT, KINDS, MANIFEST, VERSION, place
 
+ENTRY = {"name": str, "rows": int, "bytes": int, "sha256": str}
+METADATA_ENTRY = {"name": str, "sha256": str}
+FACTS: dict[str, type] = {"model": str, "order": str, "transforms": list, "metadata": list, "spans": list,
+                          "sources": list, "skipped": dict}  # fmt: skip
 METADATA = {"img_emb": ("metadata",), "text_emb": ("text_metadata", "metadata")}
 
 
@@ -35,20 +40,26 @@ def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] |
     """
     file = Path(path) / MANIFEST
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{name}: expected JSON in {file}, got {error}") from None
     got = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
     if got != (FORMAT, VERSION):
         raise ValueError(f"{name}: expected {FORMAT} of version {VERSION}, got {got[0]!r}, {got[1]!r} in {file}")
     fields = {"rows": int, "dims": int, "dtype": str, "shards": list}
-    wrong = [key for key, kind in fields.items() if not isinstance(found.get(key), kind)]
-    entries = found["shards"] if not wrong else []
-    if wrong or not all(isinstance(e, dict) and {"name", "rows", "bytes", "sha256"} <= e.keys() for e in entries):
+    if not (_has(found, fields) and all(_has(entry, ENTRY) for entry in found["shards"])):
         raise ValueError(f"{name}: expected {', '.join(fields)} with each shard's hash in {file}, got {list(found)}")
+    odd = [key for key, kind in FACTS.items() if not isinstance(found.get(key), kind | None)]
+    if odd or not all(_has(entry, METADATA_ENTRY) for entry in found.get("metadata") or []):
+        key = odd[0] if odd else "metadata"
+        raise ValueError(f"{name}: expected {key} as embed writes it in {file}, got {str(found[key])[:40]!r}")
     return found
+
+
+def _has(entry: Any, fields: Mapping[str, type]) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
 
 
 def described(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
@@ -160,8 +171,9 @@ class Embeddings:
         if not metadata_files(self.path):
             return None
         parquet = _check.extra("pyarrow.parquet", "pyarrow", "tables")
-        if any(column not in parquet.read_schema(part).names for part in metadata_files(self.path)):
-            return None
+        with self._parquet():
+            if any(column not in parquet.read_schema(part).names for part in metadata_files(self.path)):
+                return None
         found = [str(row[column]) for row in self.metadata([column])]
         if column == "key" and self.order is not None and keys.order(found) != self.order:
             raise ValueError(f"{self._name}: expected metadata of the order in {self.path / MANIFEST}, got another's")
@@ -206,12 +218,24 @@ class Embeddings:
         """
         parquet = _check.extra("pyarrow.parquet", "pyarrow", "tables")
         parts = metadata_files(self.path)
-        counts = [parquet.read_metadata(part).num_rows for part in parts]
+        with self._parquet():
+            counts = [parquet.read_metadata(part).num_rows for part in parts]
         if sum(counts) != len(self):
             raise ValueError(f"{self._name}: expected metadata of {len(self)} rows for {self.path}, got {sum(counts)}")
         for part in parts:
-            for batch in parquet.ParquetFile(part).iter_batches(columns=columns):
-                yield from batch.to_pylist()
+            with self._parquet():
+                for batch in parquet.ParquetFile(part).iter_batches(columns=columns):
+                    yield from batch.to_pylist()
+
+    @contextlib.contextmanager
+    def _parquet(self) -> Iterator[None]:
+        """Turns what pyarrow raises on damaged files into one line."""
+        arrow = _check.extra("pyarrow", "pyarrow", "tables")
+        try:
+            yield
+        except (arrow.ArrowException, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{self._name}: expected Parquet beside {self.path}, got {reason}") from None
 
 
 def metadata_files(shards: Path) -> list[Path]:

@@ -31,6 +31,16 @@ SUFFIXES = (
 )
 
 
+def text(name: str) -> str:
+    """A file's name as text: bytes that are not UTF-8 become escapes.
+
+    Example:
+        >>> text(os.fsdecode(b"caf\\xe9.png"))
+        'caf\\\\xe9.png'
+    """
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
 def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES and not name.rpartition("/")[2].startswith(".")
 
@@ -46,7 +56,7 @@ def decode(content: bytes, name: str) -> Any:
     try:
         with Image.open(io.BytesIO(content)) as opened:
             return rgb(opened)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's plugins raise anything on damaged files
         reason = str(error).replace("\n", " ")
         raise ValueError(f"images: cannot read {name} ({_without_address(reason)})") from None
 
@@ -85,14 +95,13 @@ class Files:
     """The bytes of files below a folder by their row; sent to workers by its paths alone."""
 
     root: Path
-    names: Sequence[str]
-    argument: str = "images"
+    paths: Sequence[str]
 
     def __call__(self, i: int) -> bytes:
         try:
-            return (self.root / self.names[i]).read_bytes()
+            return (self.root / self.paths[i]).read_bytes()
         except OSError as error:
-            raise ValueError(f"{self.argument}: cannot read {self.names[i]} ({error.strerror})") from None
+            raise ValueError(f"images: cannot read {text(self.paths[i])} ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,16 @@ def read(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     except (ValueError, OSError) as error:
         raise ValueError(f"rows: expected JSON in {file}, got {error}") from None
     entries = found.get("files") if isinstance(found, dict) else None
-    known = isinstance(entries, dict) and all(isinstance(e, dict) and "sha256" in e for e in entries.values())
+    known = isinstance(entries, dict) and all(map(_known, entries.values()))
     if not known or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"rows: expected {FORMAT} of version {VERSION} in {file}")
     return dict(entries or {})
+
+
+def _known(entry: Any) -> bool:
+    names = entry.get("names") if isinstance(entry, dict) else 0
+    named = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+    return named and all(isinstance(entry.get(key, ""), str | None) for key in ("sha256", "order", "of", "model"))
 
 
 def of(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any]:
@@ -53,7 +59,7 @@ def of(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any]:
     entry = read(path.parent).get(path.name) if path.is_file() else None
     if entry is None:
         return {}
-    if files.digest(path) != entry["sha256"]:
+    if files.digest(path) != entry.get("sha256"):
         raise ValueError(
             f"{name}: expected {path} as {path.parent / NAME} has it, got another file: give your own another name"
         )

@@ -268,10 +268,12 @@ def _folder(path: Path) -> Images:
         classes = sorted({name.split("/")[0] for name in names})
         of = {name: i for i, name in enumerate(classes)}
         labels = [of[name.split("/")[0]] for name in names]
+        classes = [pictures.text(name) for name in classes]
         empty = [name for name in folders if name not in of]
         if empty:
             layout.note(f"images: folders without images are no classes: {', '.join(empty[:5])}")
     content: Any = pictures.Files(path, names)
+    names = [pictures.text(name) for name in names]
     if in_tars is not None and in_tars.content is not None:
         layout.note(f"images: {len(names)} files and {len(in_tars)} images in {len(archives)} tars of {path}")
         content = pictures.Joined([content, in_tars.content], [len(names), len(in_tars)])

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gapkern.embeddings.pictures import is_image
+from gapkern.embeddings.pictures import is_image, text
 
 BLOCK = 512
 
@@ -62,7 +62,7 @@ def _members(path: Path) -> list[tarfile.TarInfo]:
         with tarfile.open(path, "r:") as opened:
             members = list(opened)
             end = opened.offset
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # tarfile raises anything on damaged headers
         reason = str(error) or type(error).__name__
         raise ValueError(f"images: expected a folder or an uncompressed .tar, got {path} ({reason})") from None
     size = path.stat().st_size
@@ -113,7 +113,7 @@ def _samples(path: Path, title: str, members: list[tarfile.TarInfo], found: Inde
         if not is_image(name):
             sides.append((stem, suffix.lower(), time, target))
             continue
-        row = f"{title}/{name}"
+        row = text(f"{title}/{name}")
         names[row] += 1
         sample = Sample(row if names[row] == 1 else f"{row}#{names[row]}", (path, target.offset_data, target.size))
         if (stem, time) in pictures:
@@ -128,7 +128,7 @@ def _samples(path: Path, title: str, members: list[tarfile.TarInfo], found: Inde
         if own is None:
             found.others[f".{suffix}"] += 1
             continue
-        content = _text(path, member)
+        content = _content(path, member)
         if suffix == "txt":
             own.text = content
         else:
@@ -156,7 +156,7 @@ def _target(member: tarfile.TarInfo, data: dict[str, tarfile.TarInfo]) -> tarfil
     return found if found is not None and not found.issparse() else None
 
 
-def _text(path: Path, member: tarfile.TarInfo) -> str:
+def _content(path: Path, member: tarfile.TarInfo) -> str:
     with open(path, "rb") as file:
         file.seek(member.offset_data)
         content = file.read(member.size)

@@ -87,7 +87,7 @@ def from_files(
     _check.choice("task", task, TASKS)
     rows = own_rows("images", images, ranks)
     if task == "multiple_choice":
-        return _choices(rows, own_rows("texts", texts, ranks), annotation_file, ranks)
+        return _choices(images, rows, own_rows("texts", texts, ranks), annotation_file, ranks)
     if labels is None:
         raise ValueError("labels: expected a file of integers" + (", 'paired' or captions per image" if "retr" in task
                          else ", the images' classes") + ", got none")  # fmt: skip
@@ -133,25 +133,38 @@ def class_names(texts: str, count: int, given: Sequence[str] | dict[str, str] | 
     return known if known is not None else None if given is None else list(given)
 
 
-def _choices(images: Rows, choices: Rows, annotation_file: str | None, ranks: Ranks) -> dict[str, Any]:
+def _choices(path: str, images: Rows, choices: Rows, annotation_file: str | None, ranks: Ranks) -> dict[str, Any]:
     data = datasets.load("aokvqa", annotation_file=annotation_file)
     entries = prompts.read_json("annotation_file", annotation_file or "")
     sizes = torch.tensor([len(offered) for offered in data.choices])
     if choices.total != int(sizes.sum()):
         raise ValueError(f"texts: expected {int(sizes.sum())} rows, one per choice, got {choices.total}")
-    known = list(dict.fromkeys(str(entry.get("image", entry.get("image_id"))) for entry in entries))
-    if images.total != len(data):
-        if images.total != len(known):
-            raise ValueError(
-                f"images: expected {len(data)} rows, one per question, or {len(known)}, one per image, "
-                f"got {images.total}"
-            )
-        place = {name: i for i, name in enumerate(known)}
-        of = torch.tensor([place[str(entry.get("image", entry.get("image_id")))] for entry in entries])
+    of = _images_of(path, images.total, data.image.names, entries)
+    if of != list(range(len(data))):
         mine = ranks.share(len(data))
-        images = Rows(whole(images, ranks)[of.to(ranks.device)][mine], mine.start, len(data))
+        images = Rows(whole(images, ranks)[torch.tensor(of, device=ranks.device)][mine], mine.start, len(data))
     question_of = torch.arange(len(data)).repeat_interleave(sizes)
     return {"images": images, "choices": choices, "question_of": question_of, "answers": torch.tensor(data.answers)}
+
+
+def _images_of(path: str, total: int, names: Sequence[str], entries: Sequence[Any]) -> list[int]:
+    """Each question's row among the images: by name where they have keys, else by the order of the questions."""
+    there = Side(path, total, "images", "img_emb").keys()
+    if there is not None:
+        rows = keys.rows_of(names, there, name="annotation_file")
+        if None not in rows:
+            return [int(row or 0) for row in rows]
+        if missing := [name for name, row in zip(names, rows, strict=True) if row is None]:
+            raise ValueError(f"images: expected those of all questions in {path}, got none of the name {missing[0]!r}")
+    known = list(dict.fromkeys(str(entry.get("image", entry.get("image_id"))) for entry in entries))
+    if total == len(entries):
+        return list(range(total))
+    if total != len(known):
+        raise ValueError(
+            f"images: expected {len(entries)} rows, one per question, or {len(known)}, one per image, got {total}"
+        )
+    place = {name: i for i, name in enumerate(known)}
+    return [place[str(entry.get("image", entry.get("image_id")))] for entry in entries]
 
 
 def whole(rows: Rows, ranks: Ranks) -> Tensor:
