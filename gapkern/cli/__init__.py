@@ -10,6 +10,13 @@ VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "
 
 
 class _Parser(argparse.ArgumentParser):
+    def add_argument(self, *names, **options):
+        """Options of several words, with hyphens, or with underscores as open_clip and CLIP_benchmark spell them."""
+        if names and names[0].startswith("--"):
+            head = [f"--{name[2:].replace('_', '-')}" for name in names]
+            names = tuple(dict.fromkeys([*head, *(f"--{name[2:].replace('-', '_')}" for name in names)]))
+        return super().add_argument(*names, **options)
+
     def error(self, message):
         """One line instead of the whole usage."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -31,7 +31,7 @@ def add(verbs) -> None:
     parser.add_argument("--classnames", help="class names, JSON or one per line, in any order where the images lie in "
                         "folders of these names; or a JSON object {folder: name}: classes.npy is written, their "
                         "vectors")  # fmt: skip
-    parser.add_argument("--on-error", "--on_error", choices=("stop", "skip"), default="stop",
+    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop",
                         help="at an image that cannot be read; skip leaves it out (default: %(default)s)")  # fmt: skip
     parser.add_argument("--templates", help="JSON or one per line, with {c} for the class (default: a photo of a {c}.)")
     parser.add_argument("--out", help="the folder of embeddings")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gapkern import files
+from gapkern import files, layout
 from gapkern.cli import common
 
 
@@ -84,9 +84,13 @@ def _add_sides(parser) -> None:
 
 def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
+    from gapkern.embeddings import described
 
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
     model, said = common.model(arguments.model, gallery=arguments.gallery, queries=arguments.queries)
+    for side in ("gallery", "queries"):
+        if described(getattr(arguments, side), name=side).get("transforms"):
+            layout.note(f"{side}: a shift has moved these already")
     shift = MeanShift(
         1.0 if best else arguments.alpha, arguments.components, arguments.moves, arguments.normalize,
         arguments.agreement, model,

@@ -4,6 +4,7 @@ Every row has a key: an image's name below its folder or tar, a caption's id, a 
 they are asked for, by any process.
 """
 
+import functools
 import hashlib
 import os
 from collections import Counter
@@ -119,7 +120,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self.texts)
 
-    @property
+    @functools.cached_property
     def keys(self) -> Sequence[str]:
         return self.ids if self.ids is not None else [str(i) for i in range(len(self.texts))]
 
@@ -133,8 +134,7 @@ class Texts:
         return self.fingerprint_of(range(len(self)))
 
     def columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
-        all_keys = self.keys
-        found: dict[str, list[Any]] = {"key": [all_keys[i] for i in rows], "caption": [self.texts[i] for i in rows]}
+        found: dict[str, list[Any]] = {"key": [self.keys[i] for i in rows], "caption": [self.texts[i] for i in rows]}
         if self.image_of is not None:
             found["image"] = [self.image_of[i] for i in rows]
             if self.images is not None:
@@ -163,8 +163,7 @@ class Texts:
         if missing:
             layout.note(f"captions: {len(self) - len(kept)} of {len(missing)} images that are not there left out")
         image_of = [int(rows[self.image_of[t]] or 0) for t in kept]
-        all_keys = self.keys
-        return Texts([self.texts[t] for t in kept], image_of, names, [all_keys[t] for t in kept])
+        return Texts([self.texts[t] for t in kept], image_of, names, [self.keys[t] for t in kept])
 
 
 def images(source: Any) -> Images:
