@@ -258,7 +258,11 @@ def test_what_stands_beside_goes_with_its_rows(run, classes, pictures, tmp_path)
     assert there() == {"labels.npy", "classes.npy", "classnames.json", "rows.json", "image_of.npy"}
     numbers(run)
     # The same images without names: labels in the folders' order, so the vectors of the other order go.
+    before = Path("out/img_emb/img_emb_0.npy").stat().st_mtime_ns
     embed(run, "--images", "digits")
+    assert Path("out/img_emb/img_emb_0.npy").stat().st_mtime_ns == before
+    assert [row["label"] for row in Embeddings("out", "img_emb").metadata()] == np.load("out/labels.npy").tolist()
+    assert verify("out")
     assert "classes.npy" not in there()
     assert json.loads((tmp_path / "out/classnames.json").read_text()) == sorted(coded.NAMES)
     # Names alone, in another order: the labels that are there follow.

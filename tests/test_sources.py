@@ -152,6 +152,10 @@ def test_a_tar_beside_images_is_used(tmp_path):
     assert reds(source) == [1, 10, 11, 12, 13, 14]
     assert list(source.names[:2]) == ["a.png", "x.tar/0.png"]
     assert "1 files and 5 images in 1 tars" in notes
+    tar(tmp_path / "x.tar", [("notes.txt", b"no image")])
+    source, notes = said(tmp_path)
+    assert reds(source) == [1]
+    assert "1 .tar without images, such as x.tar" in notes
 
 
 def test_folders_with_everything(tmp_path):

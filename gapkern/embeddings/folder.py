@@ -26,7 +26,11 @@ from gapkern.embeddings import keys
 from gapkern.layout import FORMAT, KINDS, MANIFEST, VERSION, place
 
 ENTRY = {"name": str, "rows": int, "bytes": int, "sha256": str}
-METADATA_ENTRY = {"name": str, "sha256": str}
+PARTS: dict[str, dict[str, type]] = {
+    "metadata": {"name": str, "sha256": str},
+    "sources": {"source": str, "told": str, "skipped": dict},
+    "transforms": {"name": str},
+}
 FACTS: dict[str, type] = {"model": str, "order": str, "transforms": list, "metadata": list, "spans": list,
                           "sources": list, "skipped": dict}  # fmt: skip
 METADATA = {"img_emb": ("metadata",), "text_emb": ("text_metadata", "metadata")}
@@ -52,10 +56,16 @@ def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] |
     if not (_has(found, fields) and all(_has(entry, ENTRY) for entry in found["shards"])):
         raise ValueError(f"{name}: expected {', '.join(fields)} with each shard's hash in {file}, got {list(found)}")
     odd = [key for key, kind in FACTS.items() if not isinstance(found.get(key), kind | None)]
-    if odd or not all(_has(entry, METADATA_ENTRY) for entry in found.get("metadata") or []):
-        key = odd[0] if odd else "metadata"
+    odd += [key for key, fields in PARTS.items() if not all(_has(entry, fields) for entry in found.get(key) or [])]
+    odd += [] if odd or all(map(_is_span, found.get("spans") or [])) else ["spans"]
+    if odd:
+        key = odd[0]
         raise ValueError(f"{name}: expected {key} as embed writes it in {file}, got {str(found[key])[:40]!r}")
     return found
+
+
+def _is_span(ends: Any) -> bool:
+    return isinstance(ends, list) and len(ends) in (0, 2) and all(isinstance(key, str) for key in ends)
 
 
 def _has(entry: Any, fields: Mapping[str, type]) -> bool:

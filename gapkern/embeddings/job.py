@@ -18,7 +18,7 @@ from gapkern.embeddings import keys, loading
 from gapkern.layout import PROGRESS
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-NOTHING: dict[str, Any] = {"shard": None, "metadata": None, "source": "", "skipped": {}}
+NOTHING: dict[str, Any] = {"shard": None, "metadata": None, "source": "", "told": "", "skipped": {}}
 Tick = Callable[[str, int, int], None]
 
 
@@ -203,7 +203,19 @@ class Job:
             checks.append((self.folder.parent / note["metadata"]["name"], note["metadata"]["sha256"]))
         if not all(path.exists() and files.digest(path) == expected for path, expected in checks):
             return False
-        return self.source.fingerprint_of(self.spans[shard]) == note["source"]
+        if self.source.fingerprint_of(self.spans[shard]) != note["source"]:
+            return False
+        if note["metadata"] and note["told"] != self._told_of(rows := self._kept(shard, note)):
+            # The same rows with other labels or images: what is told of them is written anew, and no more.
+            told = folders.write_metadata(self.folder, shard, self.source.columns(rows))
+            files.write_json(self.notes / f"{shard}.json", {**note, "metadata": told, "told": self._told_of(rows)})
+        return True
+
+    def _kept(self, shard: int, note: dict[str, Any]) -> list[int]:
+        return [row for row in self.spans[shard] if self.keys[row] not in note["skipped"]]
+
+    def _told_of(self, rows: Sequence[int]) -> str:
+        return keys.order(str(value) for column in self.source.columns(rows).values() for value in column)
 
     def _compute(self, pending: list[int], total: int) -> int:
         """Encodes and writes this rank's missing shards; returns their rows."""
@@ -230,7 +242,8 @@ class Job:
                 self.tick(self.kind, done, total)
             kept = [row for row in rows if row not in problems]
             source = self.source.fingerprint_of(rows, signatures) if signatures else self.source.fingerprint_of(rows)
-            note = {"source": source, "skipped": {self.keys[row]: why for row, why in problems.items()}}
+            skipped = {self.keys[row]: why for row, why in problems.items()}
+            note = {"source": source, "told": self._told_of(kept), "skipped": skipped}
             computed += self._write(shard, parts, kept, note)
         return computed
 
@@ -309,7 +322,7 @@ class Job:
             "transforms": [],
             "metadata": told if self.facts["has_metadata"] else None,
             "spans": [self._ends(rows) for rows in self.spans],
-            "sources": [{"source": note["source"], "skipped": note["skipped"]} for note in whole],
+            "sources": [{key: note[key] for key in ("source", "told", "skipped")} for note in whole],
         }
         folders.write_manifest(self.folder, entries, first.shape[1], first.dtype, **facts)
         shutil.rmtree(self.notes, ignore_errors=True)

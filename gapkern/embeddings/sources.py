@@ -69,10 +69,9 @@ class Images:
         return hashlib.sha256(content).hexdigest(), pictures.decode(content, self.names[i])
 
     def fingerprint_of(self, rows: Sequence[int], signatures: Iterable[str] | None = None) -> str:
-        """Changes with the names, the bytes, the labels and the captions of some rows, and with their order."""
+        """Changes with the names and the bytes of some rows, and with their order."""
         signatures = map(self.signature, rows) if signatures is None else signatures
-        told = self.columns(rows)
-        return keys.order([*signatures, *(str(value) for column in told.values() for value in column)])
+        return keys.order([*signatures, *(self.names[i] for i in rows)])
 
     @property
     def fingerprint(self) -> str:
@@ -125,8 +124,8 @@ class Texts:
         return self.ids if self.ids is not None else [str(i) for i in range(len(self.texts))]
 
     def fingerprint_of(self, rows: Sequence[int]) -> str:
-        """Changes with some texts, their images and their order."""
-        return keys.order(str(value) for column in self.columns(rows).values() for value in column)
+        """Changes with some texts, their keys and their order."""
+        return keys.order([*(self.texts[i] for i in rows), *(self.keys[i] for i in rows)])
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +184,7 @@ def images(source: Any) -> Images:
     paths = [Path(part) for part in source]
     if folders := [path for path in paths if path.is_dir()]:
         raise ValueError(f"images: expected one folder, or tars, got {len(paths)} sources with the folder {folders[0]}")
-    return _tars(paths)
+    return _tars(paths, tars.index(paths))
 
 
 def texts(source: Any, split: str = "test") -> Texts:
@@ -258,7 +257,14 @@ def _folder(path: Path) -> Images:
         raise ValueError(f"images: expected files ending in {kinds}, or .tar, in {path}, got {got}")
     if counts:
         layout.note(f"images: left aside in {path}: {_counted(counts)}")
-    in_tars = _tars([path / name for name in archives]) if archives else None
+    in_tars = None
+    if archives:
+        paths = [path / name for name in archives]
+        index = tars.index(paths)
+        if names and not index.samples:
+            layout.note(f"images: left aside in {path}: {len(archives)} .tar without images, such as {archives[0]}")
+        else:
+            in_tars = _tars(paths, index)
     if not names and in_tars is not None:
         return in_tars
     labels = classes = None
@@ -281,9 +287,8 @@ def _folder(path: Path) -> Images:
     return Images(pictures.Decoded(content, names), names, content, "", labels, classes, None, empty)
 
 
-def _tars(paths: list[Path]) -> Images:
+def _tars(paths: list[Path], found: tars.Index) -> Images:
     """Images of webdataset tars, with the `.txt` and `.cls` beside them."""
-    found = tars.index(paths)
     samples = found.samples
     where = ", ".join(map(str, paths[:3])) or "a list"
     if not samples:
