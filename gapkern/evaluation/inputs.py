@@ -126,7 +126,7 @@ def class_names(texts: str, count: int, given: Sequence[str] | dict[str, str] | 
     if given is not None and len(given) != count:
         raise ValueError(f"classnames: expected {count}, one for each class vector, got {len(given)}")
     known = sides.of(texts.partition("[")[0], name="texts").get("names") if not os.path.isdir(texts) else None
-    if known is not None and given is not None:
+    if known is not None and given is not None and known != list(given):
         of = keys.classes_of(known, list(given))
         if of != list(range(len(of))):
             raise ValueError(f"classnames: expected the order of {texts}, {known[0]!r} first, got {given[0]!r} first")
