@@ -82,8 +82,10 @@ def place(path: str | os.PathLike, kind: str | None = None, *, name: str = "path
     if inside:
         if kind is not None:
             raise ValueError(f"{name}: expected {kind} in {path}, got {' and '.join(inside)}")
-        raise ValueError(f"{name}: expected {' or '.join(KINDS)} in {path}, got {' and '.join([*inside, *beside])}: "
-                         f"name one, such as {path / inside[0]}")  # fmt: skip
+        raise ValueError(
+            f"{name}: expected {' or '.join(KINDS)} in {path}, got {' and '.join([*inside, *beside])}: "
+            f"name one, such as {path / inside[0]}"
+        )
     return _finished(path, name)
 
 
@@ -105,8 +107,10 @@ def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
         families = _families(found, name)
         if len(families) > 1:
             counted = ", ".join(f"{family} ({len(files)})" for family, files in families.items())
-            raise ValueError(f"{name}: expected the shards of one matrix in {found}, got {counted}: name a file, or "
-                             "give each a folder")  # fmt: skip
+            raise ValueError(
+                f"{name}: expected the shards of one matrix in {found}, got {counted}: name a file, or "
+                "give each a folder"
+            )
         own = next(iter(families.values()), None)
         if own is None:
             own = [p for p in there if p.name == "classes.npy"]

@@ -34,8 +34,9 @@ class Job:
         kept: the other rows.
     """
 
-    def __init__(self, kind, source, model: models.Model, folder: Path, facts, ranks, workers: int, tick: Tick, *,
-                 skip: bool):  # fmt: skip
+    def __init__(
+        self, kind, source, model: models.Model, folder: Path, facts, ranks, workers: int, tick: Tick, *, skip: bool
+    ):
         self.kind, self.source, self.model, self.folder, self.facts = kind, source, model, folder, facts
         self.ranks, self.workers, self.tick, self.skip = ranks, workers, tick, skip
         self.notes = folder / PROGRESS
@@ -129,8 +130,9 @@ class Job:
 
     def _same(self, known: dict[str, Any]) -> None:
         """Raises ValueError where a folder was begun with other arguments, or for other rows altogether."""
-        differing = [f"{key} {known.get(key)} there, {value} now" for key, value in self.facts.items()
-                     if known.get(key) != value]  # fmt: skip
+        differing = [
+            f"{key} {known.get(key)} there, {value} now" for key, value in self.facts.items() if known.get(key) != value
+        ]
         there = known.get("spans") or []
         if self.kind == "img_emb":
             common = {key for ends in there for key in ends} & set(self.keys)
@@ -186,8 +188,12 @@ class Job:
                 files.write_json(note, {"shard": entries.get(self._name(shard)), "metadata": metadata, **fact})
 
     def _clear(self) -> None:
-        for old in (self.folder / folders.MANIFEST, *self.folder.glob(f"{self.kind}_*.npy"),
-                    *self.beside.glob("metadata_*.parquet"), *self.notes.glob("*.json")):  # fmt: skip
+        for old in (
+            self.folder / folders.MANIFEST,
+            *self.folder.glob(f"{self.kind}_*.npy"),
+            *self.beside.glob("metadata_*.parquet"),
+            *self.notes.glob("*.json"),
+        ):
             old.unlink(missing_ok=True)
 
     def _note(self, shard: int) -> dict[str, Any] | None:
@@ -220,8 +226,11 @@ class Job:
     def _compute(self, pending: list[int], total: int) -> int:
         """Encodes and writes this rank's missing shards; returns their rows."""
         size = self.facts["batch_size"]
-        spans = [list(rows[first : first + size]) for rows in (self.spans[i] for i in pending)
-                 for first in range(0, len(rows), size)]  # fmt: skip
+        spans = [
+            list(rows[first : first + size])
+            for rows in (self.spans[i] for i in pending)
+            for first in range(0, len(rows), size)
+        ]
         done = total - sum(map(len, spans))
         self.tick(self.kind, done, total)
         encoded = self._encoded(spans)
@@ -297,8 +306,11 @@ class Job:
 
     def _finish(self) -> None:
         notes = [self._note(i) if rows else {**NOTHING} for i, rows in enumerate(self.spans)]
-        missing = [self._name(i) for i, note in enumerate(notes)
-                   if note is None or (note["shard"] and not (self.folder / self._name(i)).exists())]  # fmt: skip
+        missing = [
+            self._name(i)
+            for i, note in enumerate(notes)
+            if note is None or (note["shard"] and not (self.folder / self._name(i)).exists())
+        ]
         if missing:
             raise ValueError(
                 f"out: expected all shards to be there, got none of {', '.join(missing[:3])}: removed meanwhile"

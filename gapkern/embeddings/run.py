@@ -110,9 +110,14 @@ def embed(
             model = models.load(model, pretrained, device=device, precision=precision)
         result: dict[str, Any] = {"model": model.id, "device": str(model.device), "computed": {}}
         facts = {
-            "model": model.id, "normalized": bool(normalize), "stored": dtype, "batch_size": batch_size,
-            "shard_rows": shard_rows, "has_metadata": bool(metadata), "precision": model.precision,
-        }  # fmt: skip
+            "model": model.id,
+            "normalized": bool(normalize),
+            "stored": dtype,
+            "batch_size": batch_size,
+            "shard_rows": shard_rows,
+            "has_metadata": bool(metadata),
+            "precision": model.precision,
+        }
         settled = sides.Settled(model.id, pictures is not None, told is not None, resume)
         kept: list[int] = []
 

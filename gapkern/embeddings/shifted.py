@@ -27,8 +27,14 @@ def check_unmoved(path: str | os.PathLike, *, name: str = "embeddings") -> None:
 
 def transform(shift: Any, side: str) -> dict[str, Any]:
     """What a manifest says of a shift that moved one side."""
-    return {"name": "mean_shift", "shift": files.fingerprint(shift.shift_vector_), "alpha": shift.alpha,
-            "normalize": shift.normalize, "moves": shift.moves, "side": side}  # fmt: skip
+    return {
+        "name": "mean_shift",
+        "shift": files.fingerprint(shift.shift_vector_),
+        "alpha": shift.alpha,
+        "normalize": shift.normalize,
+        "moves": shift.moves,
+        "side": side,
+    }
 
 
 class Target:
@@ -118,8 +124,14 @@ class Target:
         for source, _ in self.pairs:
             target = self.out / Path(source).name
             rows = files.size(target, name="out")[0]
-            entries.append({"name": target.name, "rows": rows, "bytes": target.stat().st_size,
-                            "sha256": self.known[target.name]["sha256"]})  # fmt: skip
+            entries.append(
+                {
+                    "name": target.name,
+                    "rows": rows,
+                    "bytes": target.stat().st_size,
+                    "sha256": self.known[target.name]["sha256"],
+                }
+            )
         self._copy(metadata_files(self.source))
         first = files.load_embeddings(self.out / entries[0]["name"], name="out")
         made_from = [self.known[entry["name"]]["source"] for entry in entries]
@@ -128,10 +140,15 @@ class Target:
     def _describe(self, facts: dict[str, Any]) -> dict[str, Any]:
         x = files.load_embeddings(self.out, name="out")
         told = {
-            "format": FORMAT, "version": VERSION, **facts, "rows": len(x), "dims": x.shape[1],
-            "dtype": str(x.dtype).removeprefix("torch."), "bytes": self.out.stat().st_size,
+            "format": FORMAT,
+            "version": VERSION,
+            **facts,
+            "rows": len(x),
+            "dims": x.shape[1],
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "bytes": self.out.stat().st_size,
             "sha256": files.digest(self.out),
-        }  # fmt: skip
+        }
         files.write_json(f"{self.out}.json", told)
         return told
 
