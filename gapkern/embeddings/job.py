@@ -97,10 +97,17 @@ class Job:
         self.notes.mkdir(exist_ok=True)
         lock = open(self.notes / "lock", "w")  # noqa: SIM115
         try:
+            return lock, self._take(lock, resume)
+        except BaseException:
+            lock.close()
+            raise
+
+    def _take(self, lock: Any, resume: bool) -> list[tuple[int, int]]:
+        """Locks the open file; the rest of `_prepare`."""
+        try:
             # Of this process alone: workers that outlive it by seconds do not hold it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.close()
             raise ValueError(f"out: expected a folder that no other run writes, got {self.folder}") from None
         plan = self.notes / "plan.json"
         if not resume:
@@ -115,7 +122,6 @@ class Job:
             try:
                 self._same(known)
             except ValueError:
-                lock.close()
                 if not plan.exists():
                     shutil.rmtree(self.notes, ignore_errors=True)
                 raise
@@ -126,7 +132,7 @@ class Job:
         files.write_json(plan, {**self.facts, "spans": ends})
         for old in (*self.folder.glob(".*.tmp*"), *self.beside.glob(".*.tmp*"), *self.notes.glob(".*.tmp*")):
             old.unlink(missing_ok=True)
-        return lock, spans
+        return spans
 
     def _same(self, known: dict[str, Any]) -> None:
         """Raises ValueError where a folder was begun with other arguments, or for other rows altogether."""
