@@ -1,15 +1,16 @@
 """Data sets as they lie on disk: CIFAR, folders of classes, COCO's captions, A-OKVQA's questions, the bundled digits.
 
-Nothing is downloaded. Images are read when they are asked for; labels, captions and questions at once.
+Nothing is downloaded. Images are read when they are asked for, by any process: `image` is an object that pickles.
+Labels, captions and questions are read at once.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gapkern import _check
+from gapkern import _check, captions
 from gapkern.prompts import read_json
 
 Image = Any  # PIL.Image.Image
@@ -17,11 +18,12 @@ Image = Any  # PIL.Image.Image
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images of classes: `image(i)` is one, `labels[i]` its class, `classes` the names."""
+    """Images of classes: `image(i)` is one, `labels[i]` its class, `classes` the names; `names` the files, if any."""
 
     image: Callable[[int], Image]
     labels: list[int]
     classes: list[str]
+    names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -29,12 +31,14 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Captioned:
-    """Images with captions: `captions[t]` belongs to image `image_of[t]`."""
+    """Images with captions: `captions[t]` belongs to image `image_of[t]`; `names` are files, `keys` captions' ids."""
 
     image: Callable[[int], Image]
     count: int
     captions: list[str]
     image_of: list[int]
+    names: list[str] | None = None
+    keys: list[str] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -53,6 +57,44 @@ class Questions:
         return len(self.questions)
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """Images of an array of greys (N, H, W) or colours (N, H, W, 3), uint8."""
+
+    pixels: Any
+
+    def __call__(self, i: int) -> Image:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[i]).convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images of files below a folder; one that cannot be read is named."""
+
+    root: Path
+    names: Sequence[str]
+
+    def content(self, i: int) -> bytes:
+        try:
+            return (self.root / self.names[i]).read_bytes()
+        except OSError as error:
+            raise self._unread(i, error.strerror) from None
+
+    def __call__(self, i: int) -> Image:
+        from gapkern.embeddings import pictures
+
+        content = self.content(i)
+        try:
+            return pictures.decode(content, self.names[i])
+        except ValueError as error:
+            raise self._unread(i, str(error).partition("(")[2].removesuffix(")")) from None
+
+    def _unread(self, i: int, reason: str | None) -> ValueError:
+        return ValueError(f"dataset_root: cannot read the image {self.root / self.names[i]} ({reason})")
+
+
 def digits(root: Path, split: str, annotations: str | None) -> Labelled:
     """scikit-learn's 1797 scans, split as the demo splits them by seed 0; nothing on disk is needed."""
     from gapkern.experiments import digits
@@ -60,12 +102,7 @@ def digits(root: Path, split: str, annotations: str | None) -> Labelled:
     data = digits.load(0)
     scans, labels = (data.train_images, data.train_digits) if split == "train" else (data.test_images, data.test_digits)
 
-    def image(i: int) -> Image:
-        from PIL import Image
-
-        return Image.fromarray((scans[i, 0] * 255).round().byte().numpy()).convert("RGB")
-
-    return Labelled(image, labels.tolist(), list(digits.NAMES))
+    return Labelled(Arrays((scans[:, 0] * 255).round().byte().numpy()), labels.tolist(), list(digits.NAMES))
 
 
 def cifar(name: str) -> Callable[..., Labelled]:
@@ -77,7 +114,7 @@ def cifar(name: str) -> Callable[..., Labelled]:
             whole = getattr(sets, name)(root=root, train=split == "train", download=False)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"dataset_root: expected {name}'s Python version in {root} ({error})") from None
-        return Labelled(lambda i: whole[i][0], list(whole.targets), [c.replace("_", " ") for c in whole.classes])
+        return Labelled(Arrays(whole.data), list(whole.targets), [c.replace("_", " ") for c in whole.classes])
 
     return load
 
@@ -87,39 +124,33 @@ def folders(root: Path, split: str, annotations: str | None) -> Labelled:
 
     ImageNet's folders are named by WordNet ids: give class names in a file.
     """
-    sets = _check.extra("torchvision.datasets", "torchvision", "demo")
+    from gapkern.embeddings import sources
+
     names = [split, "val"] if split == "test" else [split]
     place = next((root / name for name in names if (root / name).is_dir()), root)
+    expected = f"dataset_root: expected a folder of images for each class in {place}"
+    if not place.is_dir():
+        raise ValueError(f"{expected}, which is no folder")
     try:
-        whole = sets.ImageFolder(place)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"dataset_root: expected a folder of images for each class in {place} ({error})") from None
-    return Labelled(lambda i: whole.loader(whole.samples[i][0]).convert("RGB"), list(whole.targets),
-                    [c.replace("_", " ") for c in whole.classes])  # fmt: skip
+        found = sources.images(place)
+    except ValueError as error:
+        raise ValueError(f"{expected} ({error})") from None
+    if found.labels is None or found.classes is None:
+        raise ValueError(f"{expected}, got images beside folders")
+    return Labelled(ImageFiles(place, list(found.names)), list(found.labels),
+                    [c.replace("_", " ") for c in found.classes], list(found.names))  # fmt: skip
 
 
 def coco_captions(root: Path, split: str, annotations: str | None) -> Captioned:
-    """COCO's captions JSON (`images` with id and file_name, `annotations` with image_id and caption); images in `root`.
+    """Captions in any format of `gapkern.captions`; their images lie in `root`.
 
     Images in the order of their ids, as torchvision and CLIP_benchmark have them; captions in the file's.
     """
-    found = read_json("annotation_file", _wanted(annotations, "COCO's captions JSON"))
-    try:
-        names = {int(entry["id"]): entry["file_name"] for entry in found["images"]}
-        captions: dict[int, list[str]] = {key: [] for key in sorted(names)}
-        for entry in found["annotations"]:
-            captions[int(entry["image_id"])].append(entry["caption"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"annotation_file: expected COCO's captions (images: id, file_name; annotations: image_id, caption), got "
-            f"{annotations}: {type(error).__name__} {error}"
-        ) from None
-    order = [key for key in captions if captions[key]]
-    if not order:
-        raise ValueError(f"annotation_file: expected at least one caption, got none in {annotations}")
-    image_of = [i for i, key in enumerate(order) for _ in captions[key]]
-    return Captioned(_files(root, [names[key] for key in order]), len(order),
-                     [text for key in order for text in captions[key]], image_of)  # fmt: skip
+    found = captions.read(_wanted(annotations, "COCO's captions JSON"), split)
+    # Karpathy's file names the folder of the download too.
+    names = [name if (root / name).exists() else Path(name).name for name in found.images]
+    names = names if len(set(names)) == len(names) else found.images
+    return Captioned(ImageFiles(root, names), len(names), found.texts, found.image_of, names, found.keys)
 
 
 def aokvqa(root: Path, split: str, annotations: str | None) -> Questions:
@@ -146,7 +177,7 @@ def aokvqa(root: Path, split: str, annotations: str | None) -> Questions:
             raise ValueError(
                 f"annotation_file: expected correct_choice_idx in [0, {len(offered)}), got {answer} in question {i}"
             )
-    return Questions(_files(root, names), questions, choices, answers)
+    return Questions(ImageFiles(root, names), questions, choices, answers)
 
 
 DATASETS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -199,16 +230,3 @@ def _coco_name(root: Path, entry: dict[str, Any]) -> str:
     name = f"{int(entry['image_id']):012d}.jpg"
     nested = f"{entry['split']}2017/{name}" if "split" in entry else name
     return nested if (root / nested).exists() else name
-
-
-def _files(root: Path, names: list[str]) -> Callable[[int], Image]:
-    def image(i: int) -> Image:
-        from PIL import Image
-
-        try:
-            with Image.open(root / names[i]) as opened:
-                return opened.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"dataset_root: cannot read the image {root / names[i]} ({error})") from None
-
-    return image

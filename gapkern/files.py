@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check
+from gapkern import _check, layout
 
 CHUNK = 2**22  # numbers at hand at once when a file is streamed
 
@@ -107,10 +106,11 @@ def folder(path: str | os.PathLike, *, name: str = "out") -> Path:
 
 
 def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
-    """The embedding files of a folder, in natural order (2 before 10); or `path` alone where it is no folder.
+    """The embedding files that `path` means, in natural order (2 before 10); `path` alone where it is no folder.
 
     Raises:
-        ValueError: the folder holds no `.npy` or `.safetensors` files, or both kinds.
+        ValueError: the folder holds no `.npy` or `.safetensors` files, both, or means two things: see
+            `gapkern.layout`.
 
     Example:
         >>> import tempfile
@@ -120,24 +120,7 @@ def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
         >>> [Path(shard).name for shard in shards(folder)], size(folder)
         (['img_emb_2.npy', 'img_emb_10.npy'], (12, 3))
     """
-    if not os.path.isdir(path):
-        return [os.fspath(path)]
-    found = [p for p in Path(path).iterdir() if p.suffix in (".npy", ".safetensors") and not p.name.startswith(".")]
-    kinds = {p.suffix for p in found}
-    if len(kinds) != 1:
-        got = " and ".join(sorted(kinds)) or "neither"
-        raise ValueError(f"{name}: expected .npy or .safetensors files in the folder {path}, got {got}")
-    return [str(p) for p in sorted(found, key=lambda p: natural(p.name))]
-
-
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts numbers within names by their value.
-
-    Example:
-        >>> sorted(["x_10", "x_2"], key=natural)
-        ['x_2', 'x_10']
-    """
-    return [(not t.isdigit(), int(t) if t.isdigit() else 0, t) for t in re.split(r"(\d+)", name)]
+    return layout.shards(path, name=name)
 
 
 def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:

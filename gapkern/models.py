@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gapkern import _check, files
 from gapkern._logs import quiet
+from gapkern.prompts import Templates, check_templates, fill
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +24,8 @@ class Model:
 
     Attributes:
         module: with encode_image and encode_text.
-        preprocess: of a PIL image, to (3, H, W).
+        preprocess: of a PIL image, to (3, H, W). Images are as PIL opens them: EXIF orientation is not applied, as in
+            open_clip's training and evaluation; `PIL.ImageOps.exif_transpose` turns a picture before.
         tokenizer: of a list of strings, to (B, context).
         id: what manifests call it; of a local checkpoint it holds the hash of its bytes, and no path.
         device: where it is.
@@ -46,9 +48,12 @@ class Model:
         """(B, D) float32 embeddings of preprocessed images (B, 3, H, W), L2-normalised in float32."""
         return self._encode(self.module.encode_image, images, normalize)
 
-    def encode_texts(self, texts: Sequence[str], *, normalize: bool = True) -> Tensor:
-        """(B, D) float32 embeddings of strings, L2-normalised in float32."""
-        return self._encode(self.module.encode_text, self.tokenizer(list(texts)), normalize)
+    def encode_texts(self, texts: str | Sequence[str], *, normalize: bool = True) -> Tensor:
+        """(B, D) float32 embeddings of strings, or (1, D) of one string, L2-normalised in float32."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"texts: expected strings, got {type(wrong[0]).__name__}")
+        return self._encode(self.module.encode_text, self.tokenizer(texts), normalize)
 
     @torch.inference_mode()
     def _encode(self, encode: Callable[[Tensor], Tensor], batch: Tensor, normalize: bool) -> Tensor:
@@ -57,21 +62,27 @@ class Model:
         found = found.float()
         return torch.nn.functional.normalize(found, dim=1) if normalize else found
 
-    def classifier(self, names: Sequence[str], templates: Sequence[str], batch_size: int = 256) -> Tensor:
+    def classifier(self, names: Sequence[str], templates: Templates | Sequence[str], batch_size: int = 256) -> Tensor:
         """Class vectors (C, D), float32: see `zero_shot_classifier`.
 
-        Raises:
-            ValueError: no names or templates, or a template without {c}.
-        """
-        from gapkern.prompts import check_templates, fill
+        Args:
+            names: the classes, in the order of the vectors.
+            templates: with {c} for the class; or each class's own prompts.
+            batch_size: texts at a time.
 
-        if not names:
-            raise ValueError("names: expected at least one class, got none")
-        texts = [text for prompts in fill(check_templates(templates), list(names)) for text in prompts]
+        Raises:
+            ValueError: no names or templates, a template without {c}, no prompts of a class.
+        """
+        if isinstance(names, str) or not names:
+            raise ValueError(f"names: expected a list of at least one class, got {names!r}")
+        templates = templates if isinstance(templates, dict) else check_templates(templates)
+        filled = fill(templates, list(names))
+        texts = [text for prompts in filled for text in prompts]
         parts = [
             self.encode_texts(texts[i : i + batch_size], normalize=False) for i in range(0, len(texts), batch_size)
         ]
-        return zero_shot_classifier(torch.cat(parts).view(len(names), len(templates), -1))
+        each = torch.cat(parts).split([len(prompts) for prompts in filled])
+        return torch.cat([zero_shot_classifier(part[None]) for part in each])
 
 
 def zero_shot_classifier(prompts: Tensor) -> Tensor:

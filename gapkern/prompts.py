@@ -1,4 +1,4 @@
-"""Class names and prompt templates from JSON files in CLIP_benchmark's formats, whose own files can be named too."""
+"""Class names and prompt templates from lines or CLIP_benchmark's JSON files, whose own can be named too."""
 
 import importlib.util
 import json
@@ -24,18 +24,58 @@ def read_json(name: str, path: str | os.PathLike) -> Any:
             if (Path(folder) / "datasets" / file).exists():
                 file = Path(folder) / "datasets" / file
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: expected JSON, got {path} ({error})") from None
+
+
+def read_lines(name: str, path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 file. LF or CRLF ends a line and nothing else does; blank lines at the end are none.
+
+    Raises:
+        ValueError: no such file, not UTF-8.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "lines.txt"
+        >>> _ = file.write_bytes(bytes([97, 13, 10, 10, 98, 10, 10]))
+        >>> read_lines("texts", file)
+        ['a', '', 'b']
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8 in {path}, got {error}") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def check_text(name: str, value: Any, where: str) -> str:
+    """`value` if it is a string that UTF-8 can hold.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a string for {where}, got {_some(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected text for {where}, got a lone surrogate in {value!a}") from None
+    return value
 
 
 def load_templates(path: str | os.PathLike, dataset: str) -> Templates:
     """Templates with {c} for the class, or each class's own prompts.
 
-    The file holds a list; or, by dataset, a list or a dictionary of prompts by class. A dataset that it lacks takes
-    those of imagenet1k, as in CLIP_benchmark.
+    The file holds one per line, or JSON: a list; or, by dataset, a list or a dictionary of prompts by class. A dataset
+    that it lacks takes those of imagenet1k, as in CLIP_benchmark.
 
     Raises:
         ValueError: not such a file, nothing for this dataset, a template without {c}.
@@ -47,7 +87,7 @@ def load_templates(path: str | os.PathLike, dataset: str) -> Templates:
         >>> load_templates(file, "digits")
         ['the digit {c}']
     """
-    found = read_json("templates", path)
+    found = _read("templates", path)
     if isinstance(found, dict):
         chosen = next((found[key] for key in (*_keys(dataset), "imagenet1k") if key in found), None)
         if chosen is None:
@@ -72,18 +112,27 @@ def check_templates(templates: Any) -> list[str]:
     return list(templates)
 
 
-def load_classnames(path: str | os.PathLike, dataset: str) -> list[str]:
-    """Class names in the order of the labels: a list, or lists by dataset.
+def load_classnames(path: str | os.PathLike, dataset: str = "") -> list[str] | dict[str, str]:
+    """Class names, or a mapping of what the classes are called where the images are to their names.
+
+    The file holds one per line, or JSON: a list, a mapping, or either by dataset. Without a dataset that is named, a
+    file of one takes that.
 
     Raises:
         ValueError: not such a file, or nothing for this dataset.
     """
-    found = read_json("classnames", path)
-    if isinstance(found, dict):
+    found = _read("classnames", path)
+    if isinstance(found, dict) and not all(isinstance(value, str) for value in found.values()):
         chosen = next((found[key] for key in _keys(dataset) if key in found), None)
+        if chosen is None and not dataset and len(found) == 1:
+            chosen = next(iter(found.values()))
         if chosen is None:
-            raise ValueError(f"classnames: expected {dataset!r} in {path}, got {_some(found)}")
+            wanted = repr(dataset) if dataset else "a list, a mapping, or --dataset to choose by"
+            raise ValueError(f"classnames: expected {wanted} in {path}, got {_some(found)}")
         found = chosen
+    if isinstance(found, dict):
+        _strings("classnames", list(found.values()))
+        return found
     return _strings("classnames", found)
 
 
@@ -105,6 +154,15 @@ def fill(templates: Templates, classnames: list[str]) -> list[list[str]]:
     return [[template.format(c=name) for template in templates] for name in classnames]
 
 
+def _read(name: str, path: str | os.PathLike) -> Any:
+    if os.fspath(path).endswith(".json"):
+        return read_json(name, path)
+    lines = read_lines(name, path)
+    if blank := [i + 1 for i, line in enumerate(lines) if not line.strip()]:
+        raise ValueError(f"{name}: expected no blank line within {path}, got one in line {blank[0]}")
+    return lines
+
+
 def _keys(dataset: str) -> tuple[str, ...]:
     """vtab/x, tfds/x and wds/x are found as x too."""
     prefix, _, short = dataset.partition("/")
@@ -114,9 +172,9 @@ def _keys(dataset: str) -> tuple[str, ...]:
 def _strings(name: str, value: Any) -> list[str]:
     if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) for v in value):
         raise ValueError(f"{name}: expected a list of strings, got {_some(value)}")
-    return list(value)
+    return [check_text(name, text, "each") for text in value]
 
 
 def _some(value: Any) -> str:
-    text = ", ".join(map(repr, list(value)[:5])) if isinstance(value, dict) else repr(value)
+    text = ", ".join(map(repr, list(value)[:5])) if isinstance(value, dict) and value else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -272,6 +272,18 @@ def test_an_interrupt_is_quiet(capsys, monkeypatch):
     assert (status, err) == (130, "gapkern gap: interrupted\n")
 
 
+def test_options_have_two_spellings():
+    from gapkern.cli import parser
+
+    for line in (
+        ["embed", "--batch{}size", "3", "--num{}workers", "1", "--on{}error", "skip"],
+        ["eval", "--batch{}size", "3", "--num{}workers", "1", "--recall{}k", "5", "--custom{}classname{}file", "x"],
+        ["gap", "a", "b", "--logit{}scale", "3"],
+    ):
+        hyphens, underscores = (parser().parse_args([part.replace("{}", mark) for part in line]) for mark in "-_")
+        assert {**vars(hyphens), "run": 0} == {**vars(underscores), "run": 0}
+
+
 def test_help_lists_every_verb(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0

@@ -29,7 +29,7 @@ SHORT = ["--steps", "3"]  # for the demo
 
 
 def test_there_is_something_to_test():
-    assert set(PAGES) == {"index.md", "science.md", "kernels.md", "faq.md", "api.md"}
+    assert set(PAGES) == {"index.md", "science.md", "kernels.md", "faq.md", "api.md", "rows.md"}
     assert len(EXAMPLES) >= 7
     assert len(OURS) >= 9
 

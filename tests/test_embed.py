@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -119,6 +120,12 @@ def test_embeddings_are_the_models_own(place, whole):
     assert np.load(place / "whole" / "labels.npy").tolist() == [int(n.split("/")[0]) for n in source.names]
     assert [row["caption"] for row in words.metadata()] == (place / "words.txt").read_text().splitlines()
     assert verify(place / "whole")["img_emb"]["metadata"]
+    assert torch.equal(pickle.loads(pickle.dumps(model.preprocess))(source.read(3)), batch[3]), "it goes to workers"
+    one = model.encode_texts("a cat")
+    assert torch.equal(one, model.encode_texts(["a cat"]))
+    assert one.shape == (1, 16)
+    with pytest.raises(TypeError, match="texts: expected strings, got int"):
+        model.encode_texts([3])
 
 
 def test_checkpoint_folder_tar_and_function_agree(place, whole, tmp_path):
@@ -317,14 +324,14 @@ def test_two_ranks_write_the_same(place, whole, tmp_path):
 _DIES = """
 import os, sys
 from gapkern.cli import main
-from gapkern.embeddings import sources
+from gapkern.embeddings import pictures
 if os.environ["RANK"] == "1":
-    decode = sources._decode
-    def dying(file, name):
+    decode = pictures.decode
+    def dying(content, name):
         if name == os.environ["DIES_AT"]:
             os.kill(os.getpid(), 9)
-        return decode(file, name)
-    sources._decode = dying
+        return decode(content, name)
+    pictures.decode = dying
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -75,6 +75,27 @@ def test_coco_captions(tmp_path):
         datasets.load("mscoco_captions", tmp_path, annotation_file=tmp_path / "captions.json")
 
 
+def test_karpathys_captions(tmp_path):
+    """`dataset_coco.json`: a split of it, whose images lie in the download's folders or in one."""
+    picture(tmp_path / "val2014" / "b.png", (7, 8, 9))
+    picture(tmp_path / "a.png", (1, 2, 3))
+    images = [
+        {"filepath": "val2014", "filename": f"{name}.png", "split": split, "cocoid": 9 - i,
+         "sentences": [{"raw": f"{name}{n}", "sentid": 10 * i + n, "imgid": i} for n in range(2)]}
+        for i, (name, split) in enumerate((("b", "test"), ("c", "restval"), ("a", "test"), ("d", "train")))
+    ]  # fmt: skip
+    file = tmp_path / "dataset_coco.json"
+    file.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    data = datasets.load("mscoco_captions", tmp_path, annotation_file=file)
+    assert (data.captions, data.image_of) == (["b0", "b1", "a0", "a1"], [0, 0, 1, 1])
+    assert data.keys == ["0", "1", "20", "21"]
+    assert [np.asarray(data.image(i))[0, 0].tolist() for i in range(2)] == [[7, 8, 9], [1, 2, 3]]
+    train = datasets.load("mscoco_captions", tmp_path, "train", annotation_file=file)
+    assert train.captions == ["c0", "c1", "d0", "d1"]
+    with pytest.raises(ValueError, match="annotation_file: expected the split 'dev', got restval, test, train"):
+        datasets.load("mscoco_captions", tmp_path, "dev", annotation_file=file)
+
+
 def test_aokvqa(tmp_path):
     entries = [
         {"split": "val", "image_id": 299207, "question_id": "x", "question": "What colour?", "choices": ["red", "blue"],

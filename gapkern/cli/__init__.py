@@ -1,14 +1,23 @@
 """`gapkern VERB`: one module per verb, each with `add(subparsers)` and `run(arguments)`."""
 
 import argparse
+import os
 import sys
 
+from gapkern import layout
 from gapkern.cli import answer
 
 VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
+    def add_argument(self, *names, **options):
+        """Options of several words, with hyphens, or with underscores as open_clip and CLIP_benchmark spell them."""
+        if names and names[0].startswith("--"):
+            head = [f"--{name[2:].replace('_', '-')}" for name in names]
+            names = tuple(dict.fromkeys([*head, *(f"--{name[2:].replace('-', '_')}" for name in names)]))
+        return super().add_argument(*names, **options)
+
     def error(self, message):
         """One line instead of the whole usage."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -29,12 +38,22 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    """Runs one verb; then says on stderr what it chose where its arguments left a choice, and what it left aside."""
+    with layout.notes() as said:
+        status = arguments.run(arguments) or 0
+    if os.environ.get("RANK", "0") == "0":
+        for line in said:
+            print(f"gapkern {arguments.verb}: {line}", file=sys.stderr)
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; bad input is one line on stderr and exit status 2, an interrupt 130."""
     arguments = parser().parse_args(argv)
     try:
         with answer.alone(getattr(arguments, "json", False)):
-            return arguments.run(arguments) or 0
+            return _run(arguments)
     except (ValueError, TypeError, ImportError) as error:
         print(f"gapkern {arguments.verb}: {error}", file=sys.stderr)
         return 2

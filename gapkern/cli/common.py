@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gapkern import files
+from gapkern import files, layout
 from gapkern.cli import answer
 
 
@@ -16,21 +17,30 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labels", help="'paired' where row i belongs to row i, or a .npy of right gallery rows (Q,)")
+    parser.add_argument("--labels", help="'paired' where row i belongs to row i, or a file of each query's right "
+                        "gallery row (Q,): .npy, .npz, .safetensors, .json, .csv, lines")  # fmt: skip
 
 
-def labels(text: str | None, count: int) -> Any:
-    """What --labels says: (Q,) integers, or None."""
-    import numpy as np
+def labels(
+    arguments: argparse.Namespace, queries: int, gallery: int, asking: str = "queries", *, fewer: bool = False
+) -> Any:
+    """What --labels says: each query's right gallery row (Q,), or None.
 
-    if text is None:
-        return None
-    if text == "paired":
-        return np.arange(count)
-    try:
-        return np.load(text, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"labels: expected 'paired' or a .npy file of integers, got {text} ({error})") from None
+    Args:
+        queries, gallery: the rows of both.
+        asking: the argument of the queries.
+        fewer: whether "paired" may leave gallery rows without a query.
+
+    Raises:
+        ValueError: see `gapkern.embeddings.labels.load`.
+    """
+    from gapkern.embeddings import sides
+    from gapkern.embeddings.labels import Side, load
+
+    names = None if os.path.isdir(arguments.gallery) else sides.of(arguments.gallery, name="gallery").get("names")
+    rows, to = Side(getattr(arguments, asking), queries, "queries"), Side(arguments.gallery, gallery, "gallery")
+    found = load(arguments.labels, rows, gallery, "gallery rows", names=names, to=to, fewer=fewer)
+    return None if found is None else found.numpy()
 
 
 def model(given: str | None, **paths: str) -> tuple[str | None, str]:
@@ -46,7 +56,8 @@ def model(given: str | None, **paths: str) -> tuple[str | None, str]:
     found = agreed({"--model": given, **known})
     if given or found is None:
         return found, ""
-    return found, "as the manifest of " + " and of ".join(paths[name] for name in known if known[name]) + " says"
+    said = [str(layout.place(paths[name], name=name)) for name in known if known[name]]
+    return found, "as the manifest of " + " and of ".join(said) + " says"
 
 
 def add_perturbations(parser: argparse.ArgumentParser, of: str = "") -> None:

@@ -1,12 +1,12 @@
 """`gapkern embed`: images and texts to a folder of embeddings, and `--verify` of one."""
 
-import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from gapkern.cli import common
+
+SHOWN = 10  # skipped images that are printed
 
 
 def add(verbs) -> None:
@@ -21,13 +21,18 @@ def add(verbs) -> None:
     parser.add_argument("--pretrained", help="open_clip's tag, or a local checkpoint")
     parser.add_argument("--images", nargs="+", help="a folder of images or of webdataset tars, or tars")
     parser.add_argument("--texts", help="a file of texts, one per line")
-    parser.add_argument("--captions", help="COCO's captions JSON; image_of.npy says which image each belongs to")
+    parser.add_argument("--captions", help="JSON of captions: COCO's, Karpathy's (of --split), or {file: captions}; "
+                        "they find their images by name, and image_of.npy says each one's row")  # fmt: skip
     parser.add_argument("--dataset", help="instead of --images: a data set by name, as for 'gapkern eval', such as "
                         "cifar10, imagefolder or mscoco_captions (with --annotation_file)")  # fmt: skip
     parser.add_argument("--root", default=".", help="where the data set lies (default: %(default)s)")
     parser.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
     parser.add_argument("--annotation_file", help="captions of the data set (COCO's JSON)")
-    parser.add_argument("--classnames", help="class names, JSON or one per line: classes.npy is written, their vectors")
+    parser.add_argument("--classnames", help="class names, JSON or one per line, in any order where the images lie in "
+                        "folders of these names; or a JSON object {folder: name}: classes.npy is written, their "
+                        "vectors")  # fmt: skip
+    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                        help="at an image that cannot be read; skip leaves it out (default: %(default)s)")  # fmt: skip
     parser.add_argument("--templates", help="JSON or one per line, with {c} for the class (default: a photo of a {c}.)")
     parser.add_argument("--out", help="the folder of embeddings")
     parser.add_argument("--verify", metavar="DIR", help="embed nothing: read all of DIR, compare it with its manifest")
@@ -68,8 +73,9 @@ def run(arguments) -> int:
                 arguments.model, arguments.pretrained, **_sources(arguments), out=arguments.out,
                 batch_size=arguments.batch_size, resume=not arguments.no_resume, shard_rows=arguments.shard_rows,
                 dtype=arguments.dtype, normalize=not arguments.raw, metadata=not arguments.no_metadata,
-                workers=arguments.num_workers, device=arguments.device, precision=arguments.precision,
-                timeout=arguments.timeout, on_progress=step if rank == 0 else lambda *_: None,
+                workers=arguments.num_workers, on_error=arguments.on_error, device=arguments.device,
+                precision=arguments.precision, timeout=arguments.timeout,
+                on_progress=step if rank == 0 else lambda *_: None,
             )  # fmt: skip
     except embeddings.RankLost as error:
         print(f"gapkern embed: {error}", file=sys.stderr, flush=True)
@@ -80,6 +86,7 @@ def run(arguments) -> int:
 
 
 def _sources(arguments) -> dict[str, Any]:
+    from gapkern import prompts
     from gapkern.embeddings import sources
 
     if arguments.dataset and arguments.images:
@@ -90,7 +97,7 @@ def _sources(arguments) -> dict[str, Any]:
     if arguments.images and len(arguments.images) == 1:
         given["images"] = arguments.images[0]
     if arguments.captions:
-        given["texts"] = sources.captions(arguments.captions)
+        given["texts"] = sources.captions(arguments.captions, arguments.split)
     if arguments.dataset:
         given["images"], captions = sources.dataset(
             arguments.dataset, arguments.root, arguments.split, arguments.annotation_file
@@ -98,21 +105,11 @@ def _sources(arguments) -> dict[str, Any]:
         given["texts"] = captions if given["texts"] is None else given["texts"]
     if arguments.templates and not arguments.classnames:
         raise ValueError("templates: expected --classnames beside them, got none")
-    for name in ("classnames", "templates"):
-        if getattr(arguments, name):
-            given[name] = _strings(name, getattr(arguments, name))
+    if arguments.classnames:
+        given["classnames"] = prompts.load_classnames(arguments.classnames, arguments.dataset or "")
+    if arguments.templates:
+        given["templates"] = prompts.load_templates(arguments.templates, arguments.dataset or "")
     return given
-
-
-def _strings(name: str, path: str) -> list[str]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        found = json.loads(text) if path.endswith(".json") else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: cannot read {path} ({error})") from None
-    if not isinstance(found, list) or not found or not all(isinstance(entry, str) for entry in found):
-        raise ValueError(f"{name}: expected a list of strings in {path}")
-    return found
 
 
 def _show(arguments, found: dict[str, Any]) -> None:
@@ -123,6 +120,10 @@ def _show(arguments, found: dict[str, Any]) -> None:
         facts = found[kind]
         kept = f" ({facts['rows'] - computed} rows were there already)" if computed < facts["rows"] else ""
         print(f"{kind}: {facts['rows']} x {facts['dims']} {facts['dtype']} in {len(facts['shards'])} shards{kept}")
+    for key, reason in list(found.get("skipped", {}).items())[:SHOWN]:
+        print(f"skipped: {key}: {reason}")
+    if (more := len(found.get("skipped", {})) - SHOWN) > 0:
+        print(f"skipped: {more} more, see img_emb/manifest.json")
     if "classes" in found:
         print(f"classes.npy: {found['classes'][0]} x {found['classes'][1]}")
     print(f"{found['model']}: {arguments.out}")

@@ -24,13 +24,15 @@ def add(verbs) -> None:
                         "embed' wrote")  # fmt: skip
     parser.add_argument("--texts", help="text embeddings: class vectors (C, D), prompts (templates, C, D), captions, "
                         "or the choices of all questions in order")  # fmt: skip
-    parser.add_argument("--labels", help="the images' classes, a .npy; for retrieval each text's image: a .npy, "
-                        "'paired' or the number of captions per image")  # fmt: skip
+    parser.add_argument("--labels", help="the images' classes, for retrieval each text's image: a file (.npy, .npz, "
+                        ".safetensors, .json, .csv, lines); for retrieval also 'paired' or the number of captions per "
+                        "image")  # fmt: skip
     parser.add_argument("--dataset", nargs="+", default=[], help="data sets by name; with --images the name that the "
                         "result bears")  # fmt: skip
     parser.add_argument("--dataset_root", default=".", help="where it lies; {dataset} stands for the name")
     parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--annotation_file", help="captions (COCO's JSON) or questions (A-OKVQA's JSON)")
+    parser.add_argument("--annotation_file", help="captions (COCO's or Karpathy's JSON, see --split) or questions "
+                        "(A-OKVQA's JSON)")  # fmt: skip
     parser.add_argument("--model", nargs="+", default=[], help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, "
                         "or a configuration's JSON; with --images the name that the result bears")  # fmt: skip
     parser.add_argument("--pretrained", nargs="+", default=[], help="open_clip's tag, or a local checkpoint; none for "
@@ -38,7 +40,8 @@ def add(verbs) -> None:
     parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: by the data set")
     parser.add_argument("--recall_k", type=int, nargs="+", default=[5], help="k of recall@k (default: 5)")
     parser.add_argument("--custom_template_file", help="JSON: templates with {c}, a list or by data set")
-    parser.add_argument("--custom_classname_file", help="JSON: class names, a list or by data set")
+    parser.add_argument("--custom_classname_file", help="class names, in any order where they are the data set's: one "
+                        "per line, or JSON: a list, an object {class: name}, or either by data set")  # fmt: skip
     parser.add_argument("--choice_template", default="{q} {a}", help="text of a question and an answer "
                         "(default: '%(default)s')")  # fmt: skip
     parser.add_argument("--language", default="en", help="what the result bears (default: %(default)s)")
@@ -190,7 +193,8 @@ def _targets(arguments, facts, settings) -> list[Any]:
 
 def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the task takes, and what the records say beside its facts."""
-    from gapkern import datasets, prompts
+    from gapkern import datasets, layout, prompts
+    from gapkern.embeddings.shifted import check_unmoved
     from gapkern.evaluation import encode, inputs
 
     dataset, task = facts["dataset"], facts["task"]
@@ -201,12 +205,17 @@ def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, A
     if arguments.custom_classname_file:
         names = prompts.load_classnames(arguments.custom_classname_file, dataset)
     if arguments.images is not None:
-        told: dict[str, Any] = {"model_id": inputs.model_of(arguments.images, arguments.texts)}
+        told: dict[str, Any] = {"model_id": inputs.model_of(arguments.images, arguments.texts),
+                                "inputs": inputs.made_from(arguments.images, arguments.texts)}  # fmt: skip
+        if shift is not None:
+            for name in ("images", "texts"):
+                check_unmoved(layout.place(getattr(arguments, name), inputs.KINDS[name], name=name), name=name)
         inputs.same_model(shift, facts["model"] if arguments.model else None, told["model_id"])
         known = list(templates) if arguments.custom_template_file else None
         given = inputs.from_files(
-            task, arguments.images, arguments.texts, ranks, arguments.labels, arguments.annotation_file, known
+            task, arguments.images, arguments.texts, ranks, arguments.labels, arguments.annotation_file, known, names
         )
+        names = list(names.values()) if isinstance(names, dict) else names
         dumped = {"classnames": names, "templates": templates if known else None}
     else:
         with common.progress({"images": "embedding images", "texts": "embedding texts"}) as step:
@@ -215,6 +224,7 @@ def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, A
             told = {"model_id": encoder.model.id, "precision": encoder.model.precision}
             inputs.same_model(shift, facts["model"], encoder.model.id)
             given = encode.from_model(task, encoder, data, templates, names, arguments.choice_template)
+        names = list(names.values()) if isinstance(names, dict) else names
         dumped = {"classnames": names or getattr(data, "classes", None), "templates": templates}
     kept = {key: value for key, value in dumped.items() if getattr(arguments, f"dump_{key}") and value}
     return given, {key: value for key, value in told.items() if value} | kept

@@ -1,6 +1,6 @@
 """`gapkern gap`: the metrics of a pair of embedding files."""
 
-from gapkern import files
+from gapkern import files, layout
 from gapkern.cli import common
 
 
@@ -8,7 +8,8 @@ def add(verbs) -> None:
     parser = verbs.add_parser(
         "gap",
         help="measure the modality gap of paired embeddings",
-        description="Measures the modality gap of paired embeddings: row i of IMAGES belongs to row i of TEXTS. Files "
+        description="Measures the modality gap of paired embeddings: row i of IMAGES belongs to row i of TEXTS, which "
+        "is checked where both are known by name. A folder of 'gapkern embed' stands for its images, or texts. Files "
         "are .npy or .safetensors; 'file.npy[0]' takes the first matrix of a stack, 'file.safetensors[key]' a tensor.",
     )
     parser.add_argument("images", help="embeddings of the first modality, (N, D)")
@@ -21,10 +22,13 @@ def add(verbs) -> None:
 
 def run(arguments) -> int:
     from gapkern import gap_metrics
+    from gapkern.embeddings.labels import Side, check_paired
 
-    common.model(None, images=arguments.images, texts=arguments.texts)
-    images = files.load_embeddings(arguments.images, name="images")
-    texts = files.load_embeddings(arguments.texts, name="texts")
+    sides = {"images": "img_emb", "texts": "text_emb"}
+    places = {name: str(layout.place(getattr(arguments, name), kind, name=name)) for name, kind in sides.items()}
+    common.model(None, **places)
+    images, texts = (files.load_embeddings(path, name=name) for name, path in places.items())
+    check_paired(Side(places["images"], len(images), "images"), Side(places["texts"], len(texts), "texts"))
     metrics = gap_metrics(images, texts, logit_scale=arguments.logit_scale)
     if arguments.out:
         files.write_json(arguments.out, metrics)

@@ -33,8 +33,11 @@ def add(verbs) -> None:
 
 def run(arguments) -> int:
     from gapkern import MeanShift
+    from gapkern.embeddings.shifted import check_unmoved
 
     shift = MeanShift.load(arguments.shift) if arguments.shift else None
+    if shift is not None:
+        check_unmoved(arguments.gallery, name="gallery")
     if arguments.compare:
         return _compare(arguments, shift)
     if not arguments.out:
@@ -71,9 +74,10 @@ def _compare(arguments, shift) -> int:
         _check.extra("matplotlib", "matplotlib", "demo")
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.compare, name="queries")
+    positives = common.labels(arguments, len(queries), len(gallery), "compare", fewer=True)
     with common.progress({"compare": "quantisers"}) as step:
         result = compare_quantisers(
-            queries, gallery, arguments.factory, shift=shift, positives=common.labels(arguments.labels, len(queries)),
+            queries, gallery, arguments.factory, shift=shift, positives=positives,
             k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
     if out is not None:

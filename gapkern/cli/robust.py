@@ -50,6 +50,7 @@ def run(arguments) -> int:
         *common.perturbations(arguments),
         *(Replace(files.load_embeddings(f, name="replace"), label=f) for f in arguments.replace),
     ]
+    labels = common.labels(arguments, len(queries), len(gallery))
     if not perturbations:
         raise ValueError("expected at least one of --gaussian, --uniform, --quantize, --replace")
     out = files.folder(arguments.out) if arguments.out else None
@@ -59,7 +60,7 @@ def run(arguments) -> int:
     else:
         shift = MeanShift(n_components=arguments.components).fit(gallery, queries)
     result = sweep(
-        queries, gallery, arguments.alphas, perturbations, common.labels(arguments.labels, len(queries)), shift=shift,
+        queries, gallery, arguments.alphas, perturbations, labels, shift=shift,
         on=arguments.on, when=arguments.when,
         method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=sys.stderr.isatty(),
         journal=out and out / JOURNAL,

@@ -1,11 +1,8 @@
 """`gapkern shift fit`, `apply` and `compare`: close the gap in files."""
 
 import argparse
-import json
-import os
-from pathlib import Path
 
-from gapkern import files
+from gapkern import files, layout
 from gapkern.cli import common
 
 
@@ -87,9 +84,13 @@ def _add_sides(parser) -> None:
 
 def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
+    from gapkern.embeddings import described
 
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
     model, said = common.model(arguments.model, gallery=arguments.gallery, queries=arguments.queries)
+    for side in ("gallery", "queries"):
+        if described(getattr(arguments, side), name=side).get("transforms"):
+            layout.note(f"{side}: a shift has moved these already")
     shift = MeanShift(
         1.0 if best else arguments.alpha, arguments.components, arguments.moves, arguments.normalize,
         arguments.agreement, model,
@@ -128,6 +129,7 @@ def run_fit(arguments) -> int:
 
 def run_apply(arguments) -> int:
     from gapkern import MeanShift
+    from gapkern.embeddings import shifted
 
     shift = MeanShift.load(arguments.shift)
     if arguments.alpha is not None:
@@ -137,40 +139,24 @@ def run_apply(arguments) -> int:
     if dims != len(shift.shift_vector_):
         raise ValueError(f"embeddings: expected D = {len(shift.shift_vector_)} as fitted, got ({rows}, {dims})")
     model, _ = common.model(arguments.model, embeddings=arguments.embeddings)
-    pairs = _targets(arguments, shift)
+    target = shifted.Target(
+        arguments.embeddings, arguments.out, shifted.transform(shift, arguments.side), model or shift.model
+    )
     done = 0
     with common.progress({"apply": f"moving the {arguments.side}"}) as step:
-        for source, target in pairs:
+        for source, goal in target.pairs:
             count = files.size(source, name="embeddings")[0]
-            if target is not None:
-                for n in files.convert(source, target, lambda x: move(x, model=model), name="embeddings"):
+            if goal is not None:
+                for n in files.convert(source, goal, lambda x: move(x, model=model), name="embeddings"):
                     step("apply", done + n, rows)
+                target.done(source, goal)
             done += count
             step("apply", done, rows)
-    finished = sum(target is None for _, target in pairs)
+    target.finish()
+    finished = sum(goal is None for _, goal in target.pairs)
     print(f"{arguments.side}: {rows} x {dims} moved to {arguments.out}"
-          + (f" ({finished} of {len(pairs)} shards were there already)" if finished else ""))  # fmt: skip
+          + (f" ({finished} of {len(target.pairs)} shards were there already)" if finished else ""))  # fmt: skip
     return 0
-
-
-def _targets(arguments, shift) -> list[tuple[str, Path | None]]:
-    """Source and target of every shard; no target for one that an earlier run has finished."""
-    sources = files.shards(arguments.embeddings, name="embeddings")
-    if not os.path.isdir(arguments.embeddings):
-        return [(sources[0], Path(arguments.out))]
-    out = files.folder(arguments.out)
-    if out.resolve() == Path(arguments.embeddings).resolve():
-        raise ValueError(f"out: expected another folder than that of the embeddings, got {out}")
-    facts = {"shift": files.fingerprint(shift.shift_vector_), "alpha": shift.alpha, "normalize": shift.normalize,
-             "moves": shift.moves, "side": arguments.side}  # fmt: skip
-    note = out / "shift.json"
-    if note.exists() and json.loads(note.read_text()) != facts:
-        raise ValueError(f"out: expected an empty folder or one of the same shift, got {out}, which holds another's")
-    if not note.exists() and any(out.iterdir()):
-        raise ValueError(f"out: expected an empty folder or one of the same shift, got {out}, which holds other files")
-    files.write_json(note, facts)
-    targets = [out / Path(source).name for source in sources]
-    return [(s, None if t.exists() else t) for s, t in zip(sources, targets, strict=True)]
 
 
 def run_compare(arguments) -> int:
@@ -180,7 +166,7 @@ def run_compare(arguments) -> int:
     common.model(None, gallery=arguments.gallery, queries=arguments.queries)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.queries, name="queries")
-    labels = common.labels(arguments.labels, len(queries))
+    labels = common.labels(arguments, len(queries), len(gallery))
     rows: list[dict] = []
     with common.progress({"compare": "components"}) as step:
         for i, wanted in enumerate(arguments.components):

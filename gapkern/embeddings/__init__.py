@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from gapkern.embeddings.folder import Embeddings, manifest, model_of, write_folder
+from gapkern.embeddings.folder import Embeddings, described, manifest, model_of, write_folder
 from gapkern.embeddings.verification import verify
 
-__all__ = ["Embeddings", "RankLost", "embed", "manifest", "model_of", "verify", "write_folder"]
+__all__ = ["Embeddings", "RankLost", "described", "embed", "manifest", "model_of", "verify", "write_folder"]
 
 
 def __getattr__(name: str) -> Any:
     # `run` stands above `gapkern.models`, which reads hashes from here.
     if name in ("embed", "RankLost"):
-        from gapkern.embeddings import run
+        from gapkern.embeddings import job, run
 
-        return getattr(run, name)
+        return run.embed if name == "embed" else job.RankLost
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

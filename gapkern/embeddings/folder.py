@@ -2,13 +2,16 @@
 
     OUT/img_emb/img_emb_0.npy ...     OUT/metadata/metadata_0.parquet ...
     OUT/text_emb/text_emb_0.npy ...   OUT/text_metadata/metadata_0.parquet ...
-    OUT/<kind>/manifest.json          model, rows, D, dtype, and each shard's rows, bytes and SHA-256
+    OUT/<kind>/manifest.json          model, rows, D, dtype, the order of the rows' keys, what the embeddings were made
+                                      from, and each shard's rows, bytes and SHA-256
 
-Shards are in natural order (2 before 10). Where clip-retrieval wrote the folder, `metadata` belongs to both kinds and
-there is no manifest.
+The keys are the metadata's column `key`; the manifest has their order's hash. Shards are in natural order (2 before
+10). Where clip-retrieval wrote the folder, `metadata` belongs to both kinds, there is no manifest, and the order of the
+rows is called "as stored".
 """
 
 import bisect
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,32 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check, files, layout
+from gapkern.embeddings import keys
+from gapkern.layout import FORMAT, KINDS, MANIFEST, VERSION, place
 
-FORMAT, VERSION = "gapkern.embeddings", 1
-MANIFEST = "manifest.json"
-KINDS = ("img_emb", "text_emb")
+ENTRY = {"name": str, "rows": int, "bytes": int, "sha256": str}
+PARTS: dict[str, dict[str, type]] = {
+    "metadata": {"name": str, "sha256": str},
+    "sources": {"source": str, "told": str, "skipped": dict},
+    "transforms": {"name": str},
+}
+FACTS: dict[str, type] = {"model": str, "order": str, "transforms": list, "metadata": list, "spans": list,
+                          "sources": list, "skipped": dict}  # fmt: skip
 METADATA = {"img_emb": ("metadata",), "text_emb": ("text_metadata", "metadata")}
-
-
-def place(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> Path:
-    """The file or folder of shards that `path` means: itself, or the `img_emb` or `text_emb` in it.
-
-    Raises:
-        ValueError: nothing is there, or both kinds are and `kind` does not say which.
-    """
-    path = Path(path)
-    if kind is not None:
-        _check.choice("kind", kind, KINDS)
-        if (path / kind).is_dir():
-            return path / kind
-    inside = [path / k for k in KINDS if (path / k).is_dir()]
-    if len(inside) == 1 and kind is None:
-        return inside[0]
-    if inside:
-        expected = " or ".join(KINDS) if kind is None else kind
-        raise ValueError(f"{name}: expected {expected} in {path}, got {' and '.join(p.name for p in inside)}")
-    return path
 
 
 def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] | None:
@@ -54,20 +44,52 @@ def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] |
     """
     file = Path(path) / MANIFEST
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{name}: expected JSON in {file}, got {error}") from None
     got = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
     if got != (FORMAT, VERSION):
         raise ValueError(f"{name}: expected {FORMAT} of version {VERSION}, got {got[0]!r}, {got[1]!r} in {file}")
     fields = {"rows": int, "dims": int, "dtype": str, "shards": list}
-    wrong = [key for key, kind in fields.items() if not isinstance(found.get(key), kind)]
-    entries = found["shards"] if not wrong else []
-    if wrong or not all(isinstance(e, dict) and {"name", "rows", "bytes", "sha256"} <= e.keys() for e in entries):
+    if not (_has(found, fields) and all(_has(entry, ENTRY) for entry in found["shards"])):
         raise ValueError(f"{name}: expected {', '.join(fields)} with each shard's hash in {file}, got {list(found)}")
+    odd = [key for key, kind in FACTS.items() if not isinstance(found.get(key), kind | None)]
+    odd += [key for key, fields in PARTS.items() if not all(_has(entry, fields) for entry in found.get(key) or [])]
+    odd += [] if odd or all(map(_is_span, found.get("spans") or [])) else ["spans"]
+    if odd:
+        key = odd[0]
+        raise ValueError(f"{name}: expected {key} as embed writes it in {file}, got {str(found[key])[:40]!r}")
     return found
+
+
+def _is_span(ends: Any) -> bool:
+    return isinstance(ends, list) and len(ends) in (0, 2) and all(isinstance(key, str) for key in ends)
+
+
+def _has(entry: Any, fields: Mapping[str, type]) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
+
+
+def described(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
+    """What is known of embeddings beside their values: the manifest of a folder, or what stands beside a file.
+
+    Raises:
+        ValueError: see `place` and `manifest`.
+    """
+    found = place(path, kind, name=name)
+    if found.is_dir():
+        return manifest(found, name=name) or {}
+    note = Path(f"{found}.json")
+    try:
+        told = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    # A file that has been written anew since is not the one that was described.
+    if not isinstance(told, dict) or told.get("format") != FORMAT or told.get("bytes") != found.stat().st_size:
+        return {}
+    return told if told.get("sha256") == files.digest(found) else {}
 
 
 def model_of(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> str | None:
@@ -79,8 +101,7 @@ def model_of(path: str | os.PathLike, kind: str | None = None, *, name: str = "p
     Raises:
         ValueError: the folder holds both kinds and `kind` does not say which; its manifest is none.
     """
-    found = manifest(place(path, kind, name=name), name=name) if os.path.isdir(path) else None
-    return None if found is None else found.get("model")
+    return described(path, kind, name=name).get("model")
 
 
 def agreed(models: Mapping[str, str | None]) -> str | None:
@@ -108,7 +129,8 @@ class Embeddings:
         path: `.npy`, `.safetensors`, a folder of either, or one that holds `img_emb` or `text_emb`.
         kind: "img_emb" or "text_emb", where the folder holds both.
 
-    Attributes: shards (paths in natural order), counts (rows of each), dims, dtype, manifest (or None), model.
+    Attributes: shards (paths in natural order), counts (rows of each), dims, dtype, manifest (or None), model, order
+    (the hash of the rows' keys, or None where rows are as stored).
 
     Raises:
         ValueError: what is there cannot be read, shards differ in D or dtype, or names, rows, bytes, D or dtype are not
@@ -145,6 +167,27 @@ class Embeddings:
     @property
     def model(self) -> str | None:
         return None if self.manifest is None else self.manifest.get("model")
+
+    @property
+    def order(self) -> str | None:
+        return None if self.manifest is None else self.manifest.get("order")
+
+    def keys(self, column: str = "key") -> list[str] | None:
+        """The rows' keys, from the metadata; None where it is not there or has no such column.
+
+        Raises:
+            ValueError: the metadata is not the one whose keys' order the manifest has.
+        """
+        if not metadata_files(self.path):
+            return None
+        parquet = _check.extra("pyarrow.parquet", "pyarrow", "tables")
+        with self._parquet():
+            if any(column not in parquet.read_schema(part).names for part in metadata_files(self.path)):
+                return None
+        found = [str(row[column]) for row in self.metadata([column])]
+        if column == "key" and self.order is not None and keys.order(found) != self.order:
+            raise ValueError(f"{self._name}: expected metadata of the order in {self.path / MANIFEST}, got another's")
+        return found
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -185,20 +228,32 @@ class Embeddings:
         """
         parquet = _check.extra("pyarrow.parquet", "pyarrow", "tables")
         parts = metadata_files(self.path)
-        counts = [parquet.read_metadata(part).num_rows for part in parts]
+        with self._parquet():
+            counts = [parquet.read_metadata(part).num_rows for part in parts]
         if sum(counts) != len(self):
             raise ValueError(f"{self._name}: expected metadata of {len(self)} rows for {self.path}, got {sum(counts)}")
         for part in parts:
-            for batch in parquet.ParquetFile(part).iter_batches(columns=columns):
-                yield from batch.to_pylist()
+            with self._parquet():
+                for batch in parquet.ParquetFile(part).iter_batches(columns=columns):
+                    yield from batch.to_pylist()
+
+    @contextlib.contextmanager
+    def _parquet(self) -> Iterator[None]:
+        """Turns what pyarrow raises on damaged files into one line."""
+        arrow = _check.extra("pyarrow", "pyarrow", "tables")
+        try:
+            yield
+        except (arrow.ArrowException, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{self._name}: expected Parquet beside {self.path}, got {reason}") from None
 
 
 def metadata_files(shards: Path) -> list[Path]:
     """The Parquet files that belong to a folder of shards, in natural order; none where there are none."""
-    for folder in METADATA.get(shards.name, ()):
-        found = [p for p in (shards.parent / folder).glob("*.parquet") if not p.name.startswith(".")]
+    for folder in (*(shards.parent / name for name in METADATA.get(shards.name, ())), shards / "metadata"):
+        found = [p for p in folder.glob("*.parquet") if not p.name.startswith(".")]
         if found:
-            return sorted(found, key=lambda p: files.natural(p.name))
+            return sorted(found, key=lambda p: layout.natural(p.name))
     return []
 
 
@@ -247,7 +302,13 @@ def write_manifest(folder: Path, entries: list[dict[str, Any]], dims: int, dtype
 
 
 def write_folder(
-    out: str | os.PathLike, kind: str, parts: Iterable[Tensor], *, model: str | None = None, suffix: str = ".npy"
+    out: str | os.PathLike,
+    kind: str,
+    parts: Iterable[Tensor],
+    *,
+    model: str | None = None,
+    suffix: str = ".npy",
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Writes matrices (n, D) as the shards of `out/kind`, and their manifest, which it returns.
 
@@ -256,21 +317,50 @@ def write_folder(
         parts: one shard each, alike in D and dtype.
         model: the id of what made them.
         suffix: ".npy" or ".safetensors".
+        names: the rows' keys, each once, which are kept in Parquet files beside the shards; needs pyarrow.
 
     Raises:
-        ValueError: the folder holds shards already, parts differ or there are none, or hold NaN or infinity.
+        ValueError: the folder holds shards already, parts differ or there are none, or hold NaN or infinity; another
+            number of names than rows, or one twice.
     """
     folder = files.folder(Path(out) / _check.choice("kind", kind, KINDS))
     if there := [p.name for p in folder.iterdir() if p.suffix in (".npy", ".safetensors")]:
         raise ValueError(f"out: expected a folder without shards, got {folder} with {there[0]}")
     entries: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
     shape: Any = None
+    rows = 0
+    if names is not None:
+        keys.unique("names", names)
     for i, part in enumerate(parts):
         part = _check.finite(f"parts[{i}]", _check.matrix(f"parts[{i}]", part))
         if shape not in (None, (part.shape[1], part.dtype)):
             raise ValueError(f"parts[{i}]: expected D and dtype {shape}, got {(part.shape[1], part.dtype)}")
         shape = (part.shape[1], part.dtype)
+        if names is not None:
+            mine = list(names[rows : rows + len(part)])
+            if len(mine) < len(part):
+                raise ValueError(f"names: expected one for each row, got {len(names)} for more than {rows} rows")
+            told.append(write_metadata(folder, i, {"key": mine}))
+        rows += len(part)
         entries.append(write_shard(folder, f"{kind}_{i}{suffix}", part.detach().cpu()))
     if not entries:
         raise ValueError("parts: expected at least one, got none")
-    return write_manifest(folder, entries, *shape, model=model)
+    if names is None:
+        return write_manifest(folder, entries, *shape, model=model)
+    if len(names) != rows:
+        raise ValueError(f"names: expected {rows}, one for each row, got {len(names)}")
+    return write_manifest(folder, entries, *shape, model=model, order=keys.order(names), metadata=told)
+
+
+def write_metadata(folder: Path, shard: int, columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Writes what is known of a shard's rows as Parquet, beside `folder`; returns its entry in the manifest."""
+    pyarrow = _check.extra("pyarrow", "pyarrow", "tables")
+    parquet = _check.extra("pyarrow.parquet", "pyarrow", "tables")
+    beside = files.folder(folder.parent / METADATA[folder.name][0])
+    path = beside / f"metadata_{shard}.parquet"
+    table = pyarrow.table(dict(columns))
+    with files.replacing(path) as temporary:
+        parquet.write_table(table, temporary)
+        files.sync(temporary)
+    return {"name": f"{beside.name}/{path.name}", "rows": table.num_rows, "sha256": files.digest(path)}

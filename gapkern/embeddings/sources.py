@@ -1,22 +1,21 @@
-"""What is embedded: images of a folder, of webdataset tars or of a data set; texts of a file or of COCO's captions.
+"""What is embedded: images of a folder, of webdataset tars or of a data set; texts of a file or of captions.
 
-Images are opened when they are asked for, by any process: a tar is indexed once and then read at offsets.
+Every row has a key: an image's name below its folder or tar, a caption's id, a line's number. Images are opened when
+they are asked for, by any process.
 """
 
+import functools
 import hashlib
-import io
 import os
-import re
-import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gapkern import files
-
-SAMPLED = 1000  # images whose bytes make the fingerprint, beside the names and sizes of all
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+from gapkern import layout
+from gapkern.embeddings import keys, pictures, tars
+from gapkern.prompts import check_text, read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -24,72 +23,172 @@ class Images:
     """Images and what is known of each: `read(i)` is the i-th as PIL has it, `names[i]` says which it is.
 
     Attributes:
+        read: sent to workers, so a function of a module or an object that pickles.
+        names: the rows' keys, each once.
+        content: `content(i)` are the bytes of the i-th; None where images are no files.
+        identity: what says which images these are where there are no bytes to compare.
         labels: each image's class, an index into `classes`; or None.
         captions: each image's caption; or None.
-        fingerprint: changes with the images' names, sizes and order, and with the bytes of up to 1000 of them, drawn
-            evenly; of a data set with its name, split and labels alone.
+        empty: classes that have no images and no place in `classes`.
     """
 
     read: Callable[[int], Any]
     names: Sequence[str]
-    fingerprint: str
+    content: Callable[[int], bytes] | None = None
+    identity: str = ""
     labels: Sequence[int] | None = None
     classes: Sequence[str] | None = None
     captions: Sequence[str] | None = None
+    empty: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def columns(self, rows: slice) -> dict[str, Sequence[Any]]:
-        """The metadata of some images, as clip-retrieval names it."""
-        found: dict[str, Sequence[Any]] = {"image_path": self.names[rows]}
+    @property
+    def keys(self) -> Sequence[str]:
+        return self.names
+
+    def signature(self, i: int) -> str:
+        """What changes with the i-th image: the hash of its bytes; "unreadable" where they cannot be read."""
+        if self.content is None:
+            return self.identity
+        try:
+            return hashlib.sha256(self.content(i)).hexdigest()
+        except ValueError:
+            return "unreadable"
+
+    def signed(self, i: int) -> tuple[str, Any]:
+        """The i-th image's signature, and the image; its bytes are read once.
+
+        Raises:
+            ValueError: it cannot be read; the message names it.
+        """
+        if self.content is None:
+            return self.identity, self.read(i)
+        content = self.content(i)
+        return hashlib.sha256(content).hexdigest(), pictures.decode(content, self.names[i])
+
+    def fingerprint_of(self, rows: Sequence[int], signatures: Iterable[str] | None = None) -> str:
+        """Changes with the names and the bytes of some rows, and with their order."""
+        signatures = map(self.signature, rows) if signatures is None else signatures
+        return keys.order([*signatures, *(self.names[i] for i in rows)])
+
+    @property
+    def fingerprint(self) -> str:
+        """`fingerprint_of` all rows."""
+        return self.fingerprint_of(range(len(self)))
+
+    def columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """The metadata of some images, as clip-retrieval names it, and their keys."""
+        found: dict[str, list[Any]] = {"key": [self.names[i] for i in rows]}
+        found["image_path"] = found["key"]
         if self.captions is not None:
-            found["caption"] = self.captions[rows]
+            found["caption"] = [self.captions[i] for i in rows]
         if self.labels is not None:
-            found["label"] = self.labels[rows]
+            found["label"] = [self.labels[i] for i in rows]
         return found
+
+    def named(self, classnames: Any) -> tuple["Images", list[str] | None]:
+        """These images with labels into `classnames`, and the names in that order: see `keys.classes_of`.
+
+        Raises:
+            ValueError: names of another set; labels beyond them.
+        """
+        names = list(classnames.values()) if isinstance(classnames, dict) else list(classnames)
+        if self.labels is None:
+            return self, names
+        if self.classes is None:
+            if isinstance(classnames, dict):
+                raise ValueError("classnames: expected a list for images whose classes are numbers, got a mapping")
+            if (most := max(self.labels)) >= len(names):
+                raise ValueError(f"classnames: expected at least {most + 1}, as the images' labels, got {len(names)}")
+            return replace(self, classes=names), names
+        of = keys.classes_of(self.classes, classnames, empty=self.empty)
+        return replace(self, labels=[of[label] for label in self.labels], classes=names, empty=()), names
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts; `image_of[t]` is the image to which text t belongs, or None."""
+    """Texts and their keys; `image_of[t]` is the image of text t, an index into the names `images`, or None."""
 
     texts: Sequence[str]
     image_of: Sequence[int] | None = None
+    images: Sequence[str] | None = None
+    ids: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @functools.cached_property
+    def keys(self) -> Sequence[str]:
+        return self.ids if self.ids is not None else [str(i) for i in range(len(self.texts))]
+
+    def fingerprint_of(self, rows: Sequence[int]) -> str:
+        """Changes with some texts, their keys and their order."""
+        return keys.order([*(self.texts[i] for i in rows), *(self.keys[i] for i in rows)])
+
     @property
     def fingerprint(self) -> str:
-        return _hash(self.texts)
+        """`fingerprint_of` all texts."""
+        return self.fingerprint_of(range(len(self)))
 
-    def columns(self, rows: slice) -> dict[str, Sequence[Any]]:
-        found: dict[str, Sequence[Any]] = {"caption": self.texts[rows]}
-        return found if self.image_of is None else found | {"image": self.image_of[rows]}
+    def columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {"key": [self.keys[i] for i in rows], "caption": [self.texts[i] for i in rows]}
+        if self.image_of is not None:
+            found["image"] = [self.image_of[i] for i in rows]
+            if self.images is not None:
+                found["image_key"] = [self.images[self.image_of[i]] for i in rows]
+        return found
+
+    def joined(self, names: Sequence[str], *, skip: bool = False) -> "Texts":
+        """These texts with `image_of` into the images `names`, which are found by name.
+
+        Args:
+            skip: leave out texts whose image is not among them.
+
+        Raises:
+            ValueError: a text's image is not among them, or fits two; no text's is.
+        """
+        if self.images is None or self.image_of is None:
+            return self
+        rows = keys.rows_of(self.images, names, name="captions")
+        missing = [file for file, row in zip(self.images, rows, strict=True) if row is None]
+        if missing and (not skip or len(missing) == len(rows)):
+            raise ValueError(
+                f"captions: expected an image for each caption, got none of the name {missing[0]!r} "
+                f"({len(missing)} of {len(rows)} images are not among the {len(names)})"
+            )
+        kept = [t for t, i in enumerate(self.image_of) if rows[i] is not None]
+        if missing:
+            layout.note(f"captions: {len(self) - len(kept)} of {len(missing)} images that are not there left out")
+        image_of = [int(rows[self.image_of[t]] or 0) for t in kept]
+        return Texts([self.texts[t] for t in kept], image_of, names, [self.keys[t] for t in kept])
 
 
 def images(source: Any) -> Images:
-    """Images of a folder (searched through), of a `.tar`, or of several tars, a list or a folder of them.
+    """Images of a folder (searched through) and of the tars in it; of a `.tar`; of a list of tars.
 
-    Where all images of a folder lie in subfolders, the first subfolder is the image's class, as in ImageFolder.
+    Where all images of a folder lie in subfolders, the first subfolder is the image's class, as in ImageFolder. Other
+    files are counted by suffix in a note.
 
     Raises:
-        ValueError: no images are there, or a tar cannot be read.
+        ValueError: no images are there, or a tar cannot be read to its end.
     """
     if isinstance(source, Images):
         return source
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if path.is_dir():
-            tars = sorted(path.glob("*.tar"), key=lambda p: files.natural(p.name))
-            return _tars(tars) if tars else _folder(path)
+            return _folder(path)
         source = [path]
-    return _tars([Path(part) for part in source])
+    paths = [Path(part) for part in source]
+    if folders := [path for path in paths if path.is_dir()]:
+        raise ValueError(f"images: expected one folder, or tars, got {len(paths)} sources with the folder {folders[0]}")
+    return _tars(paths, tars.index(paths))
 
 
-def texts(source: Any) -> Texts:
-    """Texts of a file, one per line; of COCO's captions JSON, in the file's order by image; or a list of strings.
+def texts(source: Any, split: str = "test") -> Texts:
+    """Texts of a file, one per line; of captions in JSON (`gapkern.captions`); or a list of strings.
 
     Raises:
         ValueError: no such file, or no text in it.
@@ -101,23 +200,25 @@ def texts(source: Any) -> Texts:
         if wrong := [i for i, text in enumerate(found.texts) if not isinstance(text, str)]:
             raise TypeError(f"texts: expected strings, got {type(found.texts[wrong[0]]).__name__} in row {wrong[0]}")
     elif os.fspath(source).endswith(".json"):
-        return captions(source)
+        told = read_json("texts", source)
+        if not (isinstance(told, list) and told and all(isinstance(text, str) for text in told)):
+            return captions(source, split)
+        found = Texts(told)
     else:
-        try:
-            found = Texts(Path(source).read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"texts: cannot read {source} as UTF-8 text ({error})") from None
+        found = Texts(read_lines("texts", source))
     if not len(found):
         raise ValueError(f"texts: expected at least one, got none in {source}")
+    for i, text in enumerate(found.texts):
+        check_text("texts", text, f"row {i}")
     return found
 
 
-def captions(annotation_file: str | os.PathLike) -> Texts:
-    """COCO's captions, image by image in the order of their ids, and each one's image among those with captions."""
-    from gapkern import datasets
+def captions(annotation_file: str | os.PathLike, split: str = "test") -> Texts:
+    """Captions, image by image, and each one's image among those with captions: see `gapkern.captions`."""
+    from gapkern.captions import read
 
-    found = datasets.load("mscoco_captions", annotation_file=os.fspath(annotation_file))
-    return Texts(found.captions, found.image_of)
+    found = read(annotation_file, split)
+    return Texts(found.texts, found.image_of, found.images, found.keys)
 
 
 def dataset(
@@ -134,111 +235,84 @@ def dataset(
     found = datasets.load(name, root, split, annotation_file)
     if isinstance(found, datasets.Questions):
         raise ValueError(f"dataset: expected one of images with labels or captions, got {name}, which has questions")
-    names = [f"{name}/{split}/{i}" for i in range(len(found))]
+    names = found.names or [f"{name}/{split}/{i}" for i in range(len(found))]
+    content = getattr(found.image, "content", None)
     if isinstance(found, datasets.Captioned):
-        facts = [name, split, *found.captions, *map(str, found.image_of)]
-        return Images(found.image, names, _hash(facts)), Texts(found.captions, found.image_of)
-    facts = [name, split, *map(str, found.labels)]
-    return Images(found.image, names, _hash(facts), found.labels, found.classes), None
+        told = Texts(found.captions, found.image_of, names, found.keys)
+        return Images(found.image, names, content, _identity(name, split, found.captions)), told
+    return Images(found.image, names, content, _identity(name, split, found.labels), found.labels, found.classes), None
+
+
+def _identity(name: str, split: str, facts: Sequence[Any]) -> str:
+    return keys.order([name, split, *map(str, facts)])
 
 
 def _folder(path: Path) -> Images:
-    found = [Path(base, name) for base, _, names in os.walk(path, followlinks=True) for name in names]
-    there = sorted(
-        (p.relative_to(path).as_posix() for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")),
-        key=lambda name: [files.natural(part) for part in name.split("/")],
-    )
-    if not there:
-        kinds = ", ".join(SUFFIXES)
-        raise ValueError(f"images: expected files ending in {kinds}, or .tar, in {path}, got {len(found)} other files")
+    names, others, folders = pictures.walk(path)
+    archives = [name for name in others if name.lower().endswith(".tar")]
+    counts = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in others if name not in archives)
+    if not names and not archives:
+        kinds = ", ".join(pictures.SUFFIXES)
+        got = f"{len(others)} other files" + (f" ({_counted(counts)})" if counts else "")
+        raise ValueError(f"images: expected files ending in {kinds}, or .tar, in {path}, got {got}")
+    if counts:
+        layout.note(f"images: left aside in {path}: {_counted(counts)}")
+    in_tars = None
+    if archives:
+        paths = [path / name for name in archives]
+        index = tars.index(paths)
+        if names and not index.samples:
+            layout.note(f"images: left aside in {path}: {len(archives)} .tar without images, such as {archives[0]}")
+        else:
+            in_tars = _tars(paths, index)
+    if not names and in_tars is not None:
+        return in_tars
     labels = classes = None
-    if all("/" in name for name in there):
-        classes = sorted({name.split("/")[0] for name in there})
+    empty: Sequence[str] = ()
+    if all("/" in name for name in names) and in_tars is None:
+        classes = sorted({name.split("/")[0] for name in names})
         of = {name: i for i, name in enumerate(classes)}
-        labels = [of[name.split("/")[0]] for name in there]
-    facts = [f"{name} {(path / name).stat().st_size}" for name in there]
-    facts += _contents(there, lambda i: (path / there[i]).read_bytes())
-    return Images(lambda i: _decode(path / there[i], there[i]), there, _hash(facts), labels, classes)
+        labels = [of[name.split("/")[0]] for name in names]
+        classes = [pictures.text(name) for name in classes]
+        empty = [name for name in folders if name not in of]
+        if empty:
+            layout.note(f"images: folders without images are no classes: {', '.join(empty[:5])}")
+    content: Any = pictures.Files(path, names)
+    names = [pictures.text(name) for name in names]
+    if in_tars is not None and in_tars.content is not None:
+        layout.note(f"images: {len(names)} files and {len(in_tars)} images in {len(archives)} tars of {path}")
+        content = pictures.Joined([content, in_tars.content], [len(names), len(in_tars)])
+        names = [*names, *in_tars.names]
+    keys.unique("images", names)
+    return Images(pictures.Decoded(content, names), names, content, "", labels, classes, None, empty)
 
 
-def _tars(paths: list[Path]) -> Images:
-    """Images of webdataset tars: members that share a name up to its first dot make a sample."""
-    names, places, texts_of, labels_of, facts = [], [], [], [], []
-    for path in paths:
-        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-        try:
-            with tarfile.open(path, "r:") as opened:
-                for member in opened:
-                    if member.isfile():
-                        folder, _, name = member.name.rpartition("/")
-                        key, _, extension = name.partition(".")
-                        samples.setdefault(f"{folder}/{key}" if folder else key, {})[f".{extension.lower()}"] = member
-                        facts.append(f"{path.name} {member.name} {member.size} {member.offset_data}")
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"images: expected a folder or an uncompressed .tar, got {path} ({error})") from None
-        size = path.stat().st_size
-        for key, sample in samples.items():
-            pictures = [extension for extension in sample if extension in SUFFIXES]
-            if not pictures:
-                continue
-            if len(pictures) > 1:
-                raise ValueError(f"images: expected one image of {key} in {path}, got {', '.join(pictures)}")
-            member = sample[pictures[0]]
-            if member.offset_data + member.size > size:
-                raise ValueError(f"images: expected a whole tar, got {path}, which ends within {member.name}")
-            names.append(f"{path.name}/{member.name}")
-            places.append((path, member.offset_data, member.size))
-            texts_of.append(_side(path, sample.get(".txt")))
-            labels_of.append(_side(path, sample.get(".cls")))
-    if not names:
-        raise ValueError(
-            f"images: expected images ({', '.join(SUFFIXES)}) in {paths[0] if paths else 'a list'}, got none"
-        )
-
-    def content(i: int) -> bytes:
-        path, offset, count = places[i]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(count)
-
-    whole = [label is not None and re.fullmatch(r"\s*\d+\s*", label) is not None for label in labels_of]
-    labels = [int(label or 0) for label in labels_of] if all(whole) else None
-    told = [text or "" for text in texts_of] if any(text is not None for text in texts_of) else None
-    facts += _contents(names, content)
-    return Images(lambda i: _decode(io.BytesIO(content(i)), names[i]), names, _hash(facts), labels, None, told)
+def _tars(paths: list[Path], found: tars.Index) -> Images:
+    """Images of webdataset tars, with the `.txt` and `.cls` beside them."""
+    samples = found.samples
+    where = ", ".join(map(str, paths[:3])) or "a list"
+    if not samples:
+        kinds, got = ", ".join(pictures.SUFFIXES), _counted(found.others) or "nothing"
+        raise ValueError(f"images: expected images ({kinds}) in {where}, got {got}")
+    if found.others:
+        layout.note(f"images: left aside in {where}: {_counted(found.others)}")
+    names = [sample.name for sample in samples]
+    content = pictures.Members([sample.place for sample in samples], names)
+    numbers = [tars.number(sample.label) for sample in samples]
+    labels = [n for n in numbers if n is not None]
+    if labels and len(labels) < len(numbers):
+        layout.note(f"images: {len(labels)} of {len(numbers)} have a number in .cls: none is a label")
+    told = None
+    if any(sample.text is not None for sample in samples):
+        told = [check_text("images", sample.text or "", f"the .txt of {sample.name}") for sample in samples]
+    return Images(
+        pictures.Decoded(content, names),
+        keys.unique("images", names),
+        content,
+        labels=labels if len(labels) == len(numbers) else None,
+        captions=told,
+    )
 
 
-def _side(path: Path, member: tarfile.TarInfo | None) -> str | None:
-    if member is None:
-        return None
-    with open(path, "rb") as file:
-        file.seek(member.offset_data)
-        return file.read(member.size).decode("utf-8", errors="replace")
-
-
-def _decode(file: Any, name: str) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"images: cannot read {name} ({error})") from None
-
-
-def _contents(names: Sequence[str], content: Callable[[int], bytes]) -> list[str]:
-    """Hashes of some images' bytes."""
-    found = []
-    for i in range(0, len(names), -(-len(names) // SAMPLED)):
-        try:
-            found.append(hashlib.sha256(content(i)).hexdigest())
-        except OSError as error:
-            raise ValueError(f"images: cannot read {names[i]} ({error})") from None
-    return found
-
-
-def _hash(facts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for fact in facts:
-        digest.update(fact.encode("utf-8", errors="surrogateescape") + b"\0")
-    return digest.hexdigest()
+def _counted(counts: Counter) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gapkern import files
-from gapkern.embeddings.folder import KINDS, manifest, metadata_files
+from gapkern import files, layout
+from gapkern.embeddings import sides
+from gapkern.embeddings.folder import Embeddings, manifest, metadata_files
+from gapkern.layout import KINDS
 
 
 def verify(path: str | os.PathLike) -> dict[str, Any]:
@@ -35,12 +37,32 @@ def verify(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     kinds = [kind for kind in KINDS if (path / kind).is_dir()]
+    if len(kinds) == 1:
+        layout.place(path)  # refuses shards beside the folder
     places = {kind: path / kind for kind in kinds} or {path.name: path}
     problems: list[str] = []
     result = {name: _verify(place, problems) for name, place in places.items()}
+    if path.is_dir():
+        problems += _beside(path)
     if problems:
         raise ValueError(f"path: {path} is not as it was written: {'; '.join(problems)}")
     return result
+
+
+def _beside(path: Path) -> list[str]:
+    """What is wrong with the labels, class vectors and images of captions beside embeddings, and with their orders."""
+    problems = []
+    orders = {kind: (manifest(path / kind) or {}).get("order") for kind in KINDS if (path / kind).is_dir()}
+    for name, entry in sides.read(path).items():
+        try:
+            if not sides.of(path / name):
+                problems.append(f"{path / name}: missing, {sides.NAME} has it")
+        except ValueError as error:
+            problems.append(str(error).removeprefix("path: "))
+        kind = "img_emb" if name == sides.LABELS else "text_emb" if name == sides.IMAGE_OF else None
+        if kind in orders and entry.get("order") != orders[kind]:
+            problems.append(f"{path / name}: expected the order of {path / kind}, got another's")
+    return problems
 
 
 def _verify(folder: Path, problems: list[str]) -> dict[str, Any]:
@@ -172,6 +194,11 @@ def _metadata(folder: Path, shards: list[Path], counts: list[int], known: Any, p
         from pyarrow.parquet import read_metadata
     except ImportError:
         return True
+    if known is not None and known.get("order") and not problems:
+        try:
+            Embeddings(folder).keys()
+        except ValueError as error:
+            problems.append(str(error).removeprefix("path: "))
     if len(parts) != len(shards):
         problems.append(f"{parts[0].parent}: expected {len(shards)} files, one per shard, got {len(parts)}")
         return True

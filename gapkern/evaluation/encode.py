@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, datasets, prompts
+from gapkern.embeddings import keys, loading
 from gapkern.evaluation.inputs import integers, whole
 from gapkern.evaluation.tasks import TASKS
 from gapkern.models import Model, zero_shot_classifier
@@ -42,9 +43,11 @@ class Encoder:
         """This rank's rows of the embeddings (count, D) of image(0), image(1), ..."""
 
         def batches(whole: range) -> Iterator[Tensor]:
-            data = _Images(image, self.model.preprocess, whole)
-            workers = min(self.workers, -(-len(whole) // self.batch_size))
-            yield from torch.utils.data.DataLoader(data, self.batch_size, num_workers=workers)
+            spans = [whole[first : first + self.batch_size] for first in range(0, len(whole), self.batch_size)]
+            for batch in loading.batches(loading.Unsigned(image), self.model.preprocess, spans, self.workers):
+                if batch.problems or batch.images is None:
+                    raise ValueError(next(iter(batch.problems.values())))
+                yield batch.images
 
         return self._rows("images", count, batches, self.model.encode_images)
 
@@ -72,20 +75,9 @@ class Encoder:
         return Rows(_check.finite(stage, values), mine.start, count)
 
 
-class _Images(torch.utils.data.Dataset):
-    def __init__(self, image, preprocess, rows: range):
-        self.image, self.preprocess, self.rows = image, preprocess, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.preprocess(self.image(self.rows[i]))
-
-
 def from_model(
     task: str, encoder: Encoder, data: Any, templates: prompts.Templates | None = None,
-    classnames: Sequence[str] | None = None, choice: str = CHOICE,
+    classnames: Sequence[str] | dict[str, str] | None = None, choice: str = CHOICE,
 ) -> dict[str, Any]:  # fmt: skip
     """Inputs of a task from a model and a data set.
 
@@ -94,7 +86,7 @@ def from_model(
         encoder: the model.
         data: from `datasets.load`.
         templates: see `prompts.load_templates`; `prompts.DEFAULT` where there are none.
-        classnames: instead of the data set's.
+        classnames: instead of the data set's, in any order where they are the same; or a mapping of those to others.
         choice: how a question and an answer make a text, with {q} and {a}.
 
     Raises:
@@ -118,10 +110,11 @@ def from_model(
     if task == "zeroshot_retrieval":
         return {"images": encoder.images(data.image, len(data)), "texts": encoder.texts(data.captions),
                 "image_of": torch.tensor(data.image_of)}  # fmt: skip
-    names = list(classnames or data.classes)
+    names = list(data.classes)
     labels = integers("labels", torch.tensor(data.labels), len(data), "image")
-    if bool((labels >= len(names)).any()):
-        raise ValueError(f"classnames: expected at least {int(labels.max()) + 1}, got {len(names)}")
+    if classnames:
+        names = list(classnames.values()) if isinstance(classnames, dict) else list(classnames)
+        labels = torch.tensor(keys.classes_of(data.classes, classnames))[labels]
     filled = prompts.fill(templates, names)
     if task == "template_robustness" and isinstance(templates, dict):
         raise ValueError("templates: expected a list with {c} for template_robustness, got prompts of each class")

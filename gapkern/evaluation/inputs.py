@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gapkern import _check, datasets, embeddings, prompts
-from gapkern.embeddings import Embeddings
+from gapkern.embeddings import Embeddings, keys, sides
+from gapkern.embeddings import labels as loader
 from gapkern.embeddings.folder import agreed
+from gapkern.embeddings.labels import Side, array
 from gapkern.evaluation.tasks import TASKS, Outcome, Settings, classification, multiple_choice, retrieval
 from gapkern.evaluation.tasks import templates as template_robustness
 from gapkern.models import zero_shot_classifier
@@ -49,35 +50,6 @@ def model_of(images: str, texts: str) -> str | None:
     return agreed({name: embeddings.model_of(path, KINDS[name], name=name) for name, path in given.items()})
 
 
-def array(name: str, path: str) -> Tensor:
-    """A tensor of any shape from `.npy`, or from `.safetensors`, as file[key] where it holds several.
-
-    Raises:
-        ValueError: no such file, or none of these.
-    """
-    text, _, key = path[:-1].rpartition("[") if path.endswith("]") else (path, "", "")
-    try:
-        if text.endswith(".safetensors"):
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                with safe_open(text, "pt") as opened:
-                    keys = list(opened.keys())
-                    if (key or keys[0]) not in keys or (not key and len(keys) > 1):
-                        raise ValueError(f"{name}: expected one of {', '.join(keys)} as file[key], got {path}")
-                    return opened.get_tensor(key or keys[0])
-            except SafetensorError as error:
-                raise ValueError(f"{name}: expected a .safetensors file, got {text}: {error}") from None
-        if not text.endswith(".npy"):
-            raise ValueError(f"{name}: expected a .npy or .safetensors file, got {path}")
-        found = np.load(text, allow_pickle=False)
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read {text}: {error.strerror or error}") from None
-    except EOFError as error:
-        raise ValueError(f"{name}: expected a .npy file, got {text}: {error}") from None
-    return torch.from_numpy(found.astype(found.dtype.newbyteorder("=")))
-
-
 def integers(name: str, value: Tensor, count: int, what: str) -> Tensor:
     """(count,) int64.
 
@@ -91,24 +63,9 @@ def integers(name: str, value: Tensor, count: int, what: str) -> Tensor:
     return value.long()
 
 
-def pairs(labels: str, texts: int, images: int) -> Tensor:
-    """Each text's image: "paired", a number of captions per image in order, or a file of integers.
-
-    Example:
-        >>> pairs("2", 4, 2).tolist()
-        [0, 0, 1, 1]
-    """
-    if labels == "paired" or labels.isdigit():
-        each = 1 if labels == "paired" else int(labels)
-        if each * images != texts or not each:
-            raise ValueError(f"labels: expected {each} texts for each of {images} images, got {texts} texts")
-        return torch.arange(images).repeat_interleave(each)
-    return integers("labels", array("labels", labels), texts, "text")
-
-
 def from_files(
     task: str, images: str, texts: str, ranks: Ranks, labels: str | None = None, annotation_file: str | None = None,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None, classnames: Sequence[str] | dict[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Inputs of a task from embeddings.
 
@@ -116,10 +73,13 @@ def from_files(
         task: one of `TASKS`.
         images: (N, D), a file or a folder of shards; a folder that `embed` wrote is taken for its img_emb, or text_emb.
         texts: class vectors (C, D) or prompts (T, C, D); captions (M, D); or all questions' choices in order (M, D).
-        labels: each image's class, a file; for retrieval see `pairs`; not for multiple choice.
+        labels: each image's class, a file; for retrieval each text's image: "paired", a number of captions per image
+            in order, or a file (`embeddings.labels.load`). What is known by name is joined by name. Not for multiple
+            choice.
         annotation_file: A-OKVQA's JSON, for multiple choice; `images` has a row per question, or per distinct image in
             the order in which the questions first name them.
         names: the templates, for template robustness.
+        classnames: what the class vectors are called, in their order.
 
     Raises:
         ValueError: what was given does not fit together.
@@ -127,21 +87,25 @@ def from_files(
     _check.choice("task", task, TASKS)
     rows = own_rows("images", images, ranks)
     if task == "multiple_choice":
-        return _choices(rows, own_rows("texts", texts, ranks), annotation_file, ranks)
+        return _choices(images, rows, own_rows("texts", texts, ranks), annotation_file, ranks)
     if labels is None:
         raise ValueError("labels: expected a file of integers" + (", 'paired' or captions per image" if "retr" in task
                          else ", the images' classes") + ", got none")  # fmt: skip
     if task == "zeroshot_retrieval":
         captions = own_rows("texts", texts, ranks)
         ranks.agree("texts", (captions.total, captions.values.shape[1]))
-        return {"images": rows, "texts": captions, "image_of": pairs(labels, captions.total, rows.total)}
+        of, to = Side(texts, captions.total, "texts", "text_emb"), Side(images, rows.total, "images", "img_emb")
+        image_of = loader.load(labels, of, rows.total, "images", to=to)
+        return {"images": rows, "texts": captions, "image_of": image_of}
     vectors = Embeddings(texts, "text_emb", name="texts")[:] if os.path.isdir(texts) else array("texts", texts)
     if not vectors.dtype.is_floating_point or vectors.dim() not in (2, 3):
         raise ValueError(
             f"texts: expected (C, D) or (T, C, D) of floats, got {tuple(vectors.shape)} of {vectors.dtype}"
         )
     vectors = _check.finite("texts", vectors.flatten(0, -2).float()).view(vectors.shape).to(ranks.device)
-    classes = integers("labels", array("labels", labels), rows.total, "image")
+    known = class_names(texts, vectors.shape[-2], classnames)
+    side = Side(images, rows.total, "images", "img_emb")
+    classes = loader.load(labels, side, vectors.shape[-2], "classes", names=known)
     if task == "zeroshot_classification":
         whole = vectors if vectors.dim() == 2 else zero_shot_classifier(vectors.transpose(0, 1))
         return {"images": rows, "labels": classes, "classes": whole}
@@ -151,31 +115,73 @@ def from_files(
     return {"images": rows, "labels": classes, "prompts": vectors, "names": names}
 
 
-def _choices(images: Rows, choices: Rows, annotation_file: str | None, ranks: Ranks) -> dict[str, Any]:
+def class_names(texts: str, count: int, given: Sequence[str] | dict[str, str] | None) -> list[str] | None:
+    """What class vectors are called, in their order: what stands beside them, or what was given; None where nothing.
+
+    Raises:
+        ValueError: another number of names than of vectors, names of another order.
+    """
+    if isinstance(given, dict):
+        given = list(given.values())
+    if given is not None and len(given) != count:
+        raise ValueError(f"classnames: expected {count}, one for each class vector, got {len(given)}")
+    known = sides.of(texts.partition("[")[0], name="texts").get("names") if not os.path.isdir(texts) else None
+    if known is not None and given is not None and known != list(given):
+        of = keys.classes_of(known, list(given))
+        if of != list(range(len(of))):
+            raise ValueError(f"classnames: expected the order of {texts}, {known[0]!r} first, got {given[0]!r} first")
+    return known if known is not None else None if given is None else list(given)
+
+
+def _choices(path: str, images: Rows, choices: Rows, annotation_file: str | None, ranks: Ranks) -> dict[str, Any]:
     data = datasets.load("aokvqa", annotation_file=annotation_file)
     entries = prompts.read_json("annotation_file", annotation_file or "")
     sizes = torch.tensor([len(offered) for offered in data.choices])
     if choices.total != int(sizes.sum()):
         raise ValueError(f"texts: expected {int(sizes.sum())} rows, one per choice, got {choices.total}")
-    known = list(dict.fromkeys(str(entry.get("image", entry.get("image_id"))) for entry in entries))
-    if images.total != len(data):
-        if images.total != len(known):
-            raise ValueError(
-                f"images: expected {len(data)} rows, one per question, or {len(known)}, one per image, "
-                f"got {images.total}"
-            )
-        place = {name: i for i, name in enumerate(known)}
-        of = torch.tensor([place[str(entry.get("image", entry.get("image_id")))] for entry in entries])
+    of = _images_of(path, images.total, data.image.names, entries)
+    if of != list(range(len(data))):
         mine = ranks.share(len(data))
-        images = Rows(whole(images, ranks)[of.to(ranks.device)][mine], mine.start, len(data))
+        images = Rows(whole(images, ranks)[torch.tensor(of, device=ranks.device)][mine], mine.start, len(data))
     question_of = torch.arange(len(data)).repeat_interleave(sizes)
     return {"images": images, "choices": choices, "question_of": question_of, "answers": torch.tensor(data.answers)}
+
+
+def _images_of(path: str, total: int, names: Sequence[str], entries: Sequence[Any]) -> list[int]:
+    """Each question's row among the images: by name where they have keys, else by the order of the questions."""
+    there = Side(path, total, "images", "img_emb").keys()
+    if there is not None:
+        rows = keys.rows_of(names, there, name="annotation_file")
+        if None not in rows:
+            return [int(row or 0) for row in rows]
+        if missing := [name for name, row in zip(names, rows, strict=True) if row is None]:
+            raise ValueError(f"images: expected those of all questions in {path}, got none of the name {missing[0]!r}")
+    known = list(dict.fromkeys(str(entry.get("image", entry.get("image_id"))) for entry in entries))
+    if total == len(entries):
+        return list(range(total))
+    if total != len(known):
+        raise ValueError(
+            f"images: expected {len(entries)} rows, one per question, or {len(known)}, one per image, got {total}"
+        )
+    place = {name: i for i, name in enumerate(known)}
+    return [place[str(entry.get("image", entry.get("image_id")))] for entry in entries]
 
 
 def whole(rows: Rows, ranks: Ranks) -> Tensor:
     """All ranks' rows on every rank: for what is small."""
     parts = [part for _, part in ranks.each(rows)]
     return torch.cat(parts) if parts else rows.values
+
+
+def made_from(images: str, texts: str) -> dict[str, dict[str, Any]]:
+    """What a record says of stored embeddings: the hashes and the order of their rows, and what was done to them."""
+    result = {}
+    for name, path in {"images": images, "texts": texts}.items():
+        told = embeddings.described(path, KINDS[name], name=name)
+        hashes = [entry["sha256"] for entry in told.get("shards", [])] or [told.get("sha256")]
+        facts = {"sha256": hashes, "order": told.get("order"), "transforms": told.get("transforms")}
+        result[name] = {key: value for key, value in facts.items() if value and value != [None]}
+    return {name: facts for name, facts in result.items() if facts}
 
 
 def same_model(shift: Any, *known: str | None) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gapkern import files
+from gapkern import files, layout
 from gapkern.evaluation.tasks import Outcome
 from gapkern.perturb import title
 
 REQUIRED = ("dataset", "model", "pretrained", "task", "metrics", "language")
 NAME = "{dataset}_{pretrained}_{model}_{language}_{task}{variant}.json"
 _HEAD = ("dataset", "model", "pretrained", "model_fullname", "task", "language", "transform", "perturbation")
-_LEFT_OUT = ("metrics", "per_seed", "details", "classnames", "templates", "env")
+_LEFT_OUT = ("metrics", "per_seed", "details", "classnames", "templates", "inputs", "env")
 
 
 def slug(text: str) -> str:
@@ -138,12 +138,8 @@ def transform_title(transform: Any) -> str:
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Settings first, then everything else in natural order."""
-
-    def natural(name: str) -> list[Any]:
-        return [(not t.isdigit(), int(t) if t.isdigit() else 0, t) for t in re.split(r"(\d+)", name)]
-
     rest = {key for row in rows for key in row} - set(_HEAD)
-    return [*_HEAD, *sorted(rest, key=natural)]
+    return [*_HEAD, *sorted(rest, key=layout.natural)]
 
 
 def write_csv(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern.embeddings.labels import in_range
 from gapkern.evaluation.sharded import fit, normalized, perturbed, topk
 from gapkern.gap import MeanShift
 from gapkern.models import zero_shot_classifier
@@ -351,13 +352,3 @@ def _own(labels: Tensor, images: Rows, classes: int) -> Tensor:
         raise ValueError(f"labels: expected shape ({images.total},), one per image, got {tuple(labels.shape)}")
     in_range("labels", labels, classes, "classes")
     return labels[images.first : images.first + len(images.values)].to(images.values.device)
-
-
-def in_range(name: str, values: Tensor, count: int, what: str) -> Tensor:
-    """Raises ValueError unless all values are in [0, count)."""
-    wrong = ((values < 0) | (values >= count)).nonzero()
-    if len(wrong):
-        raise ValueError(
-            f"{name}: expected values in [0, {count}), {what}, got {int(values[wrong[0]])} in row {int(wrong[0])}"
-        )
-    return values

@@ -1,0 +1,170 @@
+"""Embeddings that a shift has moved: what they were made from, what was done to them, and what of it is still so.
+
+`OUT/shift.json` notes the shift and, shard by shard, the hashes of the source and of the result: a shard is finished
+where both are so. The manifest is written last and has the source's model, order and transforms, and this one. A single
+file has the same beside it, `OUT.npy.json`.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gapkern import files, layout
+from gapkern.embeddings.folder import FORMAT, MANIFEST, VERSION, described, metadata_files, write_manifest
+from gapkern.prompts import read_json
+
+NOTE = layout.SHIFTED
+
+
+def check_unmoved(path: str | os.PathLike, *, name: str = "embeddings") -> None:
+    """Raises ValueError where a shift has moved embeddings already."""
+    if moved := described(path, name=name).get("transforms"):
+        told = ", ".join(f"{entry.get('name')} of alpha {entry.get('alpha')}" for entry in moved)
+        raise ValueError(f"{name}: expected embeddings that no shift has moved, got {path}, moved by {told}")
+
+
+def transform(shift: Any, side: str) -> dict[str, Any]:
+    """What a manifest says of a shift that moved one side."""
+    return {
+        "name": "mean_shift",
+        "shift": files.fingerprint(shift.shift_vector_),
+        "alpha": shift.alpha,
+        "normalize": shift.normalize,
+        "moves": shift.moves,
+        "side": side,
+    }
+
+
+class Target:
+    """What a file's or a folder's shards are moved to.
+
+    Args:
+        source: `.npy` or `.safetensors`, or a folder of either.
+        out: a file for a file, a folder for a folder; what is there of the same shift and source is kept.
+        facts: from `transform`.
+        model: of the embeddings.
+
+    Attributes:
+        pairs: each shard and where it goes; None for one that is finished.
+
+    Raises:
+        ValueError: `out` is the source, or holds another shift's or other files; a shift has moved the source already.
+    """
+
+    def __init__(self, source: str | os.PathLike, out: str | os.PathLike, facts: dict[str, Any], model: str | None):
+        check_unmoved(source)
+        self.out, self.facts, self.model = Path(out), facts, model
+        self.told = described(source, name="embeddings")
+        self.source = layout.place(source, name="embeddings")
+        self.folder = self.source.is_dir()
+        shards = [Path(shard) for shard in files.shards(self.source, name="embeddings")]
+        self.known: dict[str, dict[str, str]] = {}
+        if not self.folder:
+            if _same(self.out, shards[0]):
+                raise ValueError(f"out: expected another file than that of the embeddings, got {self.out}")
+            self.pairs: list[tuple[str, Path | None]] = [(str(shards[0]), self.out)]
+            return
+        self.out = files.folder(self.out)
+        if _same(self.out, self.source) or _same(self.out, Path(source)):
+            raise ValueError(f"out: expected another folder than that of the embeddings, got {self.out}")
+        self._take_up({shard.name for shard in shards})
+        self.pairs = [
+            (str(shard), None if self._finished(shard, self.out / shard.name) else self.out / shard.name)
+            for shard in shards
+        ]
+        if any(target for _, target in self.pairs):
+            (self.out / MANIFEST).unlink(missing_ok=True)
+
+    def _take_up(self, names: set[str]) -> None:
+        """Reads the note of a run before; removes its shards that the source no longer has."""
+        note, other = self.out / NOTE, f"out: expected an empty folder or one of the same shift, got {self.out}, which"
+        if note.exists():
+            told = read_json("out", note)
+            self.known = told.pop("shards", {}) if isinstance(told, dict) else {}
+            if told != self.facts or not isinstance(self.known, dict):
+                raise ValueError(f"{other} holds another's")
+        ours = {NOTE, MANIFEST, "metadata", *self.known, *(names if note.exists() else ())}
+        if foreign := sorted(p.name for p in self.out.iterdir() if p.name not in ours and not p.name.startswith(".")):
+            raise ValueError(f"{other} holds other files ({foreign[0]})")
+        stale = [name for name in self.known if name not in names]
+        if stale:
+            (self.out / MANIFEST).unlink(missing_ok=True)
+        for name in stale:
+            (self.out / name).unlink(missing_ok=True)
+            del self.known[name]
+        self._write_note()
+
+    def _write_note(self) -> None:
+        files.write_json(self.out / NOTE, {**self.facts, "shards": self.known})
+
+    def _finished(self, shard: Path, target: Path) -> bool:
+        known = self.known.get(target.name, {})
+        return target.exists() and known == {"source": files.digest(shard), "sha256": files.digest(target)}
+
+    def done(self, source: str, target: Path) -> None:
+        """Notes that a shard has been moved."""
+        if self.folder:
+            self.known[target.name] = {"source": files.digest(source), "sha256": files.digest(target)}
+            self._write_note()
+
+    def finish(self) -> dict[str, Any]:
+        """Writes what the result was made from; returns it."""
+        facts = {
+            "kind": self.told.get("kind") or (self.source.name if self.source.name in layout.KINDS else None),
+            "model": self.model,
+            "order": self.told.get("order"),
+            "transforms": [*(self.told.get("transforms") or []), self.facts],
+        }
+        if not self.folder:
+            source = self.pairs[0][0]
+            return self._describe(facts | {"made_from": [files.digest(_without_key(source))]})
+        entries: list[dict[str, Any]] = []
+        for source, _ in self.pairs:
+            target = self.out / Path(source).name
+            rows = files.size(target, name="out")[0]
+            entries.append(
+                {
+                    "name": target.name,
+                    "rows": rows,
+                    "bytes": target.stat().st_size,
+                    "sha256": self.known[target.name]["sha256"],
+                }
+            )
+        self._copy(metadata_files(self.source))
+        first = files.load_embeddings(self.out / entries[0]["name"], name="out")
+        made_from = [self.known[entry["name"]]["source"] for entry in entries]
+        return write_manifest(self.out, entries, first.shape[1], first.dtype, **facts, made_from=made_from)
+
+    def _describe(self, facts: dict[str, Any]) -> dict[str, Any]:
+        x = files.load_embeddings(self.out, name="out")
+        told = {
+            "format": FORMAT,
+            "version": VERSION,
+            **facts,
+            "rows": len(x),
+            "dims": x.shape[1],
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "bytes": self.out.stat().st_size,
+            "sha256": files.digest(self.out),
+        }
+        files.write_json(f"{self.out}.json", told)
+        return told
+
+    def _copy(self, metadata: Sequence[Path]) -> None:
+        beside = self.out / "metadata"
+        shutil.rmtree(beside, ignore_errors=True)
+        if metadata:
+            files.folder(beside)
+        for part in metadata:
+            with files.replacing(beside / part.name) as temporary:
+                shutil.copyfile(part, temporary)
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def _without_key(path: str) -> str:
+    return path.rpartition("[")[0] if path.endswith("]") and "[" in path else path

@@ -1,0 +1,167 @@
+"""What a path to embeddings means, for every verb alike: a file, or the one set of shards in a folder.
+
+A folder means, in this order: itself where it has a manifest; its `img_emb` or `text_emb`; its only family of files
+(names that are alike but for their numbers). What `embed` writes beside embeddings is no shard. Two possible meanings
+are refused with both named, and a meaning that the path does not spell out is said: see `notes`.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+from gapkern import _check
+
+FORMAT, VERSION = "gapkern.embeddings", 1
+MANIFEST, PROGRESS, SHIFTED = "manifest.json", ".progress", "shift.json"
+KINDS = ("img_emb", "text_emb")
+SIDES = ("classes.npy", "image_of.npy", "labels.npy")
+SUFFIXES = (".npy", ".safetensors")
+
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[list[str]]:
+    """Collects what is said within the block of choices that were made and of things left aside.
+
+    Example:
+        >>> with notes() as said:
+        ...     note("images: out/img_emb")
+        >>> said
+        ['images: out/img_emb']
+    """
+    said: list[str] = []
+    token = _notes.set(said)
+    try:
+        yield said
+    finally:
+        _notes.reset(token)
+
+
+def note(text: str) -> None:
+    """Says something once to whoever collects `notes`."""
+    said = _notes.get()
+    if said is not None and text not in said:
+        said.append(text)
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts numbers within names by their value.
+
+    Example:
+        >>> sorted(["x_10", "x_2"], key=natural)
+        ['x_2', 'x_10']
+    """
+    return [(not t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in re.split(r"(\d+)", name)]
+
+
+def place(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> Path:
+    """The file or the folder of shards that `path` means.
+
+    Raises:
+        ValueError: a folder that means two things, or is not what `kind` says; an embed run that has not ended.
+    """
+    if kind is not None:
+        _check.choice("kind", kind, KINDS)
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if _is_shards(path):
+        return path
+    inside = [k for k in KINDS if _holds(path / k)]
+    beside = _families(path, name)
+    if kind in inside or (kind is None and len(inside) == 1 and not beside):
+        chosen = kind or inside[0]
+        aside = [p.name for k, files in beside.items() for p in files]
+        note(f"{name}: {path / chosen}" + (f"; left aside: {', '.join(sorted(aside))}" if aside else ""))
+        return _finished(path / chosen, name)
+    if inside:
+        if kind is not None:
+            raise ValueError(f"{name}: expected {kind} in {path}, got {' and '.join(inside)}")
+        raise ValueError(
+            f"{name}: expected {' or '.join(KINDS)} in {path}, got {' and '.join([*inside, *beside])}: "
+            f"name one, such as {path / inside[0]}"
+        )
+    return _finished(path, name)
+
+
+def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
+    """The files that hold what `path` means, in natural order (2 before 10); `path` itself where it is a file.
+
+    Raises:
+        ValueError: see `place`; no `.npy` or `.safetensors` files, both, files of several families, a number twice.
+    """
+    found = place(path, name=name)
+    if not found.is_dir():
+        return [os.fspath(path)]
+    there = _files(found)
+    kinds = {p.suffix for p in there}
+    if len(kinds) != 1:
+        got = " and ".join(sorted(kinds)) or "neither"
+        raise ValueError(f"{name}: expected .npy or .safetensors files in the folder {found}, got {got}")
+    if not _is_shards(found):
+        families = _families(found, name)
+        if len(families) > 1:
+            counted = ", ".join(f"{family} ({len(files)})" for family, files in families.items())
+            raise ValueError(
+                f"{name}: expected the shards of one matrix in {found}, got {counted}: name a file, or "
+                "give each a folder"
+            )
+        own = next(iter(families.values()), None)
+        if own is None:
+            own = [p for p in there if p.name == "classes.npy"]
+            if not own:
+                raise ValueError(f"{name}: expected embeddings in the folder {found}, got {_names(there)}")
+        if len(own) < len(there) or own[0].name in SIDES:
+            aside = _names([p for p in there if p not in own])
+            note(f"{name}: {_names(own)} in {found}" + (f"; left aside: {aside}" if aside else ""))
+        there = own
+    numbers: dict[tuple[str, ...], Path] = {}
+    for file in there:
+        key = tuple(str(int(t)) if t.isdecimal() else t for t in re.split(r"(\d+)", file.name))
+        if (other := numbers.setdefault(key, file)) != file:
+            raise ValueError(f"{name}: expected each shard once in {found}, got {other.name} and {file.name}")
+    return [str(p) for p in there]
+
+
+def _is_shards(folder: Path) -> bool:
+    """Whether the folder has a manifest of shards; of which it then holds nothing else."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def _finished(folder: Path, name: str) -> Path:
+    begun = "embed" if (folder / PROGRESS).is_dir() else "shift apply" if (folder / SHIFTED).exists() else None
+    if begun and not (folder / MANIFEST).exists():
+        raise ValueError(f"{name}: expected a finished folder, got {folder}, whose {begun} has not ended: run it again")
+    return folder
+
+
+def _holds(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / PROGRESS).is_dir() or (folder / MANIFEST).exists() or bool(_files(folder)))
+
+
+def _files(folder: Path) -> list[Path]:
+    there = [p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    return sorted(there, key=lambda p: natural(p.name))
+
+
+def _families(folder: Path, name: str) -> dict[str, list[Path]]:
+    """The folder's files by what their names share, but for those that `embed` writes beside embeddings."""
+    found: dict[str, list[Path]] = {}
+    for file in _files(folder):
+        if file.name not in SIDES:
+            found.setdefault(re.sub(r"\d+", "*", file.name), []).append(file)
+    return found
+
+
+def _names(files: list[Path]) -> str:
+    names = [p.name for p in files]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
