@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check
+from gapkern import _check, _lock
 
 CHUNK = 2**22  # numbers at hand at once when a file is streamed
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, name: str = "path") -> Iterator[Path]:
     """A temporary name beside `path`; the file written there takes its place once the block is left without an error.
 
+    A link is followed: the file that it names is replaced. What killed runs left half written in the folder is removed.
+
     Raises:
-        ValueError: the folder does not exist or cannot be written.
+        ValueError: the folder does not exist or cannot be written; `path` is a folder, a device or a pipe.
 
     Example:
         >>> import tempfile
@@ -35,21 +37,37 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         >>> target.read_text(), [p.name for p in target.parent.iterdir()]
         ('1 2 3', ['numbers.txt'])
     """
-    path = Path(path)
+    path = writable(path, name=name)
+    _lock.sweep(path.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+        temporary, lock = _lock.temporary(path)
     except OSError as error:
-        raise ValueError(f"path: cannot write {path}: {error.strerror}") from None
-    os.close(handle)
-    temporary = Path(name)
+        raise ValueError(f"{name}: cannot write {path}: {error.strerror}") from None
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        _lock.release(lock)
+
+
+def writable(path: str | os.PathLike, *, name: str = "path") -> Path:
+    """`path`, or the file that it links to, once a file can be put there: to be asked before the work for it is done.
+
+    Raises:
+        ValueError: its folder does not exist or cannot be written; it is a folder, a device or a pipe.
+    """
+    given, path = path, Path(os.path.realpath(path))
+    kind = "a folder" if path.is_dir() else "no regular file" if path.exists() and not path.is_file() else None
+    if kind is None and not path.parent.is_dir():
+        kind = "Not a directory" if path.parent.exists() else "No such file or directory"
+    elif kind is None and not os.access(path.parent, os.W_OK | os.X_OK):
+        kind = "Permission denied"
+    elif kind is not None:
+        kind = f"it is {kind}"
+    if kind is not None:
+        raise ValueError(f"{name}: cannot write {given}: {kind}")
+    return path
 
 
 def write(path: str | os.PathLike, save: Callable[[Path], Any]) -> Path:
@@ -96,9 +114,8 @@ def folder(path: str | os.PathLike, *, name: str = "out") -> Path:
     Raises:
         ValueError: it cannot be made or written, in one line that says why.
     """
-    path = Path(path)
+    path = _lock.make(path, name=name)
     try:
-        path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
