@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gapkern import files
+from gapkern.cli.boundary import spelled
+
+WIDEST = 2**20  # columns of a terminal that cuts no table
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -75,20 +78,26 @@ def print_json(value: Any) -> None:
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
-    """A table on stdout: drawn on a terminal, plain columns elsewhere."""
+    """A table on stdout: drawn on a terminal, plain columns elsewhere. No cell is cut, however narrow the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from gapkern.report import number
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None)
+    def cell(text: str) -> Text:  # not markup: file names hold brackets
+        return Text(spelled(text, sys.stdout.encoding))
+
+    console = Console()
+    drawn = Table(title=None if title is None else cell(title), title_justify="left",
+                  box=box.SIMPLE_HEAD if console.is_terminal else None)  # fmt: skip
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        drawn.add_column(cell(column), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        drawn.add_row(*map(number, row))
-    console.print(drawn)
+        drawn.add_row(*(cell(number(value)) for value in row))
+    needed = console.measure(drawn, options=console.options.update(width=WIDEST)).maximum
+    Console(width=max(needed, console.width if console.is_terminal else 0)).print(drawn)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """`gapkern shift fit`, `apply` and `compare`: close the gap in files."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from gapkern import files
+from gapkern._lock import LOCK, locked
 from gapkern.cli import common
 
 
@@ -88,6 +88,9 @@ def _add_sides(parser) -> None:
 def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
 
+    if (ending := Path(arguments.out).suffix) not in ("", ".safetensors"):
+        raise ValueError(f"out: expected a name ending in .safetensors, got one in {ending}")
+    files.writable(arguments.out)
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
     model, said = common.model(arguments.model, gallery=arguments.gallery, queries=arguments.queries)
     shift = MeanShift(
@@ -99,7 +102,7 @@ def run_fit(arguments) -> int:
         for side in ("gallery", "queries"):
             path = getattr(arguments, side)
             total, done = files.size(path, name=side)[0], 0
-            for rows in files.chunks(path, name=side):
+            for rows in files.chunks(path, name=side, finite=True):
                 shift.partial_fit(**{side: rows})
                 done += len(rows)
                 step(side, done, total)
@@ -127,6 +130,14 @@ def run_fit(arguments) -> int:
 
 
 def run_apply(arguments) -> int:
+    if not os.path.isdir(arguments.embeddings):
+        files.writable(arguments.out)
+        return _apply(arguments)
+    with locked(arguments.out):
+        return _apply(arguments)
+
+
+def _apply(arguments) -> int:
     from gapkern import MeanShift
 
     shift = MeanShift.load(arguments.shift)
@@ -164,9 +175,9 @@ def _targets(arguments, shift) -> list[tuple[str, Path | None]]:
     facts = {"shift": files.fingerprint(shift.shift_vector_), "alpha": shift.alpha, "normalize": shift.normalize,
              "moves": shift.moves, "side": arguments.side}  # fmt: skip
     note = out / "shift.json"
-    if note.exists() and json.loads(note.read_text()) != facts:
+    if note.exists() and files.read_json(note, name="out") != facts:
         raise ValueError(f"out: expected an empty folder or one of the same shift, got {out}, which holds another's")
-    if not note.exists() and any(out.iterdir()):
+    if not note.exists() and any(p.name != LOCK for p in out.iterdir()):
         raise ValueError(f"out: expected an empty folder or one of the same shift, got {out}, which holds other files")
     files.write_json(note, facts)
     targets = [out / Path(source).name for source in sources]

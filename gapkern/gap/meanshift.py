@@ -304,9 +304,11 @@ class _Side:
         self.moments, self.sample = Moments.none(dims), Sample(dims, SAMPLE)
 
     def update(self, name: str, x: Tensor) -> None:
+        first = 0
         for rows in batches(x):
-            self.moments.update(_check.finite(name, rows))
+            self.moments.update(_check.finite(name, rows, first))
             self.sample.update(rows)
+            first += len(rows)
 
     def merge(self, other: "_Side") -> None:
         self.moments.merge(other.moments)
