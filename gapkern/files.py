@@ -20,6 +20,7 @@ from torch import Tensor
 from gapkern import _check, _formats, _lock, _memory
 
 CHUNK = 2**22  # numbers at hand at once when a file is streamed
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
@@ -62,15 +63,19 @@ def _named(doing: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # NumPy tells how much it wrote; Rust and C++ put the system's number into words.
-        told = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
-        number = getattr(error, "errno", None) or (int(told[1]) if told else 0)
-        if "requested and" in str(error):
-            number = errno.ENOSPC
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # NumPy tells only how much it wrote; Rust, C++ and Arrow put the system's words into their own.
+        text = str(error)
+        words = [
+            os.strerror(number)
+            for number in _NO_ROOM
+            if getattr(error, "errno", None) == number or os.strerror(number) in text
+        ]
+        if not words and "requested and" in text and isinstance(error, OSError):
+            words = [os.strerror(errno.ENOSPC)]
+        if not words:
             raise
-        raise ValueError(f"{doing}: {os.strerror(number)}") from None
+        raise ValueError(f"{doing}: {words[0]}") from None
 
 
 def writable(path: str | os.PathLike, *, name: str = "path") -> Path:
@@ -346,6 +351,15 @@ def _load(path: str | os.PathLike, name: str) -> Tensor:
         return _check.matrix(name, array)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} in {path}") from None
+
+
+def load_array(path: str | os.PathLike, *, name: str = "path") -> np.ndarray:
+    """The array of a `.npy` file of any dtype and shape, as labels and ids are, mapped.
+
+    Raises:
+        ValueError: the file is absent, of another format, truncated or pickled.
+    """
+    return _formats.read_npy(Path(path), name)
 
 
 def save_embeddings(path: str | os.PathLike, x: Tensor) -> Path:

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -124,8 +123,9 @@ def load(
         with _quiet():
             module, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
             tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        # A configuration and weights that are the user's: open_clip and PyTorch raise whatever they lead to.
+        reason = (str(error).split("\n")[0] or type(error).__name__) if not isinstance(error, KeyError) else repr(error)
         raise ValueError(f"model: cannot load {model} ({pretrained or 'its own weights'}): {reason}") from None
     if precision == "auto":
         if place.type != "cuda":
@@ -142,8 +142,8 @@ def _identify(open_clip: Any, model: str, pretrained: str | None) -> tuple[str, 
     name = model
     if model.endswith(".json"):
         try:
-            config = json.loads(Path(model).read_text())
-        except (OSError, ValueError) as error:
+            config = files.read_json(model, name="model")
+        except OSError as error:
             raise ValueError(f"model: expected JSON of a model's configuration in {model}, got {error}") from None
         if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
             raise ValueError(f"model: expected embed_dim, vision_cfg and text_cfg in {model}")

@@ -7,8 +7,13 @@ Mistakes are one line and exit status 2. An error that is none of the user's is 
 import codecs
 import contextlib
 import os
+import struct
 import sys
+import tarfile
+import tokenize
 import traceback
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,7 +70,17 @@ def mistake(error: BaseException) -> str | None:
         return line(" ".join(["cannot read or write", " and ".join(names)]).strip() + f": {error.strerror}")
     if isinstance(error, OSError | ValueError | TypeError | ImportError):
         return line(error) or type(error).__name__
+    if isinstance(error, _foreign()):
+        return f"expected files that can be read, got one of which a reader says: {line(error) or type(error).__name__}"
     return None
+
+
+def _foreign() -> tuple[type[BaseException], ...]:
+    """What readers of formats raise of damaged files; those that name the file make ValueErrors of it."""
+    from safetensors import SafetensorError
+
+    return (EOFError, RecursionError, OverflowError, tokenize.TokenError, SafetensorError, tarfile.TarError,
+            zipfile.BadZipFile, zlib.error, struct.error)  # fmt: skip
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -109,6 +124,8 @@ def guarded(name: str, work: Callable[[], Any], debug: bool = False) -> int:
     except BrokenPipeError:
         status = 0  # whoever read the output has enough
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and flushed(name):
+            return 2  # it was what was printed
         if debug:
             _say(traceback.format_exc().rstrip())
         said = mistake(error)

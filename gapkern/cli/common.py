@@ -29,10 +29,7 @@ def labels(text: str | None, count: int) -> Any:
         return None
     if text == "paired":
         return np.arange(count)
-    try:
-        return np.load(text, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"labels: expected 'paired' or a .npy file of integers, got {text} ({error})") from None
+    return files.load_array(text, name="labels")
 
 
 def model(given: str | None, **paths: str) -> tuple[str | None, str]:
@@ -97,7 +94,10 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
     for row in rows:
         drawn.add_row(*(cell(number(value)) for value in row))
     needed = console.measure(drawn, options=console.options.update(width=WIDEST)).maximum
-    Console(width=max(needed, console.width if console.is_terminal else 0)).print(drawn)
+    console = Console(width=max(needed, console.width if console.is_terminal else 0))
+    with console.capture() as captured:  # it would end the process where a pipe is closed
+        console.print(drawn)
+    print(captured.get(), end="")
 
 
 @contextlib.contextmanager
