@@ -1,4 +1,4 @@
-"""`make disasters`: runs that are killed at any moment, and disks that become full, verb by verb.
+"""`make fuzz`, its second half: runs that are killed at any moment, and disks that become full, verb by verb.
 
 Afterwards the same command must end with the bytes of a run that nothing disturbed, and leave nothing temporary. A full
 disk must be one line and exit status 2. Disks are small tmpfs where they can be mounted; elsewhere files may not grow

@@ -96,6 +96,19 @@ def test_an_error_of_our_own_is_told_from_a_mistake(pair, capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_error_that_speaks_of_peers_is_no_lost_rank(pair, capsys, monkeypatch):
+    from gapkern.cli import eval as verb
+
+    def broken(*_):
+        raise RuntimeError("a peer of the store timed out")
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(verb, "_one", broken)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("the process was ended"))
+    assert main(["eval", "--images", "images.npy", "--texts", "texts.npy", "--labels", "labels.npy"]) == 1
+    assert "internal error: RuntimeError: a peer of the store timed out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -3,13 +3,14 @@
 import ast
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check, _formats, files
 from gapkern._nearest import nearest
 from gapkern.gap.moments import Moments, Sample, batches, hull, numerical_rank, principal
 
@@ -270,20 +271,28 @@ class MeanShift:
         """
         from safetensors import SafetensorError, safe_open
 
+        _formats.opened(Path(path), "path")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise ValueError(f"path: expected a file, got {path}, which does not exist") from None
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from None
+        except (SafetensorError, *_formats.UNREADABLE) as error:
+            raise ValueError(f"path: expected a safetensors file, got {path} ({_formats.reason(error)})") from None
         if metadata.get("format") != "gapkern.MeanShift" or metadata.get("version") != str(FORMAT_VERSION):
             raise ValueError(
                 f"path: expected a gapkern.MeanShift file of version {FORMAT_VERSION}, got {path} with "
                 f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
             )
+        try:
+            return MeanShift._restored(metadata, tensors)
+        except _formats.UNREADABLE as error:
+            raise ValueError(
+                f"path: expected the fields of a gapkern.MeanShift in {path}, got {type(error).__name__}: "
+                f"{_formats.reason(error)}"
+            ) from None
 
+    @staticmethod
+    def _restored(metadata: dict[str, str], tensors: dict[str, Tensor]) -> "MeanShift":
         def value(name: str) -> Any:
             return ast.literal_eval(metadata[name])
 
@@ -291,8 +300,15 @@ class MeanShift:
             value("alpha"), value("components"), metadata["moves"], value("normalize"), value("agreement"),
             value("model"),
         )  # fmt: skip
-        shift.gap_vector_, shift.shift_vector_ = tensors["gap_vector"], tensors["shift_vector"]
-        shift.components_, shift.agreement_ = value("components_"), value("agreement_")
+        if not isinstance(shift.model, str | None):
+            raise ValueError(f"model: expected a name, got {shift.model!r}")
+        for name in ("gap_vector", "shift_vector"):
+            vector = _check.finite(name, _check.tensor(name, tensors[name]))
+            if vector.dim() != 1 or vector.shape != tensors["gap_vector"].shape or not len(vector):
+                raise ValueError(f"{name}: expected shape (D,), got {tuple(vector.shape)}")
+            setattr(shift, f"{name}_", vector)
+        shift.components_ = _check.integer("components_", value("components_"), low=0)
+        shift.agreement_ = value("agreement_")
         shift.orthogonality_ = float(metadata["orthogonality_"])
         return shift
 
