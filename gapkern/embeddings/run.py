@@ -20,11 +20,14 @@ from torch import Tensor
 from gapkern import _check, files, models
 from gapkern.embeddings import folder as folders
 from gapkern.embeddings import sources
-from gapkern.ranks import RankLost, Ranks
 
 PROGRESS = ".progress"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 Tick = Callable[[str, int, int], None]
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended or no longer answers; what is finished is kept."""
 
 
 def embed(
@@ -63,6 +66,8 @@ def embed(
         ImportError: open_clip or pyarrow is not installed.
         RankLost: another rank is gone.
     """
+    from gapkern.ranks import Ranks
+
     batch_size = _check.integer("batch_size", batch_size, low=1)
     shard_rows = _check.integer("shard_rows", shard_rows, low=1)
     workers = _check.integer("workers", workers, low=0)
@@ -144,8 +149,8 @@ class _Job:
     def _with_others(self, exchange: Callable[..., Any], *values: Any) -> Any:
         try:
             return exchange(*values)
-        except RankLost as error:
-            raise RankLost(f"rank {self.ranks.rank}: lost another rank ({error})") from None
+        except RuntimeError as error:
+            raise RankLost(f"rank {self.ranks.rank}: lost another rank ({str(error).splitlines()[0]})") from None
 
     def _rows(self, shard: int) -> range:
         size = self.facts["shard_rows"]
