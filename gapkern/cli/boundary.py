@@ -70,6 +70,8 @@ def mistake(error: BaseException) -> str | None:
         return line(" ".join(["cannot read or write", " and ".join(names)]).strip() + f": {error.strerror}")
     if isinstance(error, OSError | ValueError | TypeError | ImportError):
         return line(error) or type(error).__name__
+    if type(error).__name__ in ("LinAlgError", "_LinAlgError"):  # NumPy's and PyTorch's
+        return f"expected embeddings that can be decomposed in float64, got {line(error)}"
     if isinstance(error, _foreign()):
         return f"expected files that can be read, got one of which a reader says: {line(error) or type(error).__name__}"
     return None

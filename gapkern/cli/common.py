@@ -11,6 +11,7 @@ from gapkern import files
 from gapkern.cli.boundary import spelled
 
 WIDEST = 2**20  # columns of a terminal that cuts no table
+MOST_ALPHAS = 10_000
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -136,9 +137,11 @@ def alphas(text: str) -> list[float]:
         if ":" in text:
             low, high, count = text.split(":")
             first, last, n = float(low), float(high), int(count)
-            if n < 2:
+            if not 2 <= n <= MOST_ALPHAS:
                 raise ValueError
             return [first + (last - first) * i / (n - 1) for i in range(n)]
         return [float(value) for value in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected FIRST:LAST:COUNT or values between commas, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected FIRST:LAST:COUNT, 2 to {MOST_ALPHAS} of them, or values between commas, got {text!r}"
+        ) from None

@@ -50,8 +50,8 @@ def run(arguments) -> int:
     with common.progress(stages) as step:
         manifest = disk.build(
             arguments.gallery, arguments.out, (arguments.factory or ["Flat"])[0], arguments.metric, shift,
-            ids=arguments.ids, model=model, sample=arguments.sample or disk.SAMPLE, block=arguments.block,
-            progress=step,
+            ids=arguments.ids, model=model, sample=disk.SAMPLE if arguments.sample is None else arguments.sample,
+            block=arguments.block, progress=step,
         )  # fmt: skip
     if arguments.json:
         common.print_json(manifest)

@@ -119,6 +119,7 @@ def gap_metrics(
     images, texts = _check.matrix("images", images), _check.matrix("texts", texts)
     _check.same_width(images=images, texts=texts)
     _check.same_rows(images=images, texts=texts)
+    logit_scale = _check.number("logit_scale", logit_scale)
     images, texts = _check.finite("images", images).detach().cpu(), _check.finite("texts", texts).detach().cpu()
     n = len(images)
     seen_x, seen_t = Moments.of(images), Moments.of(texts)
