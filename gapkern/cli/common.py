@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -95,10 +96,10 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
     for row in rows:
         drawn.add_row(*(cell(number(value)) for value in row))
     needed = console.measure(drawn, options=console.options.update(width=WIDEST)).maximum
-    console = Console(width=max(needed, console.width if console.is_terminal else 0))
-    with console.capture() as captured:  # it would end the process where a pipe is closed
-        console.print(drawn)
-    print(captured.get(), end="")
+    text = io.StringIO()  # rich would end the process where a pipe is closed
+    width = max(needed, console.width if console.is_terminal else 0)
+    Console(file=text, width=width, force_terminal=console.is_terminal).print(drawn)
+    print(text.getvalue(), end="")
 
 
 @contextlib.contextmanager
