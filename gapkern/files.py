@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,37 @@ def write_json(path: str | os.PathLike, value: Any) -> Path:
     return write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def read_text(path: str | os.PathLike, *, name: str = "path") -> str:
+    """What a file of text holds, in UTF-8 with or without a byte-order mark; line ends as they are.
+
+    A pipe is read where something writes into it, as the shell's `<(...)` does.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        ValueError: it cannot be read, is no text in UTF-8, or is a device, which may have no end.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.txt"
+        >>> _ = path.write_bytes(b"\\xef\\xbb\\xbfone\\r\\ntwo")
+        >>> read_text(path)
+        'one\\r\\ntwo'
+    """
+    try:
+        # A pipe that nobody writes into is empty then, instead of waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{name}: expected a file, got {path}, which is a device")
+            os.set_blocking(file.fileno(), True)
+            return file.read().decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {_formats.reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected text in UTF-8 in {path}, got {error}") from None
+
+
 def read_json(path: str | os.PathLike, *, name: str = "path") -> Any:
     """What a JSON file holds, in UTF-8 with or without a byte-order mark.
 
@@ -148,12 +180,9 @@ def read_json(path: str | os.PathLike, *, name: str = "path") -> Any:
         >>> read_json(write_json(Path(tempfile.mkdtemp()) / "x.json", {"a": [1]}))
         {'a': [1]}
     """
+    text = read_text(path, name=name)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read {path}: {_formats.reason(error)}") from None
+        return json.loads(text)
     except RecursionError:
         raise ValueError(f"{name}: expected JSON in {path}, got lists within lists without end") from None
     except ValueError as error:

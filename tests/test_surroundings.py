@@ -62,8 +62,11 @@ def test_an_output_that_takes_nothing(pair, how):
     command = f"{sys.executable} -m gapkern gap images.npy texts.npy --out gap.json"
     shell = {"closed": ">&-", "full": "> /dev/full", "head": "| true; exit ${PIPESTATUS[0]}"}[how]
     done = subprocess.run(["bash", "-c", f"{command} {shell}"], capture_output=True, check=False)
-    status, message = (2, b"gapkern gap: cannot write to the standard output: No space left on device\n")
-    assert (done.returncode, done.stderr) == ((status, message) if how == "full" else (0, b""))
+    assert done.returncode == (2 if how == "full" else 0)
+    if how == "full":
+        assert re.fullmatch(b"gapkern gap: cannot .*write.*: No space left on device\n", done.stderr)
+    else:
+        assert done.stderr == b""
     assert json.loads((pair / "gap.json").read_text())["centroid_distance"] > 3
 
 
