@@ -45,8 +45,8 @@ test: $(STAMPS)/test
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 fuzz: $(STAMPS)/test
-	$(BIN)/python tests/fuzz.py $(FUZZ_ARGS)
-	$(if $(FUZZ_ARGS),,$(BIN)/python tests/disasters.py)
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+	$(if $(FUZZ_ARGS),,$(BIN)/python -m tests.disasters)
 
 bench: $(STAMPS)/test
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

@@ -4,7 +4,7 @@ Afterwards the same command must end with the bytes of a run that nothing distur
 disk must be one line and exit status 2. Disks are small tmpfs where they can be mounted; elsewhere files may not grow
 beyond a limit.
 
-    python tests/disasters.py --kills 25 --disks 10 --seed 0 --only index
+    python -m tests.disasters --kills 25 --disks 10 --seed 0 --only index
 """
 
 import argparse
@@ -18,9 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import forks  # before NumPy: it leaves it one thread
 import numpy as np
+
+from tests import forks
 
 ROWS, DIMS, SHARDS = 4000, 64, 40
 MODEL = {
@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of moments and sizes (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="verbs (default: all)")
     arguments = parser.parse_args()
-    forks.everything()
+    forks.everything("tests.disasters")
     failed = 0
     with tempfile.TemporaryDirectory(prefix="gapkern-disasters-") as place:
         disasters = Disasters(Path(place), arguments.seed)

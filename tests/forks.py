@@ -10,14 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"  # a fork has one thread; OpenMP would wait for the others
-
 HANG = 60.0  # seconds
 
 
-def everything() -> None:
-    """Imports what the verbs import when they need it."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def everything(module: str) -> None:
+    """Imports what the verbs import when they need it, in a process of one thread: in a fork OpenMP waits for others.
+
+    Args:
+        module: the script, which is started anew where there may be more threads.
+    """
+    if any(os.environ.get(name) != "1" for name in THREADS):
+        sys.stdout.flush()
+        os.execve(
+            sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **dict.fromkeys(THREADS, "1")}
+        )
     import faiss  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import open_clip  # noqa: F401

@@ -4,7 +4,7 @@ Each case is a fork of one process that has imported everything: a verb, run on 
 damaged. It must end within a minute with the right answer, which is computed here from the damaged bytes alone, or with
 one line and exit status 2; without a traceback, a half-written file, or memory beyond twice the files.
 
-    python tests/fuzz.py --cases 2000 --commands 200 --seed 0       python tests/fuzz.py --only npy:17 --show
+    python -m tests.fuzz --cases 2000 --commands 200 --seed 0       python -m tests.fuzz --only npy:17 --show
 """
 
 import argparse
@@ -22,11 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import forks  # before NumPy: it leaves it one thread
-import mutations
 import numpy as np
-from forks import HANG, Outcome, everything, forked
+
+from tests import forks, mutations
+from tests.forks import HANG, Outcome, forked
 
 SLACK = 256 * 2**20  # bytes that libraries and models may take beside twice the files
 ROWS, DIMS = 30, 16
@@ -391,7 +390,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="show what each case says")
     parser.add_argument("--keep", help="a folder in which each case that fails is kept")
     arguments = parser.parse_args()
-    everything()
+    forks.everything("tests.fuzz")
     chosen = names(arguments.cases, arguments.commands)
     if arguments.only:
         chosen = [n for n in chosen if n in arguments.only or n.split(":")[0] in arguments.only]
