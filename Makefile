@@ -5,7 +5,7 @@
 #   GAPKERN_CUDA=auto|on|off    build the CUDA library (auto: when nvcc is found)
 #   TORCH_CUDA_ARCH_LIST=9.0a   CUDA architectures      MAX_JOBS=2   parallel compilations
 #   CUTLASS_PATH=               CUTLASS's headers, instead of installing $(CUTLASS)
-#   DEMO_ARGS=  TEST_ARGS=  BENCH_ARGS=                 passed on to the command
+#   DEMO_ARGS=  TEST_ARGS=  BENCH_ARGS=  FUZZ_ARGS=     passed on to the command
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -26,12 +26,13 @@ SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(orig
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint mypy format bench docs build clean distclean FORCE
+.PHONY: help demo test test-slow fuzz lint mypy format bench docs build clean distclean FORCE
 
 help:
 	@echo "make demo       train on handwritten digits, measure the modality gap, close it, write a report"
 	@echo "make test       the tests, but for the slow ones"
 	@echo "make test-slow  the slow tests: several processes, kills, whole runs, planted mistakes"
+	@echo "make fuzz       damaged files, hostile command lines, killed runs, full disks (FUZZ_ARGS=--help lists options)"
 	@echo "make lint       ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
 	@echo "make bench      time the kernels against plain PyTorch and open_clip"
 	@echo "make docs       the documentation as a site, in build/docs; warnings are errors"
@@ -46,6 +47,10 @@ test: $(STAMPS)/test
 
 test-slow: $(STAMPS)/test
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+fuzz: $(STAMPS)/test
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+	$(if $(FUZZ_ARGS),,$(BIN)/python -m tests.disasters)
 
 bench: $(STAMPS)/test
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

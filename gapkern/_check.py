@@ -75,13 +75,18 @@ def same_device(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name}: expected device {reference.device} as {first}, got {other.device}")
 
 
-def finite(name: str, value: torch.Tensor) -> torch.Tensor:
-    """Raises ValueError naming the first row that holds a NaN or an infinity."""
+def finite(name: str, value: torch.Tensor, first: int = 0, *, where: str = "") -> torch.Tensor:
+    """Raises ValueError naming the first row that holds a NaN or an infinity.
+
+    Args:
+        first: the row of the whole that `value` begins with.
+        where: said after the row.
+    """
     if not bool(torch.isfinite(value).all()):
         bad = ~torch.isfinite(value)
         rows = bad.reshape(bad.shape[0], -1).any(1) if value.dim() else bad
-        row = int(rows.nonzero()[0]) if value.dim() else 0
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity, first in row {row}")
+        row = first + (int(rows.nonzero()[0]) if value.dim() else 0)
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity, first in row {row}{where}")
     return value
 
 

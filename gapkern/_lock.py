@@ -86,7 +86,8 @@ def locked(folder: str | os.PathLike, *, name: str = "out") -> Iterator[Path]:
     """Makes a folder and keeps every other run out of it while the block lasts.
 
     What killed runs left half written there, in files of `files.replacing`, is removed first. The lock is the file
-    `.gapkern.lock` in the folder, gone when the block is left; one that a killed run left behind locks nothing.
+    `.gapkern.lock` in the folder, gone when the block is left; one that a killed run left behind locks nothing. A
+    folder that was made here and stays empty is removed again.
 
     Args:
         folder: made where there is none.
@@ -107,7 +108,9 @@ def locked(folder: str | os.PathLike, *, name: str = "out") -> Iterator[Path]:
         >>> os.listdir(folder)
         []
     """
-    folder = make(folder, name=name)
+    folder = Path(folder)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    make(folder, name=name)
     lock = folder / LOCK
     try:
         descriptor = _take(lock)
@@ -116,13 +119,17 @@ def locked(folder: str | os.PathLike, *, name: str = "out") -> Iterator[Path]:
     if descriptor is None:
         raise ValueError(f"{name}: expected a folder that no other run writes, got {folder}")
     try:
-        sweep(folder)
+        for inner, _, _ in os.walk(folder):
+            sweep(Path(inner))
         yield folder
     finally:
-        with contextlib.suppress(OSError):
-            if descriptor in _held:
+        if descriptor in _held:
+            with contextlib.suppress(OSError):
                 lock.unlink()
-        _release(descriptor)
+            _release(descriptor)
+            with contextlib.suppress(OSError):
+                for place in missing:
+                    place.rmdir()  # of a run that failed before it wrote anything
 
 
 def temporary(path: Path) -> tuple[Path, int]:

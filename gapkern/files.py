@@ -1,9 +1,12 @@
 """Reading embeddings and writing results: whole files or none, and errors that say what was expected."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, layout
+from gapkern import _check, _formats, _lock, _memory, layout
 
 CHUNK = 2**22  # numbers at hand at once when a file is streamed
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, name: str = "path") -> Iterator[Path]:
     """A temporary name beside `path`; the file written there takes its place once the block is left without an error.
 
+    A link is followed: the file that it names is replaced. What killed runs left half written in the folder is removed.
+
     Raises:
-        ValueError: the folder does not exist or cannot be written.
+        ValueError: the folder does not exist or cannot be written; `path` is a folder, a device or a pipe.
 
     Example:
         >>> import tempfile
@@ -34,21 +40,61 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         >>> target.read_text(), [p.name for p in target.parent.iterdir()]
         ('1 2 3', ['numbers.txt'])
     """
-    path = Path(path)
+    path = writable(path, name=name)
+    _lock.sweep(path.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+        temporary, lock = _lock.temporary(path)
     except OSError as error:
-        raise ValueError(f"path: cannot write {path}: {error.strerror}") from None
-    os.close(handle)
-    temporary = Path(name)
+        raise ValueError(f"{name}: cannot write {path}: {error.strerror}") from None
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        with _named(f"{name}: cannot write {path}"):
+            yield temporary
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        _lock.release(lock)
+
+
+@contextmanager
+def _named(doing: str) -> Iterator[None]:
+    """Turns what writers raise where a disk is full or fails, each in its own way, into one ValueError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # NumPy tells only how much it wrote; Rust, C++ and Arrow put the system's words into their own.
+        text = str(error)
+        words = [
+            os.strerror(number)
+            for number in _NO_ROOM
+            if getattr(error, "errno", None) == number or os.strerror(number) in text
+        ]
+        if not words and "requested and" in text and isinstance(error, OSError):
+            words = [os.strerror(errno.ENOSPC)]
+        if not words:
+            raise
+        raise ValueError(f"{doing}: {words[0]}") from None
+
+
+def writable(path: str | os.PathLike, *, name: str = "path") -> Path:
+    """`path`, or the file that it links to, once a file can be put there: to be asked before the work for it is done.
+
+    Raises:
+        ValueError: its folder does not exist or cannot be written; it is a folder, a device or a pipe.
+    """
+    given, path = path, Path(os.path.realpath(path))
+    kind = "a folder" if path.is_dir() else "no regular file" if path.exists() and not path.is_file() else None
+    if kind is None and not path.parent.is_dir():
+        kind = "Not a directory" if path.parent.exists() else "No such file or directory"
+    elif kind is None and not os.access(path.parent, os.W_OK | os.X_OK):
+        kind = "Permission denied"
+    elif kind is not None:
+        kind = f"it is {kind}"
+    if kind is not None:
+        raise ValueError(f"{name}: cannot write {given}: {kind}")
+    return path
 
 
 def write(path: str | os.PathLike, save: Callable[[Path], Any]) -> Path:
@@ -86,7 +132,60 @@ def plain(value: Any) -> Any:
 
 def write_json(path: str | os.PathLike, value: Any) -> Path:
     """Writes JSON that any reader takes: `plain` values, two spaces, a final newline."""
-    return write(path, lambda p: p.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n"))
+    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+    return write(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_text(path: str | os.PathLike, *, name: str = "path") -> str:
+    """What a file of text holds, in UTF-8 with or without a byte-order mark; line ends as they are.
+
+    A pipe is read where something writes into it, as the shell's `<(...)` does.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        ValueError: it cannot be read, is no text in UTF-8, or is a device, which may have no end.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.txt"
+        >>> _ = path.write_bytes(b"\\xef\\xbb\\xbfone\\r\\ntwo")
+        >>> read_text(path)
+        'one\\r\\ntwo'
+    """
+    try:
+        # A pipe that nobody writes into is empty then, instead of waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{name}: expected a file, got {path}, which is a device")
+            os.set_blocking(file.fileno(), True)
+            return file.read().decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {_formats.reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected text in UTF-8 in {path}, got {error}") from None
+
+
+def read_json(path: str | os.PathLike, *, name: str = "path") -> Any:
+    """What a JSON file holds, in UTF-8 with or without a byte-order mark.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        ValueError: it cannot be read, or is no JSON.
+
+    Example:
+        >>> import tempfile
+        >>> read_json(write_json(Path(tempfile.mkdtemp()) / "x.json", {"a": [1]}))
+        {'a': [1]}
+    """
+    text = read_text(path, name=name)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name}: expected JSON in {path}, got lists within lists without end") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: expected JSON in {path}, got {_formats.reason(error)}") from None
 
 
 def folder(path: str | os.PathLike, *, name: str = "out") -> Path:
@@ -95,9 +194,8 @@ def folder(path: str | os.PathLike, *, name: str = "out") -> Path:
     Raises:
         ValueError: it cannot be made or written, in one line that says why.
     """
-    path = Path(path)
+    path = _lock.make(path, name=name)
     try:
-        path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -124,14 +222,25 @@ def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
 
 
 def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:
-    """Rows and columns of a file's or a folder's embeddings; `.npy` files are not read for it."""
-    rows, dims = 0, 0
+    """Rows and columns of a file's or a folder's embeddings; `.npy` files are not read for it.
+
+    Raises:
+        ValueError: as `load_embeddings`, but for its size.
+    """
+    rows, first = 0, None
     for shard in shards(path, name=name):
         part = _load(shard, name)
-        if dims and part.shape[1] != dims:
-            raise ValueError(f"{name}: expected D = {dims} as in the shards before, got {tuple(part.shape)} in {shard}")
-        rows, dims = rows + len(part), part.shape[1]
-    return rows, dims
+        if first is None:
+            first = part[:0], shard
+        elif part.shape[1] != first[0].shape[1]:
+            raise ValueError(
+                f"{name}: expected D = {first[0].shape[1]} as in the shards before, got {tuple(part.shape)} in {shard}"
+            )
+        elif part.dtype != first[0].dtype:
+            raise ValueError(f"{name}: expected {first[0].dtype} as in {first[1]}, got {part.dtype} in {shard}")
+        rows += len(part)
+    assert first is not None
+    return rows, first[0].shape[1]
 
 
 def digest(path: str | os.PathLike) -> str:
@@ -171,23 +280,22 @@ def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
     if not others:
         return whole
     rows, dims = size(path, name=name)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _memory.available()
     if (needed := rows * dims * whole.element_size()) > free:
         raise ValueError(
             f"{name}: expected embeddings that fit into {free / 2**30:.1f} GiB of free memory, got "
             f"{needed / 2**30:.1f} GiB in {path}"
         )
-    parts = [whole, *(_load(shard, name) for shard in others)]
-    for shard, part in zip(others, parts[1:], strict=True):
-        if part.dtype != whole.dtype:
-            raise ValueError(f"{name}: expected {whole.dtype} as in {first}, got {part.dtype} in {shard}")
-    return torch.cat(parts)
+    return torch.cat([whole, *(_load(shard, name) for shard in others)])
 
 
-def chunks(path: str | os.PathLike, rows: int | None = None, *, name: str = "path") -> Iterator[Tensor]:
+def chunks(
+    path: str | os.PathLike, rows: int | None = None, *, name: str = "path", finite: bool = False
+) -> Iterator[Tensor]:
     """The embeddings of a file or folder, some rows at a time (by default about 4 million numbers), in memory.
 
-    A file is mapped anew for every chunk: one mapping would keep every page it has touched.
+    A file is mapped anew for every chunk: one mapping would keep every page it has touched. With `finite` the first row
+    that holds NaN or infinity is refused, by its number in its file.
 
     Example:
         >>> import tempfile
@@ -199,7 +307,10 @@ def chunks(path: str | os.PathLike, rows: int | None = None, *, name: str = "pat
         count, dims = _load(shard, name).shape
         step = rows or max(1, CHUNK // max(1, dims))
         for first in range(0, count, step):
-            yield _load(shard, name)[first : first + step].clone()
+            part = _load(shard, name)[first : first + step].clone()
+            if finite:
+                _check.finite(name, part, first, where=f" of {shard}")
+            yield part
 
 
 def convert(
@@ -207,7 +318,7 @@ def convert(
 ) -> Iterator[int]:
     """Writes `change(rows)` for the rows of a file to another file, a chunk at a time; yields the rows done so far.
 
-    `.npy` is streamed through; `.safetensors` is put together in memory. `target` appears only once it is complete.
+    `target` appears only once it is complete; whether its disk has room for it is seen at the first chunk.
 
     Example:
         >>> import tempfile
@@ -217,26 +328,16 @@ def convert(
         >>> load_embeddings(folder / "y.npy").sum().item()
         12.0
     """
-    target = Path(target)
     rows, dims = size(source, name=name)
-    parts, done = [], 0
-    with replacing(target) as temporary:
-        mapped = None
-        for part in chunks(source, name=name):
+    done = 0
+    with replacing(target) as temporary, open(temporary, "wb") as file:
+        for part in chunks(source, name=name, finite=True):
             part = change(part)
-            if target.suffix == ".npy" and part.dtype != torch.bfloat16:
-                if mapped is None:
-                    dtype = part[:0].numpy().dtype
-                    mapped = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(rows, dims))
-                mapped[done : done + len(part)] = part.numpy()
-            else:
-                parts.append(part)
+            if done == 0:
+                writer = _formats.Writer(file, Path(target).suffix, part.dtype, rows, dims)
+            writer.write(part)
             done += len(part)
             yield done
-        if mapped is None:
-            save(temporary, torch.cat(parts))
-        else:
-            mapped.flush()
 
 
 def _load(path: str | os.PathLike, name: str) -> Tensor:
@@ -245,13 +346,18 @@ def _load(path: str | os.PathLike, name: str) -> Tensor:
     if text.endswith("]") and "[" in text:
         text, _, index = text[:-1].rpartition("[")
     file = Path(text)
-    if not file.exists():
-        raise ValueError(f"{name}: expected a file, got {file}, which does not exist")
     if file.suffix == ".safetensors":
-        array: Any = _load_safetensors(file, index, name)
+        array: Any = _formats.read_safetensors(file, index, name)
     elif file.suffix == ".npy":
-        array = _load_npy(file, index, name)
+        array = _formats.read_npy(file, name)
+        if index is not None:
+            if not index.isdecimal() or array.ndim != 3 or int(index) >= len(array):
+                raise ValueError(
+                    f"{name}: expected [K] to choose from an array (K, N, D), got [{index}] of shape {array.shape}"
+                )
+            array = array[int(index)]
     else:
+        _formats.opened(file, name)
         raise ValueError(f"{name}: expected a .npy or .safetensors file, got {file}")
     try:
         return _check.matrix(name, array)
@@ -259,36 +365,13 @@ def _load(path: str | os.PathLike, name: str) -> Tensor:
         raise ValueError(f"{error} in {path}") from None
 
 
-def _load_npy(file: Path, index: str | None, name: str) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name}: expected a .npy file, got {file}: {reason}") from None
-    if index is None:
-        return array
-    if not index.isdigit() or array.ndim != 3 or int(index) >= len(array):
-        raise ValueError(
-            f"{name}: expected [K] to choose from an array (K, N, D), got [{index}] of shape {array.shape}"
-        )
-    return array[int(index)]
+def load_array(path: str | os.PathLike, *, name: str = "path") -> np.ndarray:
+    """The array of a `.npy` file of any dtype and shape, as labels and ids are, mapped.
 
-
-def _load_safetensors(file: Path, key: str | None, name: str) -> Tensor:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            keys = list(opened.keys())
-            if key is None and len(keys) != 1:
-                raise ValueError(
-                    f"{name}: expected one tensor in {file}, got {', '.join(keys)}; choose one as file[key]"
-                )
-            if key is not None and key not in keys:
-                raise ValueError(f"{name}: expected one of {', '.join(keys)} in {file}, got [{key}]")
-            return opened.get_tensor(key if key is not None else keys[0])
-    except SafetensorError as error:
-        raise ValueError(f"{name}: expected a .safetensors file, got {file}: {error}") from None
+    Raises:
+        ValueError: the file is absent, of another format, truncated or pickled.
+    """
+    return _formats.read_npy(Path(path), name)
 
 
 def save_embeddings(path: str | os.PathLike, x: Tensor) -> Path:
@@ -300,13 +383,5 @@ def save_embeddings(path: str | os.PathLike, x: Tensor) -> Path:
 
 def save(path: Path, x: Tensor) -> None:
     """Writes (N, D) embeddings to `path` itself, by its ending."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file({"embeddings": x.contiguous()}, path)
-    elif path.suffix != ".npy":
-        raise ValueError(f"path: expected a name ending in .npy or .safetensors, got one in {path.suffix or 'nothing'}")
-    elif x.dtype == torch.bfloat16:
-        raise ValueError("path: .npy has no bfloat16; expected a name ending in .safetensors")
-    else:
-        np.save(path, x.numpy(), allow_pickle=False)
+    with open(path, "wb") as file:
+        _formats.Writer(file, path.suffix, x.dtype, *_check.matrix("x", x, empty=True).shape).write(x)

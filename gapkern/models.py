@@ -1,7 +1,6 @@
 """open_clip's models behind one face: loaded by name, checkpoint or folder, known by an id, encoding to float32."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,8 +133,9 @@ def load(
         with quiet():  # open_clip logs what it raises too; one of the two is enough
             module, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
             tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        # A configuration and weights that are the user's: open_clip and PyTorch raise whatever they lead to.
+        reason = (str(error).split("\n")[0] or type(error).__name__) if not isinstance(error, KeyError) else repr(error)
         raise ValueError(f"model: cannot load {model} ({pretrained or 'its own weights'}): {reason}") from None
     if precision == "auto":
         if place.type != "cuda":
@@ -152,8 +152,8 @@ def _identify(open_clip: Any, model: str, pretrained: str | None) -> tuple[str, 
     name = model
     if model.endswith(".json"):
         try:
-            config = json.loads(Path(model).read_text())
-        except (OSError, ValueError) as error:
+            config = files.read_json(model, name="model")
+        except OSError as error:
             raise ValueError(f"model: expected JSON of a model's configuration in {model}, got {error}") from None
         if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
             raise ValueError(f"model: expected embed_dim, vision_cfg and text_cfg in {model}")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,20 @@ from torch import Tensor
 from gapkern import _check, files
 from gapkern._compare import same_fields
 
-__all__ = ["Ranks", "Rows"]
+__all__ = ["RankLost", "Ranks", "Rows"]
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended or no longer answers."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What a collective raises is that a rank is lost: by where it comes from, whatever the backend's words are."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(str(error).strip().split("\n")[0] or type(error).__name__) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +75,8 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         if self._made:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+            with _together():
+                dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
@@ -70,7 +85,8 @@ class Ranks:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self._made and dist.is_initialized() and kind is None:
-            dist.destroy_process_group()
+            with _together():
+                dist.destroy_process_group()
 
     def share(self, total: int, rank: int | None = None) -> slice:
         """A rank's rows of `total`: consecutive, as even as can be.
@@ -100,7 +116,8 @@ class Ranks:
         if self.world == 1:
             return
         everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, value)
+        with _together():
+            dist.all_gather_object(everyone, value)
         if any(other != everyone[0] for other in everyone):
             raise ValueError(f"{name}: expected the same on every rank, got {everyone}")
 
@@ -109,7 +126,8 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, 0)
+        with _together():
+            dist.broadcast_object_list(box, 0)
         return box[0]
 
     def sum(self, counts: Tensor) -> Tensor:
@@ -117,8 +135,9 @@ class Ranks:
         if self.world == 1:
             return counts.cpu()
         total = counts.to(self.device).clone()
-        dist.all_reduce(total)
-        return total.cpu()
+        with _together():
+            dist.all_reduce(total)
+            return total.cpu()
 
     def each(self, rows: Rows) -> Iterator[tuple[int, Tensor]]:
         """Every rank's rows in order, one rank's at a time, and the row that they start at."""
@@ -146,7 +165,8 @@ class Ranks:
         else:
             values = rows.values.new_empty(part.stop - part.start, rows.values.shape[1])
         if self.world > 1:
-            dist.broadcast(values, source)
+            with _together():
+                dist.broadcast(values, source)
         return values
 
     def extremes(self, x: Tensor) -> Tensor:
@@ -155,6 +175,7 @@ class Ranks:
         if len(x):
             bounds[0], bounds[1] = x.amin(0), -x.amax(0)
         if self.world > 1:
-            dist.all_reduce(bounds, dist.ReduceOp.MIN)
+            with _together():
+                dist.all_reduce(bounds, dist.ReduceOp.MIN)
         bounds[1].neg_()
         return bounds

@@ -5,7 +5,7 @@ import os
 import sys
 
 from gapkern import layout
-from gapkern.cli import answer
+from gapkern.cli import answer, boundary
 
 VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
 
@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """One line instead of the whole usage."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {boundary.line(message)} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
     whole = _Parser(prog="gapkern", description="Measure and close the modality gap of multi-modal embeddings.")
     whole.add_argument("--version", action="version", version=f"gapkern {__version__}")
+    whole.add_argument("--debug", action="store_true", help="show where an error comes from")
     verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb in VERBS:
         module = import_module(f"gapkern.cli.{verb}")
@@ -50,16 +51,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; bad input is one line on stderr and exit status 2, an interrupt 130."""
-    arguments = parser().parse_args(argv)
-    try:
+    with boundary.streams():
+        try:
+            arguments = parser().parse_args(argv)
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            boundary.flushed("gapkern")  # what --help has printed
         with answer.alone(getattr(arguments, "json", False)):
-            return _run(arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        print(f"gapkern {arguments.verb}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"gapkern {arguments.verb}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+            return boundary.guarded(f"gapkern {arguments.verb}", lambda: _run(arguments), arguments.debug)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -10,6 +11,10 @@ from typing import Any
 
 from gapkern import files, layout
 from gapkern.cli import answer
+from gapkern.cli.boundary import spelled
+
+WIDEST = 2**20  # columns of a terminal that cuts no table
+MOST_ALPHAS = 10_000
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -87,20 +92,29 @@ def print_json(value: Any) -> None:
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -> None:
-    """A table on stdout: drawn on a terminal, plain columns elsewhere."""
+    """A table on stdout: drawn on a terminal, plain columns elsewhere. No cell is cut, however narrow the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from gapkern.report import number
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if console.is_terminal else None)
+    def cell(text: str) -> Text:  # not markup: file names hold brackets
+        return Text(spelled(text, sys.stdout.encoding))
+
+    console = Console()
+    drawn = Table(title=None if title is None else cell(title), title_justify="left",
+                  box=box.SIMPLE_HEAD if console.is_terminal else None)  # fmt: skip
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        drawn.add_column(cell(column), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        drawn.add_row(*map(number, row))
-    console.print(drawn)
+        drawn.add_row(*(cell(number(value)) for value in row))
+    needed = console.measure(drawn, options=console.options.update(width=WIDEST)).maximum
+    text = io.StringIO()  # rich would end the process where a pipe is closed
+    width = max(needed, console.width if console.is_terminal else 0)
+    Console(file=text, width=width, force_terminal=console.is_terminal).print(drawn)
+    print(text.getvalue(), end="")
 
 
 @contextlib.contextmanager
@@ -139,9 +153,11 @@ def alphas(text: str) -> list[float]:
         if ":" in text:
             low, high, count = text.split(":")
             first, last, n = float(low), float(high), int(count)
-            if n < 2:
+            if not 2 <= n <= MOST_ALPHAS:
                 raise ValueError
             return [first + (last - first) * i / (n - 1) for i in range(n)]
         return [float(value) for value in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected FIRST:LAST:COUNT or values between commas, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected FIRST:LAST:COUNT, 2 to {MOST_ALPHAS} of them, or values between commas, got {text!r}"
+        ) from None

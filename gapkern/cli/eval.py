@@ -69,7 +69,7 @@ def add(verbs) -> None:
 def run(arguments) -> int:
     import torch
 
-    from gapkern.ranks import Ranks
+    from gapkern.ranks import RankLost, Ranks
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device
     settings = _settings(arguments)
@@ -77,24 +77,13 @@ def run(arguments) -> int:
     try:
         with Ranks(arguments.timeout, device) as ranks:
             records = [_one(arguments, facts, settings, ranks) for facts in runs]
-    except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ or not _lost(error):
-            raise
-        # Another rank has gone or is late; it says itself why. Nothing is left that this one could do in order.
-        print(f"gapkern eval: rank {os.environ.get('RANK')}: lost another rank "
-              f"({str(error).strip().splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip
+    except (RankLost, getattr(torch.distributed, "DistError", RankLost)) as error:
+        # It says itself why it has gone or is late. Nothing is left that this one could do in order.
+        print(f"gapkern eval: rank {os.environ.get('RANK')}: lost another rank ({error})", file=sys.stderr, flush=True)
         os._exit(1)
     if ranks.rank == 0:
         _show(arguments, [record for some in records for record in some])
     return 0
-
-
-def _lost(error: RuntimeError) -> bool:
-    """Whether it comes from a collective; not an error of the arithmetic, or of memory."""
-    import torch.distributed as dist
-
-    marks = ("gloo", "nccl", "timed out", "timeout", "connection", "peer", "store")
-    return isinstance(error, dist.DistError) or any(mark in str(error).lower() for mark in marks)
 
 
 def _settings(arguments) -> Any:

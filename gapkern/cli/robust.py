@@ -1,6 +1,9 @@
 """`gapkern robust`: robustness over shift strengths and perturbations, from files."""
 
-from gapkern import files
+from pathlib import Path
+
+from gapkern import _check, files
+from gapkern._lock import locked
 from gapkern.cli import common
 from gapkern.cli.shift import components
 
@@ -37,6 +40,15 @@ def add(verbs) -> None:
 
 
 def run(arguments) -> int:
+    if not arguments.out:
+        return _run(arguments, None)
+    for module, package, extra in (("pandas", "pandas", "tables"), ("matplotlib.figure", "matplotlib", "demo")):
+        _check.extra(module, package, extra)
+    with locked(arguments.out) as out:
+        return _run(arguments, out)
+
+
+def _run(arguments, out: Path | None) -> int:
     import sys
 
     from gapkern import MeanShift, Replace, sweep
@@ -53,7 +65,6 @@ def run(arguments) -> int:
     labels = common.labels(arguments, len(queries), len(gallery))
     if not perturbations:
         raise ValueError("expected at least one of --gaussian, --uniform, --quantize, --replace")
-    out = files.folder(arguments.out) if arguments.out else None
     if arguments.shift:
         shift = MeanShift.load(arguments.shift)
         agreed({"shift": shift.model, "embeddings": model})

@@ -1,8 +1,11 @@
 """`gapkern shift fit`, `apply` and `compare`: close the gap in files."""
 
 import argparse
+import os
+from pathlib import Path
 
 from gapkern import files, layout
+from gapkern._lock import locked
 from gapkern.cli import common
 
 
@@ -86,6 +89,9 @@ def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
     from gapkern.embeddings import described
 
+    if (ending := Path(arguments.out).suffix) not in ("", ".safetensors"):
+        raise ValueError(f"out: expected a name ending in .safetensors, got one in {ending}")
+    files.writable(arguments.out)
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
     model, said = common.model(arguments.model, gallery=arguments.gallery, queries=arguments.queries)
     for side in ("gallery", "queries"):
@@ -100,7 +106,7 @@ def run_fit(arguments) -> int:
         for side in ("gallery", "queries"):
             path = getattr(arguments, side)
             total, done = files.size(path, name=side)[0], 0
-            for rows in files.chunks(path, name=side):
+            for rows in files.chunks(path, name=side, finite=True):
                 shift.partial_fit(**{side: rows})
                 done += len(rows)
                 step(side, done, total)
@@ -128,6 +134,14 @@ def run_fit(arguments) -> int:
 
 
 def run_apply(arguments) -> int:
+    if not os.path.isdir(arguments.embeddings):
+        files.writable(arguments.out)
+        return _apply(arguments)
+    with locked(arguments.out):
+        return _apply(arguments)
+
+
+def _apply(arguments) -> int:
     from gapkern import MeanShift
     from gapkern.embeddings import shifted
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, figures, files
+from gapkern._lock import locked
 from gapkern.experiments import demo_report, digits, environment
 from gapkern.gap import MeanShift, gap_metrics
 from gapkern.perturb import Gaussian, Quantize, Replace
@@ -46,9 +47,12 @@ def run(
     """
     seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
     steps = _check.integer("steps", steps, low=1)
-    folder = files.folder(out)
-    started = time.perf_counter()
+    with locked(out) as folder:
+        return _run(folder, seed, steps, export, on_progress)
 
+
+def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
     data = digits.load(seed)
     trained = digits.train(
         data, seed=seed, steps=steps, on_step=lambda entry: on_progress("train", entry["step"] + 1, steps)

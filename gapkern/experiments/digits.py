@@ -135,7 +135,7 @@ def export(trained: Trained, data: Data, folder: str | Path, seed: int = 0) -> N
         picture = Image.fromarray((data.test_images[i] * 255).round().byte().permute(1, 2, 0).numpy())
         files.write(files.folder(folder / "images" / str(digit)) / f"{i:04d}.png", picture.save)
         captions.append(TEMPLATES[template].format(NAMES[digit]))
-    files.write(folder / "captions.txt", lambda p: p.write_text("\n".join(captions) + "\n"))
+    files.write(folder / "captions.txt", lambda p: p.write_text("\n".join(captions) + "\n", encoding="utf-8"))
     files.write_json(folder / "classnames.json", NAMES)
     files.write_json(folder / "templates.json", [template.format("{c}") for template in TEMPLATES])
 

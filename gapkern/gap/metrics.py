@@ -131,6 +131,7 @@ def gap_metrics(
     images, texts = _check.matrix("images", images), _check.matrix("texts", texts)
     _check.same_width(images=images, texts=texts)
     _check.same_rows(images=images, texts=texts)
+    logit_scale = _check.number("logit_scale", logit_scale)
     images = squarable("images", _check.finite("images", images)).detach().cpu()
     texts = squarable("texts", _check.finite("texts", texts)).detach().cpu()
     images, texts, power = _scaled(images, texts)

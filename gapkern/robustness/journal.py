@@ -31,21 +31,27 @@ class Journal:
         self.path, self._rows = Path(path), {}
         heading = json.dumps(facts, sort_keys=True)
         whole = self._whole_lines()
-        if whole[:1] == [heading]:
-            entries = [json.loads(line) for line in whole[1:]]
-            self._rows = {json.dumps(key): row for key, row in entries}
+        if whole[:1] == [heading] and (rows := self._read(whole[1:])) is not None:
+            self._rows = rows
         else:
             whole = [heading]
-        files.write(self.path, lambda p: p.write_text("".join(f"{line}\n" for line in whole)))
+        files.write(self.path, lambda p: p.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8"))
 
     def _whole_lines(self) -> list[str]:
         try:
-            *whole, _ = self.path.read_text().split("\n")
-            for line in whole:
-                json.loads(line)
+            *whole, _ = self.path.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError):
             return []
         return whole
+
+    @staticmethod
+    def _read(lines: list[str]) -> dict[str, Any] | None:
+        """Rows by their key; None where the lines are not what `add` wrote."""
+        try:
+            entries = [json.loads(line) for line in lines]
+            return {json.dumps(key): dict(row) for key, row in entries}
+        except (ValueError, TypeError, RecursionError):
+            return None
 
     def get(self, key: list[Any]) -> dict[str, Any] | None:
         """The row of that key, if it is done."""
@@ -54,7 +60,7 @@ class Journal:
     def add(self, key: list[Any], row: dict[str, Any]) -> None:
         """Keeps a row; it is on the disk when this returns."""
         self._rows[json.dumps(key)] = row
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps([key, row]) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -201,10 +201,7 @@ def from_files(queries: str, gallery: str, *, labels: str | None = None, paraphr
 def _labels(path: str | None, queries: int, gallery: int) -> Tensor | None:
     if path is None:
         return torch.arange(queries) if queries == gallery else None
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"labels: expected a .npy file of integers, got {path} ({error})") from None
+    array = files.load_array(path, name="labels")
     if array.shape != (queries,) or array.dtype.kind not in "iu":
         raise ValueError(f"labels: expected integers of shape ({queries},), got {array.dtype} {array.shape} in {path}")
     if queries and (array.min() < 0 or array.max() >= gallery):

@@ -12,6 +12,7 @@ from typing import Any
 
 from gapkern import _check, files
 from gapkern import report as html
+from gapkern._lock import locked
 from gapkern._version import __version__
 from gapkern.experiments import environment
 from gapkern.experiments.reproduce import TARGETS, page
@@ -71,8 +72,16 @@ def run(
     """
     wanted = choose(targets)
     seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
-    folder = files.folder(out)
     _check.extra("matplotlib.figure", "matplotlib", "demo")
+    command = command or shlex.join(["gapkern", "reproduce", *wanted, "--out", str(out), "--seed", str(seed)])
+    with locked(out) as folder:
+        return _run(folder, wanted, seed, quick, sources, again, command, on_progress)
+
+
+def _run(
+    folder: Path, wanted: Sequence[str], seed: int, quick: bool, sources: Sequence[Source], again: bool, command: str,
+    on_progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
     started = time.perf_counter()
     sources = list(sources) or [synthetic(seed), trained_digits(seed, quick, folder / "embeddings")]
     settings = {name: _settings(name, seed, quick, sources) for name in TARGETS}
@@ -95,7 +104,7 @@ def run(
             if name in wanted:
                 on_progress(name, 1, 1)
     report = {
-        "command": command or shlex.join(["gapkern", "reproduce", *wanted, "--out", str(out), "--seed", str(seed)]),
+        "command": command,
         "settings": {"seed": seed, "quick": quick, "embeddings": [source.facts for source in sources]},
         "env": environment.describe(),
         "claims": [{"target": name, **claim} for name, entry in found.items() for claim in entry["claims"]],
@@ -127,13 +136,19 @@ def _distinct(sets: list[Embeddings]) -> list[Embeddings]:
 def _finished(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier run has left of a target, if it ended, had these settings, and all its files are there."""
     try:
-        kept = json.loads((folder / f"{name}.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        kept = files.read_json(folder / f"{name}.json")
+    except (OSError, ValueError):
         return None
     if not isinstance(kept, dict) or kept.get("settings") != settings:
         return None
-    written = [path for figure in kept["figures"] for path in _paths(folder, figure["name"]).values()]
-    return kept if all(path.exists() for path in written) else None
+    try:
+        written = [path for figure in kept["figures"] for path in _paths(folder, figure["name"]).values()]
+        whole = (
+            all(claim["claim"] for claim in kept["claims"]) and {"title", "text", "tables", "numbers"} <= kept.keys()
+        )
+    except (KeyError, TypeError):
+        return None
+    return kept if whole and all(path.exists() for path in written) else None
 
 
 def _paths(folder: Path, figure: str) -> dict[str, Path]:

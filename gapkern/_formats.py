@@ -1,0 +1,143 @@
+"""Matrices as bytes: `.npy` and `.safetensors` read by mapping, written from front to back.
+
+A file is never written through a mapping: where the disk is full, that ends the process with SIGBUS.
+"""
+
+import errno
+import io
+import json
+import os
+import tokenize
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What readers of foreign bytes raise, beside what they mean to.
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, OverflowError,
+              RecursionError, tokenize.TokenError)  # fmt: skip
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def opened(file: Path, name: str) -> None:
+    """Checks that a regular file of that name can be read.
+
+    Raises:
+        ValueError: it does not exist, is a folder, a device or a pipe, or may not be read.
+    """
+    try:
+        if not file.exists():
+            raise ValueError(f"{name}: expected a file, got {file}, which does not exist")
+        if not file.is_file():
+            raise ValueError(f"{name}: expected a file, got {file}, which is none")
+        with open(file, "rb"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {file}: {reason(error)}") from None
+
+
+def read_npy(file: Path, name: str) -> np.ndarray:
+    """The array of a `.npy` file, mapped copy-on-write.
+
+    Raises:
+        ValueError: there is no such file, it is of another format, pickled, or shorter than its header says.
+    """
+    opened(file, name)
+    try:
+        # Without its magic NumPy would take a file for an archive or a pickle.
+        with open(file, "rb") as stream:
+            np.lib.format.read_magic(stream)
+        array = np.load(file, mmap_mode="c", allow_pickle=False)
+        array.dtype.newbyteorder("=")
+    except UNREADABLE as error:
+        raise ValueError(f"{name}: expected a .npy file, got {file}: {reason(error)}") from None
+    return array
+
+
+def read_safetensors(file: Path, key: str | None, name: str) -> Tensor:
+    """A tensor of a `.safetensors` file, mapped: its only one, or that of `key`.
+
+    Raises:
+        ValueError: there is no such file or key, several tensors and no key, or another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    opened(file, name)
+    try:
+        with safe_open(file, "pt") as found:
+            keys = list(found.keys())
+            chosen = keys[0] if key is None and len(keys) == 1 else key
+            if chosen in keys:
+                return found.get_tensor(chosen)
+    except (SafetensorError, *UNREADABLE) as error:
+        raise ValueError(f"{name}: expected a .safetensors file, got {file}: {reason(error)}") from None
+    there = ", ".join(keys) or "none"
+    if key is None:
+        raise ValueError(f"{name}: expected one tensor in {file}, got {there}; choose one as file[key]")
+    raise ValueError(f"{name}: expected one of {there} in {file}, got [{key}]")
+
+
+class Writer:
+    """Writes a matrix of known shape to a new file, rows after rows.
+
+    All of its room on the disk is taken at once, so that a full disk is seen before the work.
+
+    Args:
+        file: open for writing, at its start.
+        suffix: ".npy" or ".safetensors".
+        dtype, rows, dims: of the matrix.
+
+    Raises:
+        ValueError: another suffix, or a dtype that the format has not.
+        OSError: there is no room.
+    """
+
+    def __init__(self, file: BinaryIO, suffix: str, dtype: torch.dtype, rows: int, dims: int):
+        self._file, self._dtype, self._shape = file, dtype, (rows, dims)
+        bytes_ = rows * dims * dtype.itemsize
+        header = self._header(suffix, bytes_)
+        reserve(file.fileno(), len(header) + bytes_)
+        file.write(header)
+
+    def _header(self, suffix: str, bytes_: int) -> bytes:
+        if suffix == ".safetensors":
+            facts = {"dtype": _NAMES[self._dtype], "shape": self._shape, "data_offsets": (0, bytes_)}
+            text = json.dumps({"embeddings": facts}, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            return len(text).to_bytes(8, "little") + text
+        if suffix != ".npy":
+            raise ValueError(f"path: expected a name ending in .npy or .safetensors, got one in {suffix or 'nothing'}")
+        if self._dtype == torch.bfloat16:
+            raise ValueError("path: .npy has no bfloat16; expected a name ending in .safetensors")
+        header = io.BytesIO()
+        descr = np.lib.format.dtype_to_descr(torch.empty(0, dtype=self._dtype).numpy().dtype)
+        np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": self._shape})
+        return header.getvalue()
+
+    def write(self, rows: Tensor) -> None:
+        """Appends rows (n, D)."""
+        self._file.write(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Takes the room for a file of that many bytes on its disk, where the file system can.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if size == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
+            raise
