@@ -18,7 +18,7 @@ __all__ = ["RankLost", "Ranks", "Rows"]
 
 
 class RankLost(RuntimeError):
-    """Another rank has ended or no longer answers."""
+    """Another rank has ended or no longer answers; what is finished is kept."""
 
 
 @contextmanager

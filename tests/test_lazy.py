@@ -30,7 +30,7 @@ def test_the_package_alone_loads_torch_and_numpy():
 
 def test_submodules_load_when_they_are_named():
     assert (
-        _fresh("import gapkern; print(gapkern.theory.__name__, gapkern.files.natural('a1')[1][1])")
+        _fresh("import gapkern; print(gapkern.theory.__name__, gapkern.layout.natural('a1')[1][1])")
         == "gapkern.theory 1\n"
     )
     pytest.importorskip("faiss")

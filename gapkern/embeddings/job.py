@@ -16,14 +16,11 @@ from gapkern import files, models
 from gapkern.embeddings import folder as folders
 from gapkern.embeddings import keys, loading
 from gapkern.layout import PROGRESS
+from gapkern.ranks import RankLost
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 NOTHING: dict[str, Any] = {"shard": None, "metadata": None, "source": "", "told": "", "skipped": {}}
 Tick = Callable[[str, int, int], None]
-
-
-class RankLost(RuntimeError):
-    """Another rank has ended or no longer answers; what is finished is kept."""
 
 
 class Job:
