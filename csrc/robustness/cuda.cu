@@ -9,8 +9,7 @@ namespace {
 
 Tensor exact(const Tensor& distances, const Tensor& targets, double variance, int64_t dims) {
   check_exact(distances, targets, variance, dims);
-  STD_TORCH_CHECK(targets.is_cuda() && targets.get_device_index() == distances.get_device_index(),
-                  "targets: expected the device of distances");
+  expect_device_of(distances, targets, "targets");
   const Tensor squared = torch::stable::contiguous(distances), rows = torch::stable::contiguous(targets);
   const int64_t count = rows.numel();
   STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "targets: expected fewer than 2^31, got ", count);
@@ -81,9 +80,8 @@ void search(const Tensor& y, const Tensor& x, const float* centre, Nearest& out)
 
 Nearest nearest(const Tensor& queries, const Tensor& gallery, const Tensor& centre) {
   check_nearest(queries, gallery, centre);
-  for (const Tensor& t : {gallery, centre})
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == queries.get_device_index(),
-                    "gallery and centre: expected the device of queries");
+  expect_device_of(queries, gallery, "gallery");
+  expect_device_of(queries, centre, "centre");
   const Tensor y = torch::stable::contiguous(queries), x = torch::stable::contiguous(gallery);
   const Tensor middle = torch::stable::contiguous(centre);
   const auto result = [&](ScalarType type) { return torch::stable::new_empty(y, {y.size(0)}, type); };

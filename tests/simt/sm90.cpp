@@ -241,8 +241,16 @@ double choices(int64_t rows, int64_t columns) {
   check::vector<float> row_norms(rows, 0.5f), column_norms(columns, 0.5f);
   row_norms[rows - 1] = column_norms[columns - 1] = 1;
   double wrong = 0;
-  // Sums of 512 stay below 2^110 up to a bound of 101; the norms' rounding is allowed for.
-  for (const auto& [bound, shift] : {std::pair{100.85, 0.}, {100.95, -1.}, {105.0, -5.}, {-105.0, -5.}}) {
+  // Sums of 512 stay below 2^110 up to a bound of 101, and above 2^-102 of each where bound and shift are at most that;
+  // the norms' rounding is allowed for.
+  for (const auto& [bound, shift] : {std::pair{100.85, -1.},
+                                     {100.95, -1.},
+                                     {105.0, -5.},
+                                     {-105.0, -5.},
+                                     {20.0, -20.},
+                                     {60.0, -41.},
+                                     {0.5, 0.},
+                                     {102.0, -2.}}) {
     const check::vector<float> scale{float(bound / kLog2e)};
     check::vector<float> control = check::poisoned<float>(2);
     simt::launch(1, kThreads, choose_shift, row_norms.data(), rows, column_norms.data(), columns, scale.data(),
