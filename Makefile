@@ -26,11 +26,12 @@ SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(orig
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint mypy format bench docs build clean distclean FORCE
+.PHONY: help demo test sanitize lint mypy format bench docs build clean distclean FORCE
 
 help:
 	@echo "make demo    train on handwritten digits, measure the modality gap, close it, write a report"
 	@echo "make test    the test suite"
+	@echo "make sanitize   the CPU library's tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint    ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
 	@echo "make bench   time the kernels against plain PyTorch and open_clip"
 	@echo "make docs    the documentation as a site, in build/docs; warnings are errors"
@@ -42,6 +43,9 @@ demo: $(STAMPS)/demo
 
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+sanitize: $(STAMPS)/test
+	$(BIN)/python tests/sanitize.py $(TEST_ARGS)
 
 bench: $(STAMPS)/test
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

@@ -104,16 +104,16 @@ def step(rows, columns):
     a = torch.zeros(rows, columns)
     return torch.ops.gapkern.sigmoid_loss(a, a[:3], torch.tensor(1.0), torch.tensor(0.0), 0, "highest", [True, False])
 
-sizes = [(1125, 233), (1024, 256), (1, 262112), (1, 262113), (1, 262127), (1, 262128), (1, 262129), (1, 262144)]
+sizes = [(1125, 233), (1008, 260), (970, 270), (1023, 256)]
 for size in sizes:
     step(*size)
 before = resident()
-for _ in range(30):
+for _ in range(12):
     for size in sizes:
         step(*size)
 print(resident() - before)
 """)
-    assert grown < 15
+    assert grown < 8
 
 
 @linux
@@ -122,7 +122,7 @@ def test_what_is_held_follows_what_is_used_and_can_be_given_back():
 forward(5184)
 large = torch.ops.gapkern.empty_cache() / 2**20
 forward(5184)
-for _ in range(600):
+for _ in range(150):
     forward(600)
 after = torch.ops.gapkern.empty_cache() / 2**20
 held = forward(3000)[5]
@@ -152,7 +152,7 @@ threads = [threading.Thread(target=busy) for _ in range(2)]
 for t in threads:
     t.start()
 left = 0
-for _ in range(40):
+for _ in range(12):
     pid = os.fork()
     if pid == 0:
         signal.alarm(20)
@@ -201,7 +201,7 @@ step()
 gapkern.empty_cache()
 size = lambda: int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 failed = passed = 0
-for more in range(0, 48 * 2**20, 2**19):
+for more in range(0, 48 * 2**20, 2**21):
     gapkern.empty_cache()
     resource.setrlimit(resource.RLIMIT_AS, (size() + more, resource.RLIM_INFINITY))
     try:

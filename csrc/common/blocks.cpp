@@ -75,7 +75,7 @@ class Peak {
   void reset() { *this = Peak(); }
 
  private:
-  static constexpr int kPeriod = 256;
+  static constexpr int kPeriod = 64;
   int64_t now_ = 0, before_ = 0;
   int seen_ = 0;
 };
