@@ -26,13 +26,14 @@ SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(orig
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz lint mypy format bench docs build clean distclean FORCE
+.PHONY: help demo test test-slow fuzz sanitize lint mypy format bench docs build clean distclean FORCE
 
 help:
 	@echo "make demo       train on handwritten digits, measure the modality gap, close it, write a report"
 	@echo "make test       the tests, but for the slow ones"
 	@echo "make test-slow  the slow tests: several processes, kills, whole runs, planted mistakes"
 	@echo "make fuzz       damaged files, hostile command lines, killed runs, full disks (FUZZ_ARGS=--help lists options)"
+	@echo "make sanitize   the CPU library's tests under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint       ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
 	@echo "make bench      time the kernels against plain PyTorch and open_clip"
 	@echo "make docs       the documentation as a site, in build/docs; warnings are errors"
@@ -51,6 +52,9 @@ test-slow: $(STAMPS)/test
 fuzz: $(STAMPS)/test
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 	$(if $(FUZZ_ARGS),,$(BIN)/python -m tests.disasters)
+
+sanitize: $(STAMPS)/test
+	$(BIN)/python tests/sanitize.py $(TEST_ARGS)
 
 bench: $(STAMPS)/test
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

@@ -1,6 +1,6 @@
 """Hands the libraries that CMakeLists.txt builds to pip.
 
-Environment: GAPKERN_CUDA=auto|on|off, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CUDACXX.
+Environment: GAPKERN_CUDA=auto|on|off, GAPKERN_SANITIZE=address|thread, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CUDACXX.
 PyTorch is located, never imported: a build needs its headers and libraries, not its start-up.
 """
 
@@ -93,6 +93,13 @@ def cuda_wish():
     return wish.lower()
 
 
+def sanitizer():
+    wish = os.environ.get("GAPKERN_SANITIZE") or ""
+    if wish not in ("", "address", "thread"):
+        fail(f"GAPKERN_SANITIZE must be address or thread, got {wish!r}")
+    return wish
+
+
 def check_tensor_cores(log, build):
     """Fails where ptxas says that tensor core instructions wait for each other (C75xx), and drops those objects."""
     made = None
@@ -112,11 +119,11 @@ class CMakeBuild(build_ext):
     """Builds every native library in one CMake run and installs it beside the Python files."""
 
     def run(self):
-        cuda, parallel = cuda_wish(), jobs()
+        cuda, parallel, sanitize = cuda_wish(), jobs(), sanitizer()
         check_compiler()
         (extension,) = self.extensions
         package = Path(self.get_ext_fullpath(extension.name)).resolve().parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / "-".join(["cmake", sys.implementation.cache_tag, *filter(None, [sanitize])])
         cmake = find_tool("cmake")
         configure = [
             cmake,
@@ -130,6 +137,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11_directory()}",
             f"-DGAPKERN_TORCH={torch_directory()}",
             f"-DGAPKERN_CUDA={cuda}",
+            f"-DGAPKERN_SANITIZE={sanitize}",
             f"-DGAPKERN_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
         ]  # fmt: skip
         self.prepare(build, configure)

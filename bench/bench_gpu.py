@@ -309,7 +309,7 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
     targets = torch.arange(77, device=device).reshape(77, 1)
     found = {
         "contrastive_chunk_lse": lambda: [v.double().logsumexp(0) if v.dim() > 1 else v for v in
-                                          ops.contrastive_chunk_lse(t, none, none, scale)],
+                                          ops.contrastive_chunk_lse(t, none, none, scale, 0)],
         "contrastive_chunk_gradient": lambda: ops.contrastive_chunk_gradient(
             t, none, none, scale, row, col, grad, grad, -grad, 0, x)[0],
         "contrastive_chunk_sigmoid": lambda: ops.contrastive_chunk_sigmoid(t, scale, bias, 0, x)[1],

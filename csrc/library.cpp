@@ -2,6 +2,8 @@
 // fake, autograd and autocast rules live beside the Python callers in gapkern/ops/.
 #include <torch/csrc/stable/library.h>
 
+#include "common/blocks.h"
+
 STABLE_TORCH_LIBRARY(gapkern, m) {
   // Log-sum-exps of the logits S [N, M] of images [N, D] and texts [M, D], without forming S.
   m.def(
@@ -19,12 +21,13 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       " Tensor grad_logit_scale, Tensor grad_logit_bias)");
   // The losses' steps between library products, for a chunk of rows (contrastive/kernels.cuh; gapkern/ops/chunked.py
   // has them in PyTorch's operations). Sums come as the tiles' partial sums. Norms are empty for the dot product.
+  // The log-sum-exps are over all but the labels; grad_label is dS there.
   m.def(
-      "contrastive_chunk_lse(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale)"
+      "contrastive_chunk_lse(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale, int label_offset)"
       " -> (Tensor row_lse, Tensor col_lse)");
   m.def(
       "contrastive_chunk_gradient(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale,"
-      " Tensor row_lse2, Tensor col_lse2, Tensor grad_row, Tensor grad_col, Tensor grad_positive, int label_offset,"
+      " Tensor row_lse2, Tensor col_lse2, Tensor grad_row, Tensor grad_col, Tensor grad_label, int label_offset,"
       " Tensor like) -> (Tensor ds, Tensor of_scale, Tensor row_sums, Tensor col_sums)");
   m.def(
       "contrastive_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, int label_offset, Tensor like)"
@@ -69,4 +72,17 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def(
       "robustness_nearest(Tensor queries, Tensor gallery, Tensor centre)"
       " -> (Tensor row, Tensor best, Tensor second, Tensor slack)");
+  // The caching allocator of the CPU operators; common/blocks.h.
+  m.def("empty_cache() -> int");
+  m.def("fill_blocks(bool wanted) -> ()");
+}
+
+namespace {
+int64_t empty_cache() { return gapkern::empty_cache(); }
+void fill_blocks(bool wanted) { gapkern::fill_blocks(wanted); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gapkern, CompositeExplicitAutograd, m) {
+  m.impl("empty_cache", TORCH_BOX(&empty_cache));
+  m.impl("fill_blocks", TORCH_BOX(&fill_blocks));
 }

@@ -18,6 +18,7 @@ from gapkern.losses import (  # noqa: E402
     patch_open_clip,
     sigmoid_loss,
 )
+from gapkern.memory import empty_cache  # noqa: E402
 from gapkern.perturb import Gaussian, Quantize, Replace, Uniform  # noqa: E402
 from gapkern.robustness import RobustnessResult, SweepResult, best_alpha, sweep  # noqa: E402
 
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "best_alpha",
     "contrastive_loss",
+    "empty_cache",
     "gap_metrics",
     "patch_open_clip",
     "sigmoid_loss",

@@ -51,10 +51,14 @@ def trained_digits():
 
 @pytest.fixture
 def poisoned():
-    """New tensors hold NaN (integers their largest value): an element a kernel forgets to write is found."""
+    """New tensors and blocks hold NaN (integers their largest value or -1): what a kernel forgets to write is found."""
+    import gapkern  # noqa: F401
+
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.ops.gapkern.fill_blocks(True)
     yield
+    torch.ops.gapkern.fill_blocks(False)
     torch.use_deterministic_algorithms(False)
 
 

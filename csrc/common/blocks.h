@@ -1,7 +1,7 @@
-// Large work space that the next call finds again. A fresh page costs a fault, in a virtual machine often a second one
-// in the host, and together they can cost more than all that is computed there. What is given back stays mapped, marked
-// as free for the system to take whenever it wants memory, and in all never more than half as much again as was once in
-// use at a time.
+// A caching allocator for large scratch and results. A fresh page costs a fault, in a virtual machine often a second
+// one in the host, and together they can cost more than all that is computed there. What is given back stays mapped,
+// marked as free for the system to take whenever it wants memory, and in all never more than half as much again as was
+// lately in use at a time.
 #pragma once
 #include <cstdint>
 
@@ -9,6 +9,12 @@ namespace gapkern {
 
 // Uninitialised, aligned to a cache line; null where there is no memory. For give_block alone to free.
 void* take_block(int64_t bytes);
-void give_block(void* block);
+void give_block(void* block) noexcept;
+
+// Unmaps what is held and not in use; returns how many bytes that were.
+int64_t empty_cache();
+
+// From now on every block handed out is filled with NaN (as integers: -1), so that what is never written is found.
+void fill_blocks(bool wanted);
 
 }  // namespace gapkern

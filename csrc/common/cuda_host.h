@@ -43,6 +43,18 @@ inline bool packs(const Tensor& x, int64_t columns) {
   return columns * bytes % 16 == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
 }
 
+// A pointer of another device's would be read as this one's.
+inline void expect_device_of(const Tensor& like, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name,
+                  ": expected the device cuda:", like.get_device_index());
+}
+
+// And that many elements.
+inline void expect(const Tensor& like, const Tensor& x, int64_t count, const char* name) {
+  expect_device_of(like, x, name);
+  STD_TORCH_CHECK(x.numel() == count, name, ": expected ", count, " elements, got ", x.numel());
+}
+
 // Rows x [N, D] that are to be shifted: contiguous, with the shift in the type of the arithmetic and room for the
 // result.
 struct Shifted {
@@ -51,8 +63,7 @@ struct Shifted {
 inline Shifted check_shifted(const Tensor& x, const Tensor& shift) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected shape (N, D), got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(shift.numel() == x.size(1), "shift: expected D = ", x.size(1), " elements, got ", shift.numel());
-  STD_TORCH_CHECK(shift.is_cuda() && shift.get_device_index() == x.get_device_index(),
-                  "shift: expected the device of x");
+  expect_device_of(x, shift, "shift");
   const Tensor rows = torch::stable::contiguous(x);
   return {rows, as_type(shift, arithmetic_type(rows)), torch::stable::empty_like(rows)};
 }

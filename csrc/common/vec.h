@@ -108,6 +108,12 @@ GAPKERN_INLINE f64v exp2_of_fraction(f64v f) {
   return p * f + 1.0;
 }
 
+// The upper half of a significand: products of two are exact.
+GAPKERN_INLINE f32v upper_half(f32v x) { return (f32v)((u32v)x & 0xfffff000u); }
+GAPKERN_INLINE f64v upper_half(f64v x) { return (f64v)((u64v)x & 0xfffffffff8000000ull); }
+GAPKERN_INLINE float upper_half(float x) { return upper_half(splat(x))[0]; }
+GAPKERN_INLINE double upper_half(double x) { return upper_half(splat(x))[0]; }
+
 template <class V>
 struct Exponent;
 template <>
@@ -140,12 +146,31 @@ GAPKERN_INLINE V exp2(V x) {
   return p * scale;
 }
 
-// 2^x where the result is known to be a normal number: the integer part goes straight into the exponent.
-template <class V>
-GAPKERN_INLINE V exp2_normal(V x) {
+// a b + c, rounded once but for its last bits: where there is no fused instruction the factors are split so that the
+// product of their upper halves is exact, and b_high is b's upper half.
+template <class V, class T>
+GAPKERN_INLINE V fused(V a, T b, T b_high, V c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  (void)b_high;
+  return a * b + c;
+#else
+  const V high = upper_half(a);
+  return (high * b_high + c) + ((a - high) * b + high * (b - b_high));
+#endif
+}
+
+// 2^(x k - shift), k = k_high + k_low, for an integer shift. The product is not rounded before its integer part is
+// taken off: the relative error is that of x, however large x k is. The result is a normal number, or with `clamped` is
+// within a factor of two of the least one where it would be smaller.
+template <bool clamped, class V, class T>
+GAPKERN_INLINE V exp2_of_product(V x, T k_high, T k_low, T shift) {
   using E = Exponent<V>;
-  const V rounded = x + E::shifter;
-  V p = exp2_of_fraction(x - (rounded - E::shifter));
+  const T shifter = E::shifter - shift;
+  V rounded = x * k_high + shifter;
+  if (clamped) rounded = at_least(rounded, V{} + (E::shifter - T(E::bias - 1)));
+  V fraction = fused(x, k_high, upper_half(k_high), shifter - rounded) + x * k_low;
+  if (clamped) fraction = at_least(fraction, V{} - T(1));
+  V p = exp2_of_fraction(fraction);
   typename E::Bits n, bits;
   std::memcpy(&n, &rounded, sizeof n);
   std::memcpy(&bits, &p, sizeof bits);

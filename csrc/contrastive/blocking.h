@@ -1,6 +1,5 @@
 // How an N x M problem is cut into blocks on the CPU: packed operands, chunks of rows, stripes of columns, threads.
 #pragma once
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/macros/Macros.h>
 
 #include <algorithm>
@@ -8,17 +7,18 @@
 #include <memory>
 #include <vector>
 
+#include "common/parallel.h"
 #include "contrastive/arguments.h"
 
 namespace gapkern::contrastive {
 
-inline constexpr double kLog2e = 1.4426950408889634074;
+inline constexpr double kLog2e = 1.4426950408889634074, kLog2eLow = 2.0355273740931033e-17;
 // Without a reference, 2^(k t) for |k t| <= 80 leaves room for sums over 2^30 terms and for the weights of the backward
 // pass, far from both ends of float32.
 inline constexpr double kSafeExponent = 80;
-// Beyond, up to here, exponents shifted so that the largest possible one is again kSafeExponent are tried where
-// products are of bfloat16: good if every sum comes out above 2^kLeastExponent, as it does for trained embeddings at
-// the largest logit_scale in use, 100. Terms below float32's range are then far below such a sum's rounding.
+// Beyond, up to here, exponents shifted so that the largest possible one is again kSafeExponent are tried: good if
+// every sum comes out above 2^kLeastExponent, as it does for trained embeddings at the largest logit_scale in use, 100.
+// Terms below float32's range are then far below such a sum's rounding.
 inline constexpr double kTriedExponent = 200;
 inline constexpr double kLeastExponent = -75;
 // Where exponents may lie beyond, float32 has 13 bits left behind the point, and so has every softmax: the arithmetic
@@ -36,7 +36,7 @@ inline int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
 template <class F>
 void parallel(int64_t count, const F& body) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i);
   });
 }
@@ -80,7 +80,11 @@ class Problem {
     measure();
   }
 
-  T k() const { return T(scale * kLog2e); }
+  double k() const { return scale * kLog2e; }
+  Exponents<T> exponents() const {
+    const T high = T(k());
+    return {range, high, T((k() - double(high)) + (std::fma(scale, kLog2e, -k()) + scale * kLog2eLow)), T(shift)};
+  }
 
   // Block b of the chunk of `rows` rows at row0, against stripe t.
   LogitBlock<T> block_at(const Buffer& images, const Buffer& texts, int64_t row0, int64_t rows, int64_t t,
@@ -91,7 +95,6 @@ class Problem {
             std::min(block, rows - i0),
             stripe_columns(t),
             d,
-            k(),
             similarity == Similarity::sqeuclidean,
             row0 + i0 + label_offset - col0};
   }
@@ -127,12 +130,8 @@ class Problem {
   }
 
   // Logits of bfloat16 products are kept as multiples of a unit, 16 bits each, where that is finer than the rounding of
-  // their exponentials to bfloat16. They take half the room; the labels' logits follow them in full.
+  // their exponentials to bfloat16.
   bool coded() const { return unit > 0; }
-  template <class K>
-  K* kept_labels(K* kept, int64_t kept_rows) const {
-    return kept + divide_up(kept_rows * m, 2);
-  }
 
   // Where the logits of a block are kept: blocks are written and read in one piece each.
   template <class K>
@@ -152,18 +151,11 @@ class Problem {
   }
   // The logit, in units of t, whose exponential is 1.
   double reference() const { return shift == 0 ? 0 : shift / k(); }
+  // Whether 2^log2 of a sum relative to a reference stays clear of the lower end once it is shifted.
+  bool holds(double reference, double log2) const { return k() * reference - shift + log2 >= kLeastExponent; }
   int64_t panel_bytes() const { return words * engine.shape.word; }  // per row or column of a panel
   int64_t stripe_columns(int64_t t) const { return std::min(stripe, m - t * stripe); }
 
-  // Takes the range that the forward pass has ended with, from its references.
-  void follow(const double* row_references, const double* column_references) {
-    if (range != Range::shifted) return;
-    const auto is_shift = [&](double r) { return r == reference(); };
-    if (std::all_of(row_references, row_references + n, is_shift) &&
-        std::all_of(column_references, column_references + m, is_shift))
-      return;
-    track();
-  }
   void track() {
     range = Range::tracked;
     shift = 0;
@@ -178,7 +170,7 @@ class Problem {
   int64_t stripe, stripes, block, words;
   int64_t chunk, forward_chunk;  // rows between two meetings of the threads
   Range range = Range::normal;
-  double shift = 0;     // of exponents; Range::shifted only
+  double shift = 0;     // of exponents, an integer; Range::shifted only
   T unit = 0;           // of kept logits; 0: they are kept as they are
   double exponent = 0;  // no |k t| is larger
   std::vector<T> centre;
@@ -198,12 +190,12 @@ class Problem {
     const double reach = std::sqrt(largest_x) + std::sqrt(largest_y);
     const double t = similarity == Similarity::dot ? std::sqrt(largest_x * largest_y) : reach * reach;
     exponent = std::abs(scale) * kLog2e * t;
-    const bool coarse = engine.shape.group > 1 && exponent <= kTriedExponent;  // bfloat16 products, and no wide range
     // Bfloat16 factors may make a logit a little larger than the norms say.
-    if (coarse && m >= 4 && t > 0) unit = T(1.02 * t / 32767);
+    if (engine.shape.group > 1 && exponent <= kTriedExponent && t > 0) unit = T(1.02 * t / 32767);
     if (exponent <= kSafeExponent) return;
-    range = coarse ? Range::shifted : Range::tracked;
-    if (coarse) shift = T(exponent - kSafeExponent);
+    range = exponent <= kTriedExponent ? Range::shifted : Range::tracked;
+    const bool never_positive = similarity == Similarity::sqeuclidean && scale > 0;
+    if (range == Range::shifted) shift = std::ceil(never_positive ? 0 : exponent) - kSafeExponent;
   }
 
   // Squared; NaN where a row holds one.
@@ -302,7 +294,7 @@ class LogitGradients {
   void multiply_images(int64_t row0, int64_t rows) const {
     const Shape& s = p.engine.shape;
     const int64_t together = std::clamp<int64_t>(kSliceBytes / p.slice_bytes(p.stripe), 1, p.slices());
-    torch::stable::parallel_for(0, divide_up(rows, s.mr), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, divide_up(rows, s.mr), 1, [&](int64_t begin, int64_t end) {
       const Buffer own(s.group > 1 ? 0 : together * p.slice_bytes(p.stripe));
       const int64_t from = begin * s.mr, to = std::min(rows, end * s.mr);
       for (int64_t t = 0; t < p.stripes; ++t)
@@ -340,7 +332,7 @@ class LogitGradients {
     const int64_t together = std::clamp<int64_t>(kSliceBytes / bytes, 1, p.slices());
     const int64_t per_stripe = divide_up(p.stripe, s.mr);
     const int64_t panels = (p.stripes - 1) * per_stripe + divide_up(p.stripe_columns(p.stripes - 1), s.mr);
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin / per_stripe; t * per_stripe < end; ++t) {
         const int64_t from = std::max(begin - t * per_stripe, int64_t(0)) * s.mr;
         const int64_t to = std::min((end - t * per_stripe) * s.mr, p.stripe_columns(t));

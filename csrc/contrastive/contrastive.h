@@ -4,9 +4,11 @@
 //   S[i, j] = -s ||x_i - y_j||^2      similarity "sqeuclidean"
 // with images x [N, D], texts y [M, D] and s = logit_scale (one element). Row i's label is column i + label_offset.
 //
-// contrastive_lse -> row_lse [N], col_lse [M], positive [N], row_stats [2, N], col_stats [2, M] in float64, and kept.
+// contrastive_lse -> row_lse [N], col_lse [M], positive [N], row_stats [3, N], col_stats [2, M] in float64, and kept.
 //   row_lse[i] = log sum_j exp S[i, j],  col_lse[j] = log sum_i exp S[i, j],  positive[i] = S[i, i + label_offset].
-//   stats: lse in the two parts the backward pass needs apart, lse = s stats[0] + ln(2) stats[1].
+//   stats: lse in the two parts the backward pass needs apart, lse = s stats[0] + ln(2) stats[1]; row_stats[2]: S / s
+//   at the label. Where the label outweighs the others of its row or column, stats[0] is its S / s and ln(2) stats[1]
+//   what the others add: row_lse - positive keeps its relative precision however small it is.
 //   kept [K, M]: S / s of the first K rows, in a form of its own (on the CPU with bfloat16 products in half of the
 //   room, as 16-bit multiples of a unit), as many as fit into work_bytes, so that the backward pass need not form them
 //   again; [0, M] when work_bytes is 0.

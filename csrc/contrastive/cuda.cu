@@ -28,10 +28,10 @@ Arguments check(const Tensor& products, const Tensor& row_norms, const Tensor& c
               0,
               0,
               false};
-  STD_TORCH_CHECK(a.scale.numel() == 1, "logit_scale: expected one element, got ", a.scale.numel());
+  expect(products, a.scale, 1, "logit_scale");
   const bool norms = a.row_norms.numel() > 0;
-  STD_TORCH_CHECK(!norms || (a.row_norms.numel() == a.rows && a.col_norms.numel() == a.columns),
-                  "row_norms and col_norms: expected an element for each row and column of products");
+  expect(products, a.row_norms, norms ? a.rows : 0, "row_norms");
+  expect(products, a.col_norms, norms ? a.columns : 0, "col_norms");
   a.across = tiles(a.columns, kTileColumns);
   a.down = tiles(a.rows, kTileRows);
   STD_TORCH_CHECK(a.down <= 65535, "products: expected at most ", 65535 * kTileRows, " rows, got ", a.rows);
@@ -58,23 +58,23 @@ void combine(const Tensor& part, Tensor& out) {
 }
 
 template <class R>
-void launch_lse(const Arguments& a, Tensor& row_part, Tensor& col_part) {
+void launch_lse(const Arguments& a, int64_t label_offset, Tensor& row_part, Tensor& col_part) {
   const auto kernel = a.packed ? lse_tiles<R, true> : lse_tiles<R, false>;
   kernel<<<a.grid(), kTileThreads, 0, stream_of(a.products)>>>(chunk_of<R>(a), a.scale.const_data_ptr<R>(),
-                                                               static_cast<Partial*>(row_part.data_ptr()),
+                                                               label_offset, static_cast<Partial*>(row_part.data_ptr()),
                                                                static_cast<Partial*>(col_part.data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> chunk_lse(const Tensor& products, const Tensor& row_norms, const Tensor& col_norms,
-                                     const Tensor& logit_scale) {
+                                     const Tensor& logit_scale, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(products.get_device_index());
   const Arguments a = check(products, row_norms, col_norms, logit_scale);
   Tensor row_part = partials(products, a.across, a.rows), col_part = partials(products, a.down, a.columns);
   if (products.scalar_type() == ScalarType::Double)
-    launch_lse<double>(a, row_part, col_part);
+    launch_lse<double>(a, label_offset, row_part, col_part);
   else
-    launch_lse<float>(a, row_part, col_part);
+    launch_lse<float>(a, label_offset, row_part, col_part);
   Tensor row = torch::stable::new_empty(products, {a.rows}, ScalarType::Double);
   Tensor col = torch::stable::new_empty(products, {a.columns}, ScalarType::Double);
   combine(row_part, row);
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_gradient(const Tensor& products
                                                           const Tensor& col_norms, const Tensor& logit_scale,
                                                           const Tensor& row_lse, const Tensor& col_lse,
                                                           const Tensor& grad_row, const Tensor& grad_col,
-                                                          const Tensor& grad_positive, int64_t label_offset,
+                                                          const Tensor& grad_label, int64_t label_offset,
                                                           const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(products.get_device_index());
   const Arguments a = check(products, row_norms, col_norms, logit_scale);
@@ -129,14 +129,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_gradient(const Tensor& products
     using R = std::remove_pointer_t<decltype(real)>;
     using O = std::remove_pointer_t<decltype(result)>;
     const ScalarType type = products.scalar_type();
-    const Tensor vectors[] = {as_type(row_lse, type), as_type(grad_row, type), as_type(grad_positive, type),
-                              as_type(col_lse, type), as_type(grad_col, type)};
-    for (int i = 0; i < 5; ++i)
-      STD_TORCH_CHECK(vectors[i].numel() == (i < 3 ? a.rows : a.columns),
-                      "lse and grad: expected an element for each row and column of products");
-    const Weights<R> weights{vectors[0].const_data_ptr<R>(), vectors[1].const_data_ptr<R>(),
-                             vectors[2].const_data_ptr<R>(), vectors[3].const_data_ptr<R>(),
-                             vectors[4].const_data_ptr<R>(), label_offset};
+    const Tensor of_rows = as_type(row_lse, ScalarType::Double), of_columns = as_type(col_lse, ScalarType::Double);
+    const Tensor by_row = as_type(grad_row, type), by_column = as_type(grad_col, type);
+    const Tensor at_label = as_type(grad_label, type);
+    for (const Tensor& v : {of_rows, by_row, at_label})
+      expect(products, v, a.rows, "row_lse2, grad_row and grad_label");
+    for (const Tensor& v : {of_columns, by_column}) expect(products, v, a.columns, "col_lse2 and grad_col");
+    const Weights<R> weights{of_rows.const_data_ptr<double>(), by_row.const_data_ptr<R>(),
+                             at_label.const_data_ptr<R>(),     of_columns.const_data_ptr<double>(),
+                             by_column.const_data_ptr<R>(),    label_offset};
     const auto kernel = a.packed ? lse_gradient<R, O, true> : lse_gradient<R, O, false>;
     kernel<<<a.grid(), kTileThreads, 0, stream_of(products)>>>(chunk_of<R>(a), a.scale.const_data_ptr<R>(), weights,
                                                                out.template sums<R>(),
@@ -154,6 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_sigmoid(const Tensor& products,
   const Arguments a = check(products, none, none, logit_scale);
   Gradient out = allocate(a, like);
   Tensor loss = torch::stable::empty_like(out.of_scale), of_bias = torch::stable::empty_like(out.of_scale);
+  expect(products, logit_bias, 1, "logit_bias");
   by_types(products, like, [&](auto* real, auto* result) {
     using R = std::remove_pointer_t<decltype(real)>;
     using O = std::remove_pointer_t<decltype(result)>;

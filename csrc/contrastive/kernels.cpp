@@ -38,50 +38,74 @@ void logit_tile(const LogitBlock<typename E::T>& block, int64_t i0, typename E::
 }
 
 template <Range kRange, class T, class V>
-GAPKERN_INLINE V exponential(V t, T k, T shift) {
-  if (kRange == Range::normal) return exp2_normal(t * k);
-  return exp2_normal(at_least(t * k - shift, V{} - T(Exponent<V>::bias - 1)));
+GAPKERN_INLINE V exponential(V t, const Exponents<T>& e) {
+  return exp2_of_product<kRange == Range::shifted>(t, e.k, e.k_low, kRange == Range::shifted ? e.shift : T(0));
 }
+
+// The vectors with a lane that does not count for `rows` rows, the first of which has this label.
+template <class T>
+struct Partial {
+  int64_t first, last, end;
+  Partial(int64_t cols, int64_t label, int rows)
+      : first(label - Vec<T>::size), last(label + rows), end(cols - Vec<T>::size) {}
+  bool at(int64_t j) const { return j > end || (j > first && j < last); }
+};
 
 // A known number of rows keeps their sums in registers.
 template <Range kRange, class T, int kKnown>
 GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int some, int64_t i0) {
   using V = typename Vec<T>::type;
   const int rows = kKnown ? kKnown : some;
+  const int64_t label = b.label + i0;
+  const Partial<T> partial(b.cols, label, rows);
   V row_sum[kRows] = {};
   for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
     V column = load(b.column_sum + j);
-    const bool edge = j + Vec<T>::size > b.cols;
-    const auto inside = lanes_below<T>(j, b.cols);
+    if (partial.at(j)) {
+      for (int r = 0; r < rows; ++r) {
+        const V e = exponential<kRange>(load(tile + r * kStripe + j), b.exponents);
+        const V counted = others<T>(j, b.cols, label + r) ? e : V{};
+        row_sum[r] += counted;
+        column += counted;
+      }
+    } else {
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      V e = exponential<kRange>(load(tile + r * kStripe + j), b.k, b.shift);
-      if (edge) e = inside ? e : V{};
-      row_sum[r] += e;
-      column += e;
+      for (int r = 0; r < rows; ++r) {
+        const V e = exponential<kRange>(load(tile + r * kStripe + j), b.exponents);
+        row_sum[r] += e;
+        column += e;
+      }
     }
     store(b.column_sum + j, column);
   }
   for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
 }
 
+// What exponents are taken relative to: the largest logit, or zero where there is none.
+template <class V>
+GAPKERN_INLINE V finite_reference(V largest, V lowest) {
+  return largest == lowest ? V{} : largest;
+}
+
 template <class T>
 GAPKERN_INLINE void sum_exponentials_tracked(const ForwardBlock<T>& b, T* tile, int rows, int64_t i0) {
   using V = typename Vec<T>::type;
   const V lowest = splat<T>(T(-__builtin_inf()));
-  const T sign = b.k < 0 ? T(-1) : T(1), k = b.k * sign;
+  const T sign = b.exponents.k < 0 ? T(-1) : T(1), k = b.exponents.k * sign;
   V row_sum[kRows] = {};
-  V row_largest[kRows];
+  V row_reference[kRows];
   for (int r = 0; r < rows; ++r) {
     V best = lowest;
+    const int64_t label = b.label + i0 + r;
+    const Partial<T> partial(b.cols, label, 1);
     for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
       V t = load(tile + r * kStripe + j) * sign;
-      if (j + Vec<T>::size > b.cols) t = lanes_below<T>(j, b.cols) ? t : lowest;
+      if (partial.at(j)) t = others<T>(j, b.cols, label) ? t : lowest;
       store(tile + r * kStripe + j, t);
       best = best < t ? t : best;
     }
     b.row_largest[i0 + r] = largest<T>(best);
-    row_largest[r] = splat<T>(b.row_largest[i0 + r]);
+    row_reference[r] = finite_reference(splat<T>(b.row_largest[i0 + r]), lowest);
   }
   for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
     const V before = load(b.column_largest + j);
@@ -90,11 +114,12 @@ GAPKERN_INLINE void sum_exponentials_tracked(const ForwardBlock<T>& b, T* tile, 
       const V t = load(tile + r * kStripe + j);
       best = best < t ? t : best;
     }
-    V column = load(b.column_sum + j) * exp2((before - best) * k);
+    const V reference = finite_reference(best, lowest);
+    V column = load(b.column_sum + j) * exp2((before - reference) * k);
     for (int r = 0; r < rows; ++r) {
       const V t = load(tile + r * kStripe + j);
-      column += exp2((t - best) * k);
-      row_sum[r] += exp2((t - row_largest[r]) * k);
+      column += exp2((t - reference) * k);
+      row_sum[r] += exp2((t - row_reference[r]) * k);
     }
     store(b.column_largest + j, best);
     store(b.column_sum + j, column);
@@ -155,7 +180,7 @@ void forward(const ForwardBlock<typename E::T>& b) {
   alignas(64) T tile[kRows * kStripe];
   for (int64_t j = 0; j < kStripe; ++j) {
     b.column_sum[j] = T(0);
-    if (b.range == Range::tracked) b.column_largest[j] = T(-__builtin_inf());
+    if (b.exponents.range == Range::tracked) b.column_largest[j] = T(-__builtin_inf());
   }
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
@@ -169,9 +194,9 @@ void forward(const ForwardBlock<typename E::T>& b) {
     if constexpr (E::group > 1)
       if (b.codes != nullptr)
         for (int r = 0; r < rows; ++r) encode(tile + r * kStripe, 1 / b.unit, b.cols, b.codes + (i0 + r) * b.cols);
-    if (b.range == Range::tracked)
+    if (b.exponents.range == Range::tracked)
       sum_exponentials_tracked(b, tile, rows, i0);
-    else if (b.range == Range::shifted)
+    else if (b.exponents.range == Range::shifted)
       sum_exponentials<Range::shifted>(b, tile, rows, i0);
     else
       sum_exponentials<Range::normal>(b, tile, rows, i0);
@@ -189,37 +214,43 @@ GAPKERN_INLINE auto load_some(const T* p, int64_t count) {
   return load(lanes);
 }
 
-// Turns t, which lies in rows of `stride`, into a tile of dS; returns the sum of dS t.
+// Of dS t and of dS.
+struct GradientSums {
+  double of_scale = 0, of_all = 0;
+};
+
+// Turns t, which lies in rows of `stride`, into a tile of dS.
 template <Range kRange, class T>
-GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, const T* logits, int64_t stride, T* tile, int rows,
-                                     int64_t i0) {
+GAPKERN_INLINE GradientSums logit_gradient(const GradientBlock<T>& b, const T* logits, int64_t stride, T* tile,
+                                           int rows, int64_t i0) {
   using V = typename Vec<T>::type;
   constexpr bool kTracked = kRange == Range::tracked;
-  double scale_sum = 0;
+  const T k = b.exponents.k;
+  GradientSums sums;
   for (int r = 0; r < rows; ++r) {
     const T* t = logits + r * stride;
     T* const out = tile + r * kStripe;
     const int64_t label = b.label + i0 + r;
     const bool labelled = label >= 0 && label < b.cols;
-    const T label_t = labelled ? t[label] : T(0);
     const V weight = splat<T>(b.row_weight[i0 + r]);
     const V reference = splat<T>(kTracked ? b.row_reference[i0 + r] : T(0));
     const V log2 = splat<T>(kTracked ? b.row_log2[i0 + r] : T(0));
+    const Partial<T> partial(b.cols, label, 1);
     V dot{}, row{};
     for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
       const bool edge = j + Vec<T>::size > b.cols;
       const V value = edge ? load_some(t + j, b.cols - j) : load(t + j), column = load(b.column_weight + j);
       V d;
       if (kTracked)
-        d = weight * exp2((value - reference) * b.k - log2) +
-            column * exp2((value - load(b.column_reference + j)) * b.k - load(b.column_log2 + j));
+        d = weight * exp2((value - reference) * k - log2) +
+            column * exp2((value - load(b.column_reference + j)) * k - load(b.column_log2 + j));
       else
-        d = exponential<kRange>(value, b.k, b.shift) * (weight + column);
+        d = exponential<kRange>(value, b.exponents) * (weight + column);
       V product = d * value;
-      if (edge) {
-        const auto inside = lanes_below<T>(j, b.cols);
-        d = inside ? d : V{};
-        product = inside ? product : V{};
+      if (partial.at(j)) {
+        const auto counted = others<T>(j, b.cols, label);
+        d = counted ? d : V{};
+        product = counted ? product : V{};
       }
       dot += product;
       row += d;
@@ -227,17 +258,19 @@ GAPKERN_INLINE double logit_gradient(const GradientBlock<T>& b, const T* logits,
       store(out + j, d);
     }
     T row_total = sum<T>(row);
-    scale_sum += sum<T>(dot);
+    sums.of_scale += sum<T>(dot);
+    sums.of_all += row_total;
     if (labelled) {
-      const T p = b.positive[i0 + r];
-      out[label] += p;
-      row_total += p;
-      scale_sum += double(p) * label_t;
-      if (b.column_sum != nullptr) b.column_sum[label] += p;
+      const T d = b.label_gradient[i0 + r];
+      out[label] = d;
+      row_total += d;
+      sums.of_scale += double(d) * b.label_t[i0 + r];
+      sums.of_all += d;
+      if (b.column_sum != nullptr) b.column_sum[label] += d;
     }
     if (b.row_sum != nullptr) b.row_sum[i0 + r] = row_total;
   }
-  return scale_sum;
+  return sums;
 }
 
 template <class T>
@@ -280,24 +313,25 @@ void gradient(const GradientBlock<typename E::T>& b) {
   alignas(64) T tile[kRows * kStripe];
   if (b.column_sum != nullptr)
     for (int64_t j = 0; j < kStripe; ++j) b.column_sum[j] = T(0);
-  double scale_sum = 0;
+  GradientSums all;
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
     if (b.kept == nullptr && b.codes == nullptr) logit_tile<E>(b, i0, tile);
     if constexpr (E::group > 1)
-      for (int r = 0; b.codes != nullptr && r < rows; ++r) {
+      for (int r = 0; b.codes != nullptr && r < rows; ++r)
         decode(b.codes + (i0 + r) * b.cols, b.unit, b.cols, tile + r * kStripe);
-        const int64_t label = b.label + i0 + r;
-        if (label >= 0 && label < b.cols) tile[r * kStripe + label] = b.label_t[i0 + r];
-      }
     const T* const t = b.kept == nullptr ? tile : b.kept + i0 * b.cols;
     const int64_t stride = b.kept == nullptr ? kStripe : b.cols;
-    scale_sum += b.range == Range::tracked   ? logit_gradient<Range::tracked>(b, t, stride, tile, rows, i0)
-                 : b.range == Range::shifted ? logit_gradient<Range::shifted>(b, t, stride, tile, rows, i0)
-                                             : logit_gradient<Range::normal>(b, t, stride, tile, rows, i0);
+    const Range range = b.exponents.range;
+    const GradientSums sums = range == Range::tracked   ? logit_gradient<Range::tracked>(b, t, stride, tile, rows, i0)
+                              : range == Range::shifted ? logit_gradient<Range::shifted>(b, t, stride, tile, rows, i0)
+                                                        : logit_gradient<Range::normal>(b, t, stride, tile, rows, i0);
+    all.of_scale += sums.of_scale;
+    all.of_all += sums.of_all;
     if (b.out.by_rows != nullptr) emit(E{}, b.out, tile, rows, b.cols, i0);
   }
-  *b.out.scale_sum = scale_sum;
+  *b.out.scale_sum = all.of_scale;
+  *b.sum = all.of_all;
 }
 
 // log(1 + u) for u in [0, 1], to full relative precision: 2 artanh(u / (2 + u)), whose series in z^2 <= 1/9 is short.
@@ -311,11 +345,20 @@ GAPKERN_INLINE typename Vec<T>::type log1p(typename Vec<T>::type u) {
   return p * (z + z);
 }
 
+// e^x for x <= 0; zero below the normal range.
+template <class T>
+GAPKERN_INLINE typename Vec<T>::type exp_of_negative(typename Vec<T>::type x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T log2e = T(1.4426950408889634074), low = T(single ? 1.92596303e-8 : 2.0355273740931033e-17);
+  constexpr T least = T(single ? -87.33 : -708.39);
+  const auto e = exp2_of_product<false>(at_least(x, splat<T>(least)), log2e, low, T(0));
+  return x < least ? decltype(e){} : e;
+}
+
 template <class E>
 void sigmoid(const SigmoidBlock<typename E::T>& b) {
   using T = typename E::T;
   using V = typename Vec<T>::type;
-  constexpr T log2e = T(1.4426950408889634074);
   alignas(64) T tile[kRows * kStripe];
   double loss = 0, bias_sum = 0, scale_sum = 0;
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
@@ -326,19 +369,19 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
       const int64_t label = b.label + i0 + r;
       const bool labelled = label >= 0 && label < b.cols;
       const T label_t = labelled ? t[label] : T(0);
+      const Partial<T> partial(b.cols, label, 1);
       V row_loss{}, row{}, dot{};
       for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
-        const V value = load(t + j), l = value * b.k + b.bias;
-        const V u = exp2((l < V{} ? l : -l) * log2e);
+        const V value = load(t + j), l = value * b.scale + b.bias;
+        const V u = exp_of_negative<T>(l < V{} ? l : -l);
         V softplus = at_least(l, V{}) + log1p<T>(u);
         V d = (l < V{} ? u : splat<T>(T(1))) / (u + T(1));
         V product = d * value;
-        const bool holds_label = labelled && label >= j && label < j + Vec<T>::size;
-        if (holds_label || j + Vec<T>::size > b.cols) {
-          const auto inside = lanes_below<T>(j, b.cols) & ~(holds_label ? lane_at<T>(label - j) : lane_at<T>(-1));
-          softplus = inside ? softplus : V{};
-          d = inside ? d : V{};
-          product = inside ? product : V{};
+        if (partial.at(j)) {
+          const auto counted = others<T>(j, b.cols, label);
+          softplus = counted ? softplus : V{};
+          d = counted ? d : V{};
+          product = counted ? product : V{};
         }
         row_loss += softplus;
         row += d;
@@ -349,8 +392,8 @@ void sigmoid(const SigmoidBlock<typename E::T>& b) {
       bias_sum += sum<T>(row);
       scale_sum += sum<T>(dot);
       if (labelled) {
-        const T l = label_t * b.k + b.bias;
-        const V u = exp2(splat<T>((l < 0 ? l : -l) * log2e));
+        const T l = label_t * b.scale + b.bias;
+        const V u = exp_of_negative<T>(splat<T>(l < 0 ? l : -l));
         const V minus = (l < 0 ? splat<T>(T(1)) : u) / (u + T(1));  // sigmoid(-l)
         t[label] = -minus[0];
         loss += double(l < 0 ? -l : T(0)) + log1p<T>(u)[0];

@@ -57,10 +57,11 @@ __device__ __forceinline__ R reference(R maximum) {
   return maximum > kNothing<R> ? maximum : R(0);
 }
 
-// row_part [tiles across, rows], column_part [tiles down, M]: log-sums of every tile's rows and columns.
+// row_part [tiles across, rows], column_part [tiles down, M]: log-sums of every tile's rows and columns. Labels are in
+// none of them: a small loss is what the others amount to beside the label, and would drown in it.
 template <class R, bool pack>
 __global__ void __launch_bounds__(kTileThreads)
-    lse_tiles(Chunk<R> chunk, const R* scale, Partial* row_part, Partial* column_part) {
+    lse_tiles(Chunk<R> chunk, const R* scale, int64_t label_offset, Partial* row_part, Partial* column_part) {
   GAPKERN_SHARED(R, highest, kTileWarps * kTileColumns);
   GAPKERN_SHARED(R, sums, kTileWarps * kTileColumns);
   const Place at;
@@ -70,7 +71,11 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int r = 0; r < kWarpRows; ++r) {
     const bool inside = at.row + r < chunk.rows;
     if (inside) chunk.template load<pack>(at.row + r, at.column, v[r]);
-    for (int c = 0; c < kThreadColumns; ++c) v[r][c] = inside && at.column + c < chunk.columns ? k * v[r][c] : none;
+    const int64_t label = at.row + r + label_offset;
+    for (int c = 0; c < kThreadColumns; ++c) {
+      const bool counts = inside && at.column + c < chunk.columns && at.column + c != label;
+      v[r][c] = counts ? k * v[r][c] : none;
+    }
   }
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
@@ -116,13 +121,14 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// out[i] = ln of the sum over tiles, part [tiles, count], in their order.
+// out[i] = ln of the sum over tiles, part [tiles, count], in their order; -inf where there is none.
 inline __global__ void lse_combine(const Partial* part, int64_t tiles, int64_t count, double* out) {
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (i >= count) return;
-  double base = part[i].high, sum = part[i].sum;
-  for (int64_t t = 1; t < tiles; ++t) {
+  double base = kNothing<double>, sum = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
     const Partial next = part[t * count + i];
+    if (next.sum == 0) continue;
     const double high = larger(base, next.high);
     sum = sum * exp2(base - high) + next.sum * exp2(next.high - high);
     base = high;
@@ -130,14 +136,23 @@ inline __global__ void lse_combine(const Partial* part, int64_t tiles, int64_t c
   out[i] = kLn2 * base + log(sum);
 }
 
-// What a row's and a column's logits are weighed with: dS = grad_row e^(S - row_lse) + grad_col e^(S - col_lse), and
-// grad_positive more at the label.
+// A log-sum-exp in units of log 2, in two parts: k t less the first is exact near it, so that nothing rounds before.
+template <class R>
+struct Split {
+  R high = 0, low = 0;
+  Split() = default;
+  __device__ __forceinline__ explicit Split(double lse) : high(R(lse)), low(R(lse - double(R(lse)))) {}
+  __device__ __forceinline__ R probability(R v) const { return exp2_of((v - high) - low); }
+};
+
+// What a row's and a column's logits are weighed with: dS = grad_row e^(S - row_lse) + grad_col e^(S - col_lse), but
+// grad_label at the label: there p - 1 of a rounded p would be all rounding for a small loss.
 template <class R>
 struct Weights {
-  const R* row_lse;  // in units of log 2, as col_lse
+  const double* row_lse;  // in units of log 2, as col_lse
   const R* grad_row;
-  const R* grad_positive;
-  const R* col_lse;
+  const R* grad_label;
+  const double* col_lse;
   const R* grad_col;
   int64_t label_offset;  // the label of row 0 of the chunk
 };
@@ -207,17 +222,18 @@ __device__ __forceinline__ void store_tile(const Chunk<R>& chunk, const Place& a
   }
 }
 
-// dS of the softmax losses, rounded once; the entry at the label is summed before it is rounded.
+// dS of the softmax losses, rounded once.
 template <class R, class O, bool pack>
 __global__ void __launch_bounds__(kTileThreads)
     lse_gradient(Chunk<R> chunk, const R* scale, Weights<R> weights, TileSums<R> sums, O* ds) {
   const Place at;
   const R k = R(kLog2e) * *scale;
-  R w[kWarpRows][kThreadColumns], column_lse[kThreadColumns], column_grad[kThreadColumns];
+  R w[kWarpRows][kThreadColumns], column_grad[kThreadColumns];
+  Split<R> column_lse[kThreadColumns];
 #pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
     const bool inside = at.column + c < chunk.columns;
-    column_lse[c] = inside ? weights.col_lse[at.column + c] : R(0);
+    if (inside) column_lse[c] = Split<R>(weights.col_lse[at.column + c]);
     column_grad[c] = inside ? weights.grad_col[at.column + c] : R(0);
   }
   double of_scale = 0;
@@ -227,12 +243,13 @@ __global__ void __launch_bounds__(kTileThreads)
     R t[kThreadColumns] = {}, part = 0;
     const bool inside = row < chunk.rows;
     if (inside) chunk.template load<pack>(row, at.column, t);
-    const R row_lse = inside ? weights.row_lse[row] : R(0), row_grad = inside ? weights.grad_row[row] : R(0);
+    const Split<R> row_lse(inside ? weights.row_lse[row] : 0.);
+    const R row_grad = inside ? weights.grad_row[row] : R(0);
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
       const R v = k * t[c];
-      R weight = row_grad * exp2_of(v - row_lse) + column_grad[c] * exp2_of(v - column_lse[c]);
-      if (inside && at.column + c == row + weights.label_offset) weight += weights.grad_positive[row];
+      R weight = row_grad * row_lse.probability(v) + column_grad[c] * column_lse[c].probability(v);
+      if (inside && at.column + c == row + weights.label_offset) weight = weights.grad_label[row];
       w[r][c] = inside && at.column + c < chunk.columns ? weight : R(0);
       part += w[r][c] * t[c];
     }

@@ -29,16 +29,15 @@ struct Shape {
   int word;   // bytes of a packed word
 };
 
-// `rows` rows against one stripe of `cols` columns. The logit of a pair is k t, in units of log2 for the softmax
-// losses, with t = <x, y> or, where `distances` is set, -||x - y||^2. Distances are summed as they are written: norms
-// and a product would cancel for near pairs, which count most, and save nothing where subtractions have ports of their
-// own. Arrays over columns are read and written in whole vectors: they need a vector's room behind their last element.
+// `rows` rows against one stripe of `cols` columns: t = <x, y> or, where `distances` is set, -||x - y||^2. Distances
+// are summed as they are written: norms and a product would cancel for near pairs, which count most, and save nothing
+// where subtractions have ports of their own. Arrays over columns are read and written in whole vectors: they need a
+// vector's room behind their last element.
 template <class T>
 struct LogitBlock {
   const void* images;  // panels of the rows
   const void* texts;   // panels of the stripe
   int64_t rows, cols, depth;
-  T k;
   bool distances;  // not where words are pairs
   int64_t label;   // column within the stripe of row 0's label; row i's is i further
 };
@@ -58,13 +57,22 @@ enum class Range {
   tracked,  // relative to the largest logits of the row and of the column
 };
 
+// The softmax losses' logit of a pair is k t in units of log2. Rounded to T, k would cost a small loss as many digits
+// as log2 of the loss has units.
+template <class T>
+struct Exponents {
+  Range range;
+  T k, k_low;  // k, and what is left of it
+  T shift;     // an integer
+};
+
+// Labels are in none of the sums: a small loss is what the others amount to beside the label, and would drown in it.
 // References are logits in units of t, times the sign of k: differences t - t' of near logits are exact, whatever k is.
 template <class T>
 struct ForwardBlock : LogitBlock<T> {
-  Range range;
-  T shift;
+  Exponents<T> exponents;
   T* row_sum;         // out [rows]  sum over the stripe of the exponentials
-  T* row_largest;     // out [rows]  tracked only: sign(k) times the row's reference
+  T* row_largest;     // out [rows]  tracked only: sign(k) times the row's reference; -inf: no logit but the label's
   T* column_sum;      // out [kStripe]
   T* column_largest;  // out [kStripe]
   T* positive;        // out [rows]: t at the label, where the stripe holds it
@@ -76,32 +84,32 @@ struct ForwardBlock : LogitBlock<T> {
 // The same block in the backward pass.
 //   tracked:    dS = a_i 2^(k (t - row_reference_i) - row_log2_i) + b_j 2^(k (t - column_reference_j) - column_log2_j)
 //   otherwise:  dS = 2^(k t - shift) (a_i + b_j)
-// plus positive_i at the label of row i, all in T, rounded once.
+// and label_gradient_i at the label of row i: there p - 1 of a rounded p would be all rounding for a small loss.
 template <class T>
 struct GradientBlock : LogitBlock<T> {
-  Range range;
-  T shift;
+  Exponents<T> exponents;
   const T* row_weight;  // a [rows]
   const T* row_reference;
   const T* row_log2;       // log2 of the row's sum about its reference
   const T* column_weight;  // b [cols]
   const T* column_reference;
   const T* column_log2;
-  const T* positive;     // [rows]
+  const T* label_t;  // t at the label [rows]
+  const T* label_gradient;
   const T* kept;         // t [rows, cols] from the forward pass; null: not kept so
   const int16_t* codes;  // t / unit [rows, cols]; null: not kept so
   T unit;
-  const T* label_t;  // with codes: t at the label [rows]
   GradientOutput out;
+  double* sum;    // out: the sum of dS over the block
   T* row_sum;     // out [rows]: sums of dS; null: not wanted
   T* column_sum;  // out [kStripe]
 };
 
-// The sigmoid loss of a block and its gradient in one pass. With l = k t + bias in natural units:
+// The sigmoid loss of a block and its gradient in one pass. With l = scale t + bias:
 //   loss += softplus(l),  dS = sigmoid(l);  at the label softplus(-l) and -sigmoid(-l).
 template <class T>
 struct SigmoidBlock : LogitBlock<T> {
-  T bias;
+  T scale, bias;
   double* loss_sum;
   double* bias_sum;  // sum of dS
   GradientOutput out;

@@ -28,7 +28,7 @@ Sums run(const Problem<T>& p, double bias, T* images, T* texts) {
     parallel(p.stripes * here, [&](int64_t item) {
       const auto [t, b] = p.place(item, here);
       SigmoidBlock<T> block{p.block_at(packed_images, packed_texts, row0, rows, t, b)};
-      block.k = T(p.scale);
+      block.scale = T(p.scale);
       block.bias = T(bias);
       block.loss_sum = &blocks[item].loss;
       block.bias_sum = &blocks[item].bias;

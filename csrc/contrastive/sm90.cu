@@ -16,10 +16,6 @@ Tensor doubles(const Tensor& like, int64_t count) {
 Tensor floats(const Tensor& like, int64_t count) { return torch::stable::new_empty(like, {count}, ScalarType::Float); }
 double* out(Tensor& x) { return x.mutable_data_ptr<double>(); }
 
-void expect(const Tensor& x, int64_t count, const char* name) {
-  STD_TORCH_CHECK(x.numel() == count, name, ": expected ", count, " elements, got ", x.numel());
-}
-
 // Images and texts as the products need them.
 struct Inputs {
   Tensor images, texts;
@@ -32,6 +28,7 @@ struct Inputs {
         columns(y.size(0)),
         depth(x.size(1)) {
     const ScalarType type = x.scalar_type();
+    expect_device_of(x, y, "texts");
     STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "images and texts: expected the same dims");
     STD_TORCH_CHECK(rows > 0 && columns > 0 && depth > 0, "images and texts: expected filled matrices");
     STD_TORCH_CHECK(rows < int64_t(1) << 31 && columns < int64_t(1) << 31, "images and texts: too many rows");
@@ -82,7 +79,8 @@ void succeed(cudaError_t status, const char* what) {
 
 Tensor shift(const Tensor& row_norms, const Tensor& col_norms, const Tensor& logit_scale) {
   const torch::stable::accelerator::DeviceGuard guard(row_norms.get_device_index());
-  expect(logit_scale, 1, "logit_scale");
+  expect(row_norms, logit_scale, 1, "logit_scale");
+  expect_device_of(row_norms, col_norms, "col_norms");
   const Tensor rows = as_type(row_norms, ScalarType::Float), columns = as_type(col_norms, ScalarType::Float);
   const Tensor scale = as_type(logit_scale, ScalarType::Float);
   Tensor control = floats(row_norms, 2);
@@ -105,10 +103,10 @@ void add_up(const Tensor& part, int64_t tiles, Tensor& sums, int64_t count) {
 std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const Tensor& control, Tensor kept) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
-  expect(control, 2, "control");
+  expect(images, control, 2, "control");
   const int64_t down = tiles(in.rows, kTileM), across = tiles(in.columns, kTileN), pitch = pitch_of(in.columns);
   if (kept.numel() > 0) {
-    expect(kept, in.rows * pitch, "kept");
+    expect(images, kept, in.rows * pitch, "kept");
     STD_TORCH_CHECK(in.bfloat16() && kept.scalar_type() == ScalarType::BFloat16, "kept: expected bfloat16");
     STD_TORCH_CHECK(kept.is_contiguous() && packs(kept, pitch), "kept: expected rows at multiples of 16 bytes");
   }
@@ -131,7 +129,7 @@ std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, c
   Tensor results[] = {doubles(images, in.rows), doubles(images, in.columns)};
   for (int side = 0; side < 2; ++side) {
     const int64_t count = side ? in.columns : in.rows, terms = side ? in.rows : in.columns;
-    expect(all_sums[side], count, "row_sums and col_sums");
+    expect(images, all_sums[side], count, "row_sums and col_sums");
     finish_lse<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(images)>>>(
         all_sums[side].const_data_ptr<double>(), count, terms, control.const_data_ptr<float>(), out(results[side]));
     in.with(
@@ -160,8 +158,10 @@ std::tuple<Tensor, Tensor, Tensor> weights(const Tensor& row_lse2, const Tensor&
                                            const Tensor& grad_col, const Tensor& control) {
   const torch::stable::accelerator::DeviceGuard guard(row_lse2.get_device_index());
   const int64_t rows = row_lse2.numel(), columns = col_lse2.numel();
-  expect(grad_row, rows, "grad_row");
-  expect(grad_col, columns, "grad_col");
+  expect_device_of(row_lse2, col_lse2, "col_lse2");
+  expect(row_lse2, grad_row, rows, "grad_row");
+  expect(row_lse2, grad_col, columns, "grad_col");
+  expect(row_lse2, control, 2, "control");
   const Tensor lse[] = {as_type(row_lse2, ScalarType::Double), as_type(col_lse2, ScalarType::Double)};
   const Tensor grad[] = {as_type(grad_row, ScalarType::Double), as_type(grad_col, ScalarType::Double)};
   Tensor weight[] = {floats(row_lse2, rows), floats(row_lse2, columns)}, apart = floats(row_lse2, 1);
@@ -188,19 +188,19 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_s
   const int64_t pitch = pitch_of(in.columns);
   const cudaStream_t stream = stream_of(images);
   STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
-  expect(control, 2, "control");
-  expect(apart, 1, "apart");
-  expect(row_weight, in.rows, "row_weight");
-  expect(col_weight, in.columns, "col_weight");
+  expect(images, control, 2, "control");
+  expect(images, apart, 1, "apart");
+  expect(images, row_weight, in.rows, "row_weight");
+  expect(images, col_weight, in.columns, "col_weight");
   const Tensor vectors[] = {as_type(positive, ScalarType::Double), as_type(row_lse2, ScalarType::Double),
                             as_type(grad_row, ScalarType::Double), as_type(grad_positive, ScalarType::Double),
                             as_type(col_lse2, ScalarType::Double), as_type(grad_col, ScalarType::Double)};
-  for (int i = 0; i < 6; ++i) expect(vectors[i], i < 4 ? in.rows : in.columns, "lse and grad");
+  for (int i = 0; i < 6; ++i) expect(images, vectors[i], i < 4 ? in.rows : in.columns, "lse and grad");
   Tensor ds = torch::stable::new_empty(images, {in.rows, pitch}, images.scalar_type());
   const Weighing weighing{control.const_data_ptr<float>(), apart.const_data_ptr<float>(),
                           row_weight.const_data_ptr<float>(), col_weight.const_data_ptr<float>()};
   if (kept.numel() > 0) {
-    expect(kept, in.rows * pitch, "kept");
+    expect(images, kept, in.rows * pitch, "kept");
     STD_TORCH_CHECK(kept.scalar_type() == ScalarType::BFloat16 && kept.is_contiguous() && packs(kept, pitch),
                     "kept: expected bfloat16 rows at multiples of 16 bytes");
     const int64_t down = tiles(in.rows, kSide);
@@ -219,7 +219,7 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_s
             "gradient");
   }
   const Tensor scale = as_type(logit_scale, ScalarType::Double);
-  expect(scale, 1, "logit_scale");
+  expect(images, scale, 1, "logit_scale");
   const Labels labels{vectors[0].const_data_ptr<double>(),
                       vectors[1].const_data_ptr<double>(),
                       vectors[4].const_data_ptr<double>(),
@@ -241,10 +241,10 @@ std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, co
   const Inputs in(images, texts);
   STD_TORCH_CHECK(in.columns <= int64_t(1) << 24, "texts: expected at most ", int64_t(1) << 24, " rows, got ",
                   in.columns);
-  expect(logit_scale, 1, "logit_scale");
-  expect(logit_bias, 1, "logit_bias");
-  expect(row_labels, in.rows, "row_labels");
-  expect(col_numbers, in.columns, "col_numbers");
+  expect(images, logit_scale, 1, "logit_scale");
+  expect(images, logit_bias, 1, "logit_bias");
+  expect(images, row_labels, in.rows, "row_labels");
+  expect(images, col_numbers, in.columns, "col_numbers");
   const Tensor scale = as_type(logit_scale, ScalarType::Float), bias = as_type(logit_bias, ScalarType::Float);
   const Tensor labels = as_type(row_labels, ScalarType::Float), numbers = as_type(col_numbers, ScalarType::Float);
   const int64_t across = tiles(in.columns, kTileN), stride = tiles(in.rows, kTileM) * kTileM;

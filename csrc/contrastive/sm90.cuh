@@ -2,12 +2,14 @@
 // the exact repair of what a common shift could not represent. All decisions are taken on the device, so that nothing
 // waits for the host and everything can be captured in a graph.
 //
-// The shift. |k <x, y>| <= bound = k max|x| max|y|. c is the least for which a sum of `terms` exponentials stays below
+// The shift. |k <x, y>| <= bound = k max|x| max|y|. c is at least what keeps a sum of `terms` exponentials below
 // 2^kCeiling: no sum overflows. One may be too small instead: below terms 2^kFloor more than 2^-24 of it can have been
-// flushed to zero. Such rows are marked NaN and repaired by `repair_lse`, float32 products with a running maximum. For
-// normalised embeddings c = 0 up to logit_scale 65 (32768 pairs); at 100 only rows whose best cosine is below -0.26 are
-// repaired. For embeddings of large norms most rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those.
-// The gradient then weighs rows and columns apart (contrastive/epilogue.cuh), chosen by the flag of `choose_weights`.
+// flushed to zero. Such rows are marked NaN and repaired by `repair_lse`, float32 products with a running maximum. Up
+// to there c is raised to the bound, if it is large enough without: the logits of trained pairs are near it, and what
+// is rounded is k <x, y> - c. For normalised embeddings c is the bound up to logit_scale 35 and the least from 67 on
+// (32768 pairs); at 100 only rows whose best cosine is below -0.26 are repaired. For embeddings of large norms most
+// rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those. The gradient then weighs rows and columns
+// apart (contrastive/epilogue.cuh), chosen by the flag of `choose_weights`.
 #pragma once
 #include "common/cuda.cuh"
 #include "contrastive/epilogue.cuh"
@@ -19,8 +21,11 @@ inline constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 inline constexpr double kCeiling = 110, kFloor = -102, kWeightRange = 120;
 
 GAPKERN_HD float shift_of(float bound, double terms) {
-  const double spare = kCeiling - log2(terms);
-  return float(bound > spare ? ceil(bound - spare) : 0.0);
+  const double spare = kCeiling - log2(terms), least = ceil(bound - spare);
+  // 2^(-bound - c) is the smallest there can be, and above 2^kFloor the sums are complete.
+  const double fitting = floor(bound < -kFloor - bound ? double(bound) : -kFloor - bound);
+  const double shift = least > fitting ? least : fitting;
+  return float(shift > 0 ? shift : 0.0);
 }
 
 // The log-sum of `terms` exponentials relative to c in units of log 2; NaN where too much may be missing.

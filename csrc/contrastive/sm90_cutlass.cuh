@@ -6,6 +6,7 @@
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
+#include <cstring>
 #include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
@@ -100,6 +101,21 @@ struct Gemm {
   using Out = typename Design::Out;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel<Design>>;
 
+  // CUTLASS prints that a descriptor could not be made, and would run with one of zeros.
+  static bool is_encoded(const cute::TmaDescriptor* descriptor) {
+    static constexpr cute::TmaDescriptor nothing{};
+    return std::memcmp(descriptor, &nothing, sizeof nothing) != 0;
+  }
+
+  // Not the adapter's can_implement: it takes rows of the output for packed, and refuses those that our pitch aligns.
+  static bool can_run(const Problem& p, const typename Device::Arguments& arguments, int64_t pitch) {
+    using Mainloop = typename Parts<Design>::Mainloop;
+    using Callbacks = typename Parts<Design>::Epilogue::FusionCallbacks;
+    const auto shape = cute::make_shape(p.rows, p.columns, p.depth, 1);
+    return pitch % 8 == 0 && Mainloop::can_implement(shape, arguments.mainloop) &&
+           Callbacks::can_implement(shape, arguments.epilogue.thread) && Device::get_workspace_size(arguments) == 0;
+  }
+
   static cudaError_t run(const Problem& p, const typename Design::Visitor::Arguments& visitor, Out* out, int64_t pitch,
                          cudaStream_t stream) {
     const auto packed = [&](auto stride, int rows) {
@@ -114,9 +130,17 @@ struct Gemm {
          packed(typename Kernel<Design>::StrideB{}, p.columns)},
         {visitor, nullptr, {}, out, stride_out},
         {p.device, p.multiprocessors}};
-    if (Device::get_workspace_size(arguments) != 0) return cudaErrorNotSupported;
+    if (!can_run(p, arguments, pitch)) return cudaErrorNotSupported;
+    // Autograd's threads may have no context yet, and descriptors need one.
+    const cudaError_t bound = cudaSetDevice(p.device);
+    if (bound != cudaSuccess) return bound;
     Device device;
     if (device.initialize(arguments, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+    const auto& made = device.params();
+    bool encoded = is_encoded(made.mainloop.tma_load_a.get_tma_descriptor()) &&
+                   is_encoded(made.mainloop.tma_load_b.get_tma_descriptor());
+    if constexpr (!std::is_void_v<Out>) encoded = encoded && is_encoded(made.epilogue.tma_store_d.get_tma_descriptor());
+    if (!encoded) return cudaErrorDeviceUninitialized;
     return device.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
   }
 };

@@ -261,5 +261,12 @@ GAPKERN_INLINE auto lane_at(int64_t lane) {
   return load(index) == splat<T>(T(lane));
 }
 
+// All ones in the lanes of columns [j, j + size) that are below cols and not the label.
+template <class T>
+GAPKERN_INLINE auto others(int64_t j, int64_t cols, int64_t label) {
+  const bool here = label >= j && label < j + Vec<T>::size;
+  return lanes_below<T>(j, cols) & ~lane_at<T>(here ? label - j : -1);
+}
+
 }  // namespace
 }  // namespace gapkern::contrastive

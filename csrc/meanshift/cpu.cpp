@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/parallel.h"
 #include "meanshift/kernels.h"
 #include "meanshift/meanshift.h"
 
@@ -34,7 +35,7 @@ template <class T>
 void sum_rows(const Rows<T>& kernels, const Tensor& x, std::vector<double>& partial) {
   const int64_t n = x.size(0), d = x.size(1);
   const T* from = static_cast<const T*>(x.data_ptr());
-  torch::stable::parallel_for(0, (n + kRowsPerSum - 1) / kRowsPerSum, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (n + kRowsPerSum - 1) / kRowsPerSum, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = p * kRowsPerSum;
       kernels.sum(from + row * d, std::min(kRowsPerSum, n - row), d, partial.data() + p * d);
@@ -60,7 +61,7 @@ void apply_rows(const Rows<T>& kernels, const Tensor& x, const double* shift, bo
   const int64_t n = x.size(0), d = x.size(1);
   const T* from = static_cast<const T*>(x.data_ptr());
   T* to = static_cast<T*>(out.data_ptr());
-  torch::stable::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     kernels.apply(from + begin * d, end - begin, d, shift, normalize, to + begin * d);
   });
 }

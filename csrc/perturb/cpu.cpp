@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/parallel.h"
 #include "perturb/kernels.h"
 #include "perturb/perturb.h"
 
@@ -14,7 +15,7 @@ const Kernels& table() { return GAPKERN_FOR_ACTIVE_ISA(kernels); }
 
 template <class F>
 void over_rows(const Tensor& x, const F& body) {
-  torch::stable::parallel_for(0, x.size(0), rows_per_task(x.size(1)),
+  parallel_for(0, x.size(0), rows_per_task(x.size(1)),
                               [&](int64_t begin, int64_t end) { body(begin, end - begin); });
 }
 

@@ -73,6 +73,8 @@ Tensor noisy_gallery(const Tensor& input, const Tensor& shift, std::string law_n
 
 Tensor quantize(const Tensor& input, const Tensor& low, const Tensor& high, int64_t bins) {
   check_range(input, low, high, bins);
+  expect_device_of(input, low, "low");
+  expect_device_of(input, high, "high");
   const Tensor x = torch::stable::contiguous(input);
   Tensor out = torch::stable::empty_like(x);
   if (x.numel() == 0) return out;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/parallel.h"
 #include "robustness/arguments.h"
 #include "robustness/kernels.h"
 
@@ -19,7 +20,7 @@ void fill(const Tensor& scores, const Tensor& rows, const Probability& probabili
   const T* d = scores.const_data_ptr<T>();
   const int64_t* target = rows.const_data_ptr<int64_t>();
   double* p = out.mutable_data_ptr<double>();
-  torch::stable::parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> room(g + 1);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t c = 0; c < t; ++c)

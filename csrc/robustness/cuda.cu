@@ -11,8 +11,7 @@ namespace {
 // launch(values, rows, out) with pointers of the values' type, a block for each target.
 template <class Launch>
 Tensor probabilities(const Tensor& scores, const Tensor& targets, const Launch& launch) {
-  STD_TORCH_CHECK(targets.is_cuda() && targets.get_device_index() == scores.get_device_index(),
-                  "targets: expected the device of the scores or distances");
+  expect_device_of(scores, targets, "targets");
   const Tensor values = torch::stable::contiguous(scores), rows = torch::stable::contiguous(targets);
   const int64_t count = rows.numel();
   STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(), "targets: expected fewer than 2^31, got ", count);
@@ -39,8 +38,7 @@ Tensor exact(const Tensor& distances, const Tensor& targets, double variance, in
 
 Tensor exact_inner(const Tensor& scores, const Tensor& targets, const Tensor& deviations) {
   check_exact_inner(scores, targets, deviations);
-  STD_TORCH_CHECK(deviations.is_cuda() && deviations.get_device_index() == scores.get_device_index(),
-                  "deviations: expected the device of scores");
+  expect_device_of(scores, deviations, "deviations");
   const Tensor of_queries = torch::stable::contiguous(deviations);
   return probabilities(scores, targets, [&](auto* s, const int64_t* target, unsigned count, double* p) {
     stays_largest<<<count, kExactThreads, 0, stream_of(scores)>>>(s, scores.size(1), target, targets.size(1),
@@ -98,9 +96,8 @@ void search(const Tensor& y, const Tensor& x, const float* centre, Nearest& out)
 
 Nearest nearest(const Tensor& queries, const Tensor& gallery, const Tensor& centre) {
   check_nearest(queries, gallery, centre);
-  for (const Tensor& t : {gallery, centre})
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == queries.get_device_index(),
-                    "gallery and centre: expected the device of queries");
+  expect_device_of(queries, gallery, "gallery");
+  expect_device_of(queries, centre, "centre");
   const Tensor y = torch::stable::contiguous(queries), x = torch::stable::contiguous(gallery);
   const Tensor middle = torch::stable::contiguous(centre);
   const auto result = [&](ScalarType type) { return torch::stable::new_empty(y, {y.size(0)}, type); };

@@ -97,18 +97,43 @@ def contrastive_lse(images, texts, logit_scale, similarity, label_offset, precis
     kept = images.new_empty((min(n, max(work_bytes, 0) // (m * logits.dtype.itemsize)), m), dtype=logits.dtype)
     row = torch.empty(n, dtype=torch.float64, device=images.device)
     col = torch.full((m,), -math.inf, dtype=torch.float64, device=images.device)
-    positive = torch.empty_like(row)
+    label_t = torch.empty_like(row)
     for rows in logits.chunks():
         products, norms = logits.products(rows), logits.norms(rows)
         kept[rows.start : rows.stop] = products[: max(0, kept.shape[0] - rows.start)]
-        row[rows], col_lse = torch.ops.gapkern.contrastive_chunk_lse(products, *norms, logit_scale)
+        row[rows], col_lse = torch.ops.gapkern.contrastive_chunk_lse(
+            products, *norms, logit_scale, rows.start + label_offset
+        )
         col = torch.logaddexp(col, col_lse)
         labels = products.diagonal(rows.start + label_offset)[: products.shape[0]].double()
         if logits.euclidean:
             labels = 2 * labels - norms[0] - norms[1][rows.start + label_offset :][: len(labels)]
-        positive[rows] = labels * logit_scale.reshape(()).double()
-    stats = [torch.stack([torch.zeros_like(lse), lse / _LN2]) for lse in (row, col)]
-    return row, col, positive, *stats, kept
+        label_t[rows] = labels
+    positive = label_t * logit_scale.reshape(()).double()
+    return *_with_labels(row, col, positive, label_t, label_offset), kept
+
+
+def _with_labels(row, col, positive, label_t, label_offset):
+    """The results of `contrastive_lse` from log-sum-exps over all but the labels.
+
+    What a row's or a column's others add to its label, log2 (1 + sum e^(S - S_label)), is formed before the label's
+    logit is added: a small loss keeps its digits, and that of a single pair is zero.
+    """
+    own = slice(label_offset, label_offset + len(row))
+    added, col_added = (torch.logaddexp(lse - positive, torch.zeros_like(lse)) for lse in (row, col[own]))
+    col_stats = torch.stack([torch.zeros_like(col), col / _LN2])
+    col_stats[:, own] = torch.stack([label_t, col_added / _LN2])
+    col = col.clone()
+    col[own] = positive + col_added
+    return positive + added, col, positive, torch.stack([label_t, added / _LN2, label_t]), col_stats
+
+
+def _label_gradient(grad_row, grad_col, grad_positive, row_stats, col_stats, logit_scale, label_offset):
+    """dS at the labels: p - 1 of a rounded p would be all rounding for a small loss."""
+    own = slice(label_offset, label_offset + len(grad_row))
+    k, label_t = logit_scale.reshape(()).double() / _LN2, row_stats[2]
+    row, col = (torch.exp2(k * (label_t - s[0]) - s[1]) for s in (row_stats, col_stats[:, own]))
+    return grad_row * row + grad_col[own] * col + grad_positive
 
 
 def contrastive_lse_backward(
@@ -121,10 +146,11 @@ def contrastive_lse_backward(
     largest = torch.stack([g.abs().amax() for g in (grad_row, grad_col, grad_positive)]).amax()
     gradients = _Gradients(logits, needs, largest)
     grad_row, grad_col, grad_positive = (g * gradients.raised for g in (grad_row, grad_col, grad_positive))
+    grad_label = _label_gradient(grad_row, grad_col, grad_positive, row_stats, col_stats, logit_scale, label_offset)
     for rows in logits.chunks():
         products = kept[rows] if rows.stop <= kept.shape[0] else logits.products(rows)
         ds, *sums = torch.ops.gapkern.contrastive_chunk_gradient(
-            products, *logits.norms(rows), logit_scale, row[rows], col, grad_row[rows], grad_col, grad_positive[rows],
+            products, *logits.norms(rows), logit_scale, row[rows], col, grad_row[rows], grad_col, grad_label[rows],
             rows.start + label_offset, logits.images,
         )  # fmt: skip
         gradients.add(rows, ds, *sums)
@@ -155,25 +181,32 @@ def _logits(products: Tensor, row_norms: Tensor, col_norms: Tensor) -> Tensor:
     return products if not row_norms.numel() else 2 * products - row_norms[:, None] - col_norms
 
 
-def _chunk_lse(products, row_norms, col_norms, logit_scale):
-    """Log-sum-exps over the rows and over the columns of a chunk, in float64."""
+def _labels(matrix: Tensor, label_offset: int) -> Tensor:
+    """The entries of a chunk at its rows' labels, as many as it holds."""
+    if -matrix.shape[0] < label_offset < matrix.shape[1]:
+        return matrix.diagonal(label_offset)
+    return matrix[:0, 0]
+
+
+def _chunk_lse(products, row_norms, col_norms, logit_scale, label_offset):
+    """Log-sum-exps over the rows and over the columns of a chunk, all but the labels, in float64."""
     s = _logits(products, row_norms, col_norms) * logit_scale.reshape(()).to(products.dtype)
+    _labels(s, label_offset).fill_(-math.inf)
     return s.logsumexp(1).double(), s.logsumexp(0).double()
 
 
 def _chunk_gradient(
-    products, row_norms, col_norms, logit_scale, row_lse2, col_lse2, grad_row, grad_col, grad_positive, label_offset,
-    like,
-):  # fmt: skip
-    """dS = g_row e^(S - row_lse) + g_col e^(S - col_lse), + g_positive at the label; log-sum-exps in units of log 2."""
+    products, row_norms, col_norms, logit_scale, row_lse2, col_lse2, grad_row, grad_col, grad_label, label_offset, like
+):
+    """dS = g_row e^(S - row_lse) + g_col e^(S - col_lse), but g_label at the label; log-sum-exps in units of log 2."""
     t = _logits(products, row_norms, col_norms)
     s = t * logit_scale.reshape(()).to(t.dtype)
     row, col = (_LN2 * lse.to(torch.float64) for lse in (row_lse2, col_lse2))
-    grad_row, grad_col, grad_positive = (g.to(t.dtype) for g in (grad_row, grad_col, grad_positive))
+    grad_row, grad_col, grad_label = (g.to(t.dtype) for g in (grad_row, grad_col, grad_label))
     ds = (s - row.to(t.dtype)[:, None]).exp_().mul_(grad_row[:, None])
     ds += (s - col.to(t.dtype)).exp_().mul_(grad_col)
-    labels = ds.diagonal(label_offset)[: ds.shape[0]] if -ds.shape[0] < label_offset < ds.shape[1] else ds[:0, 0]
-    labels += grad_positive[max(0, -label_offset) :][: len(labels)]
+    labels = _labels(ds, label_offset)
+    labels[:] = grad_label[max(0, -label_offset) :][: len(labels)]
     sums = (ds.sum(1)[None], ds.sum(0)[None]) if row_norms.numel() else (ds[:0, 0], ds[:0, 0])
     return ds.to(like.dtype, copy=True), torch.sum(ds * t, dtype=torch.float64).reshape(1), *(v.clone() for v in sums)
 

@@ -134,7 +134,7 @@ def _(images, texts, logit_scale, similarity, label_offset, precision, work_byte
         images.new_empty((n,), dtype=torch.float64),
         images.new_empty((m,), dtype=torch.float64),
         images.new_empty((n,), dtype=torch.float64),
-        images.new_empty((2, n), dtype=torch.float64),
+        images.new_empty((3, n), dtype=torch.float64),
         images.new_empty((2, m), dtype=torch.float64),
         images.new_empty((rows, m), dtype=torch.float64 if double else torch.float32),
     )

@@ -107,6 +107,8 @@ def dispatch(name: str):
         else:
             embeddings, similarity = (0, 3) if name == "contrastive_lse" else (3, 9)
             take = chosen(arguments[embeddings], arguments[similarity], arguments[similarity + 2])
+            # A single pair's loss is zero, which sums of rounded exponentials miss.
+            take = take and arguments[embeddings + 1].shape[0] > 1
         return (ours if take else other)(*arguments)
 
     return call
@@ -167,8 +169,9 @@ def contrastive_lse(images, texts, logit_scale, similarity, label_offset, precis
         col_sums += part
     row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, images, texts, control)
     positive = torch.ops.gapkern.contrastive_sm90_positive(images, texts, label_offset)
-    stats = [torch.stack([torch.zeros_like(lse), lse / _LN2]) for lse in (row, col)]
-    return row, col, positive * logit_scale.reshape(()).double(), *stats, kept
+    row_stats = torch.stack([torch.zeros_like(row), row / _LN2, positive])
+    col_stats = torch.stack([torch.zeros_like(col), col / _LN2])
+    return row, col, positive * logit_scale.reshape(()).double(), row_stats, col_stats, kept
 
 
 def contrastive_lse_backward(
@@ -178,14 +181,13 @@ def contrastive_lse_backward(
     """Gradients of `contrastive_lse`."""
     x, y = _factors(images), _factors(texts)
     n, m = x.shape[0], y.shape[0]
-    row, col = row_stats[1], col_stats[1]
+    (_, row, positive), col = row_stats, col_stats[1]
     raised = torch.ones((), dtype=torch.float64, device=x.device)
     if x.dtype == torch.float16:  # no room for gradients of 1/N, as in chunked.py
         largest = torch.stack([g.abs().amax() for g in (grad_row, grad_col, grad_positive)]).amax()
         raised = torch.exp2(13 - torch.log2(largest).ceil().nan_to_num(0, 0, 0))
     grad_row, grad_col, grad_positive = (g.double() * raised for g in (grad_row, grad_col, grad_positive))
     control = _control(x, y, logit_scale)
-    positive = torch.ops.gapkern.contrastive_sm90_positive(x, y, label_offset)
     row_weight, col_weight, apart = torch.ops.gapkern.contrastive_sm90_weights(row, col, grad_row, grad_col, control)
     exponentials = _exponentials(kept, x, y)
     by_rows = needs[0] or (needs[2] and not needs[1])  # <X, dX> is the gradient of the scale, as is <Y, dY>
@@ -236,7 +238,8 @@ def _shift(row_norms, col_norms, logit_scale):
     k = _LOG2E * logit_scale.reshape(()).float()
     bound = k.abs() * row_norms.float().amax() * col_norms.float().amax() * 1.001
     spare = _CEILING - math.log2(max(len(row_norms), len(col_norms)))
-    return torch.stack([k, -(bound - spare).ceil().clamp(min=0).float()])
+    fitting = torch.minimum(bound, -(_FLOOR + bound)).floor()
+    return torch.stack([k, -torch.maximum((bound - spare).ceil(), fitting).clamp(min=0).float()])
 
 
 def _sums(images, texts, control, kept):

@@ -209,8 +209,8 @@ void sigmoid(const std::string& name, double tolerance, const Embeddings<T>& p, 
 }
 
 void numbers() {
-  check::report(shift_of(20, 32768) == 0 && shift_of(144.5f, 32768) == 50 && shift_of(95, 32768) == 0, "shift",
-                "zero while sums stay below 2^110");
+  check::report(shift_of(144.5f, 32768) == 50 && shift_of(101.5f, 32768) == 7, "shift", "sums stay below 2^110");
+  check::report(shift_of(20, 32768) == 20 && shift_of(95, 32768) == 7, "shift", "the bound, while none is flushed");
   check::report(shift_of(INFINITY, 2) == INFINITY, "shift", "infinite bound");
   double worst = 0;
   for (const double g : {1e-30, -3e-5, 0.7, -1e6, 0.0})
@@ -241,8 +241,16 @@ double choices(int64_t rows, int64_t columns) {
   check::vector<float> row_norms(rows, 0.5f), column_norms(columns, 0.5f);
   row_norms[rows - 1] = column_norms[columns - 1] = 1;
   double wrong = 0;
-  // Sums of 512 stay below 2^110 up to a bound of 101; the norms' rounding is allowed for.
-  for (const auto& [bound, shift] : {std::pair{100.85, 0.}, {100.95, -1.}, {105.0, -5.}, {-105.0, -5.}}) {
+  // Sums of 512 stay below 2^110 up to a bound of 101, and above 2^-102 of each where bound and shift are at most that;
+  // the norms' rounding is allowed for.
+  for (const auto& [bound, shift] : {std::pair{100.85, -1.},
+                                     {100.95, -1.},
+                                     {105.0, -5.},
+                                     {-105.0, -5.},
+                                     {20.0, -20.},
+                                     {60.0, -41.},
+                                     {0.5, 0.},
+                                     {102.0, -2.}}) {
     const check::vector<float> scale{float(bound / kLog2e)};
     check::vector<float> control = check::poisoned<float>(2);
     simt::launch(1, kThreads, choose_shift, row_norms.data(), rows, column_norms.data(), columns, scale.data(),
