@@ -49,6 +49,7 @@ __all__ = [
 # Loaded when they are first named: some need packages of the extras, or take a second to import.
 _SUBMODULES = frozenset(
     (
+        "captions",
         "cli",
         "datasets",
         "dynamics",
@@ -57,6 +58,7 @@ _SUBMODULES = frozenset(
         "experiments",
         "figures",
         "files",
+        "layout",
         "models",
         "ops",
         "prompts",
