@@ -22,7 +22,7 @@ OPTIONS = {
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     },
-    "thread": {"TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'tsan.supp'}:halt_on_error=1:report_signal_unsafe=0"},
+    "thread": {"TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'tsan.supp'}:halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1"},
 }
 RUNTIME = {"address": ["libasan.so", "libstdc++.so"], "thread": ["libtsan.so"]}
 
