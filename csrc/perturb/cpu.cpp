@@ -15,8 +15,7 @@ const Kernels& table() { return GAPKERN_FOR_ACTIVE_ISA(kernels); }
 
 template <class F>
 void over_rows(const Tensor& x, const F& body) {
-  parallel_for(0, x.size(0), rows_per_task(x.size(1)),
-                              [&](int64_t begin, int64_t end) { body(begin, end - begin); });
+  parallel_for(0, x.size(0), rows_per_task(x.size(1)), [&](int64_t begin, int64_t end) { body(begin, end - begin); });
 }
 
 Tensor in_dtype_of(const Tensor& x, const Tensor& result) {
