@@ -22,7 +22,10 @@ OPTIONS = {
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     },
-    "thread": {"TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'tsan.supp'}:halt_on_error=1:report_signal_unsafe=0"},
+    "thread": {
+        "TSAN_OPTIONS": f"suppressions={ROOT / 'tests' / 'tsan.supp'}:halt_on_error=1:report_signal_unsafe=0"
+        ":ignore_noninstrumented_modules=1"
+    },
 }
 RUNTIME = {"address": ["libasan.so", "libstdc++.so"], "thread": ["libtsan.so"]}
 
@@ -59,7 +62,8 @@ def main(sanitizers: list[str], arguments: list[str]) -> int:
         }  # fmt: skip
         tests = [f"tests/{name}" for name in TESTS[sanitizer]]
         print(f"{sanitizer}: {' '.join(tests)}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *arguments]
+        # A sanitizer's report goes past pytest, which ends with it.
+        command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *tests, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment)
         if done.returncode:
             return done.returncode

@@ -6,35 +6,40 @@
 #include <exception>
 #include <mutex>
 
-// ThreadSanitizer sees neither OpenMP's fork nor its join.
+namespace gapkern {
+
+// ThreadSanitizer sees neither OpenMP's fork nor its join. Globals, since what a closure holds is read after the fork.
 #if defined(__SANITIZE_THREAD__)
 extern "C" void __tsan_acquire(void*);
 extern "C" void __tsan_release(void*);
+inline char forks, joins;
+inline void on_release(char& point) { __tsan_release(&point); }
+inline void on_acquire(char& point) { __tsan_acquire(&point); }
 #else
-inline void __tsan_acquire(void*) {}
-inline void __tsan_release(void*) {}
+struct Unordered {
+} inline forks, joins;
+inline void on_release(Unordered) {}
+inline void on_acquire(Unordered) {}
 #endif
-
-namespace gapkern {
 
 // f(begin, end) over parts of [begin, end). What f throws is thrown here: nothing may pass the C functions in between.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   std::exception_ptr thrown;
   std::mutex mutex;
-  char fork, join;
-  __tsan_release(&fork);
-  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
-    __tsan_acquire(&fork);
+  const auto part = [&](int64_t first, int64_t last) {
+    on_acquire(forks);
     try {
       f(first, last);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
       if (!thrown) thrown = std::current_exception();
     }
-    __tsan_release(&join);
-  });
-  __tsan_acquire(&join);
+    on_release(joins);
+  };
+  on_release(forks);
+  torch::stable::parallel_for(begin, end, grain, part);
+  on_acquire(joins);
   if (thrown) std::rethrow_exception(thrown);
 }
 
