@@ -1,0 +1,222 @@
+"""The device from Python: built, loaded, and put in the place of the CPU's kernels for a while."""
+
+import contextlib
+import ctypes
+import functools
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+NAMESPACE = "gapkern"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the device objects to: the kind, the kernel, the line of its PTX and the statement there."""
+
+    kind: str
+    kernel: str
+    line: int
+    statement: str
+    what: str
+
+
+def _compiled(target: str) -> Path | None:
+    """The library of a CMake target, built or brought up to date; None where this checkout has no build or CUDA."""
+    if not (BUILD / "CMakeCache.txt").exists():
+        return None
+    beside = Path(sys.executable).parent / "cmake"
+    cmake = str(beside) if beside.exists() else shutil.which("cmake")
+    done = subprocess.run([cmake, "--build", BUILD, "--target", target], capture_output=True, text=True)
+    if done.returncode and "unknown target" in done.stdout + done.stderr:
+        return None
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next((BUILD / "tests" / "software_gpu").glob(f"lib{target}.so"), None)
+
+
+class Device:
+    """A loaded device. `library` has gapkern's CUDA objects (`gapkern_cuda_software`) or none (`software_gpu`)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lib = ctypes.CDLL(str(path))
+        for name, result, *arguments in (
+            ("seed", None, ctypes.c_uint64),
+            ("multiprocessors", None, ctypes.c_int),
+            ("check_races", None, ctypes.c_int),
+            ("lane_instructions", ctypes.c_uint64),
+            ("fault", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
+            ("clear_fault", None),
+            ("patch", None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int),
+            ("plant", None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64),
+            ("mend", ctypes.c_int),
+            ("report", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
+            ("load", ctypes.c_int, ctypes.c_char_p),
+            ("unload", None, ctypes.c_int),
+            ("map", ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int),
+            ("unmap", None),
+            ("encode", ctypes.c_int, *[ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64],
+             *[ctypes.c_void_p] * 3, ctypes.c_int),
+            ("launch", ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64),
+            ("knows", ctypes.c_int, ctypes.c_char_p),
+        ):  # fmt: skip
+            function = getattr(self.lib, f"software_gpu_{name}")
+            function.restype, function.argtypes = result, arguments
+
+    def seed(self, seed: int) -> None:
+        """The order of warps, the moments of what is asynchronous and the approximations' last bits from now on."""
+        self.lib.software_gpu_seed(seed)
+
+    def fault(self) -> Fault | None:
+        """The last one."""
+        room = ctypes.create_string_buffer(16384)
+        self.lib.software_gpu_fault(room, len(room))
+        if not room.value:
+            return None
+        kind, kernel, line, *rest = room.value.decode().split("|")
+        # The statement may have a bar of its own, as in %r1|%p2.
+        return Fault(kind, kernel, int(line), "|".join(rest[:-1]), rest[-1])
+
+    def report(self) -> tuple[dict[str, int], dict[str, dict[str, tuple[int, int]]], list[str]]:
+        """Launches by kernel; by kernel and instruction form, statements and executions; kernels not understood."""
+        room = ctypes.create_string_buffer(self.lib.software_gpu_report(None, 0) + 1)
+        self.lib.software_gpu_report(room, len(room))
+        kernels, forms, errors = {}, {}, []
+        for line in room.value.decode().split("\n"):
+            kind, *fields = line.split("\t")
+            if kind == "kernel":
+                kernels[fields[0]] = int(fields[1])
+            elif kind == "form":
+                forms.setdefault(fields[0], {})[fields[1]] = int(fields[2]), int(fields[3])
+            elif kind == "error":
+                errors.append(": ".join(fields))
+        return kernels, forms, errors
+
+    @contextlib.contextmanager
+    def mistake(self, *changes: tuple):
+        """Within, changes are planted: (kernel, PTX text, other text[, which]) or (kernel, "grid.x", number)."""
+        self.lib.software_gpu_clear_fault()
+        for kernel, old, new, *which in changes:
+            if isinstance(new, int):
+                self.lib.software_gpu_plant(kernel.encode(), old.encode(), new)
+            else:
+                self.lib.software_gpu_patch(kernel.encode(), old.encode(), new.encode(), *(which or [0]))
+        try:
+            yield
+        finally:
+            used = self.lib.software_gpu_mend()
+        assert used >= len(changes), f"nothing to plant the mistake in: {changes}"
+
+    # --- tiny programs
+
+    def run(self, ptx: str, kernel: str, arguments: list, grid=(1, 1, 1), block=(32, 1, 1), cluster=(1, 1, 1), shared=0):
+        """Launches a kernel of a PTX text. Tensors become pointers; bytes are passed as they are; ints as 64 bits."""
+        lib = self.lib
+        lib.software_gpu_clear_fault()
+        module = lib.software_gpu_load(ptx.encode())
+        if module < 0:
+            raise DeviceError(self.fault())
+        packed = b""
+        for a in arguments:
+            if isinstance(a, torch.Tensor):
+                packed += lib.software_gpu_map(a.data_ptr(), a.numel() * a.element_size(), 1).to_bytes(8, "little")
+            else:
+                packed += a if isinstance(a, bytes) else int(a).to_bytes(8, "little", signed=a < 0)
+        shape = (ctypes.c_uint32 * 10)(*grid, *block, *cluster, shared)
+        code = lib.software_gpu_launch(module, kernel.encode(), shape, packed, len(packed))
+        lib.software_gpu_unmap()
+        lib.software_gpu_unload(module)
+        if code:
+            raise DeviceError(self.fault())
+
+    # --- gapkern's operators
+
+    @contextlib.contextmanager
+    def in_place_of_the_cpu(self):
+        """Within, gapkern's operators on CPU tensors run their CUDA implementations on this device."""
+        from gapkern.ops import hopper
+
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        library = torch.library.Library(NAMESPACE, "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a kernel is replaced on purpose
+            for name in self.operators():
+                operator = getattr(torch.ops.gapkern, name).default
+                route = functools.partial(operator.redispatch, keys)
+                with _without_stderr():
+                    library.impl(name, route, "CPU", allow_override=True)
+        hindrance, capability = hopper.hindrance, torch.cuda.get_device_capability
+
+        def of_a_hopper(device, *rest, **options):
+            return hindrance(torch.device("cuda", 0), *rest, **options)
+
+        hopper.hindrance, torch.cuda.get_device_capability = of_a_hopper, lambda device=None: (9, 0)
+        try:
+            yield self
+        finally:
+            hopper.hindrance, torch.cuda.get_device_capability = hindrance, capability
+            library._destroy()
+
+    @functools.cached_property
+    def _loaded(self) -> bool:
+        with _without_stderr():
+            torch.ops.load_library(self.path)
+        return True
+
+    @functools.cache  # noqa: B019
+    def operators(self) -> tuple[str, ...]:
+        """Those with an implementation in the CUDA objects, or in Python for CUDA."""
+        assert self._loaded
+        names = torch._C._dispatch_get_all_op_names()
+        found = [name.split("::")[1] for name in names if name.startswith(f"{NAMESPACE}::")]
+        return tuple(sorted(name for name in found if "." not in name))
+
+
+class DeviceError(RuntimeError):
+    """A launch that the device refused or stopped."""
+
+    def __init__(self, fault: Fault | None):
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+@contextlib.contextmanager
+def _without_stderr():
+    """PyTorch's dispatcher writes its warnings about replaced kernels from C++."""
+    import os
+
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@functools.cache
+def machine() -> Device | None:
+    """The device alone, for PTX of one's own."""
+    path = _compiled("software_gpu")
+    return Device(path) if path else None
+
+
+@functools.cache
+def with_library() -> Device | None:
+    """The device with gapkern's CUDA objects; None where they are not built."""
+    path = _compiled("gapkern_cuda_software")
+    if path is None:
+        return None
+    device = Device(path)
+    assert device.operators()
+    return device
