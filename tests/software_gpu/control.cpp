@@ -22,8 +22,9 @@ void forget_kernels(const std::string& part) {
 }
 }  // namespace
 
-SOFTWARE_GPU_API void software_gpu_seed(uint64_t seed) {
-  device.seed = seed;
+SOFTWARE_GPU_API void software_gpu_seed(uint64_t order, uint64_t rounding) {
+  device.seed = order;
+  device.rounding_seed = rounding;
   device.launches = 0;
 }
 SOFTWARE_GPU_API void software_gpu_multiprocessors(int count) { device.multiprocessors = count; }

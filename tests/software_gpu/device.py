@@ -48,7 +48,7 @@ class Device:
         self.path = path
         self.lib = ctypes.CDLL(str(path))
         for name, result, *arguments in (
-            ("seed", None, ctypes.c_uint64),
+            ("seed", None, ctypes.c_uint64, ctypes.c_uint64),
             ("multiprocessors", None, ctypes.c_int),
             ("check_races", None, ctypes.c_int),
             ("lane_instructions", ctypes.c_uint64),
@@ -70,9 +70,9 @@ class Device:
             function = getattr(self.lib, f"software_gpu_{name}")
             function.restype, function.argtypes = result, arguments
 
-    def seed(self, seed: int) -> None:
-        """The order of warps, the moments of what is asynchronous and the approximations' last bits from now on."""
-        self.lib.software_gpu_seed(seed)
+    def seed(self, order: int, rounding: int = 0) -> None:
+        """From now on: the order of warps and the moments of what is asynchronous; the bits that the ISA leaves open."""
+        self.lib.software_gpu_seed(order, rounding)
 
     def fault(self) -> Fault | None:
         """The last one."""

@@ -235,8 +235,8 @@ struct Launch {
 
 // The device's one state: seeds, counters, the last fault.
 struct Device {
-  uint64_t seed = 0;
-  Random random, rounding;
+  uint64_t seed = 0, rounding_seed = 0;  // of orders and moments; of the last bits that are left open
+  Random random;
   bool last_group_first = false, check_races = true;
   int multiprocessors = 4;
   uint64_t lane_instructions = 0, launches = 0;

@@ -82,7 +82,7 @@ void multiply(Warp& w, Product& p) {
   float* d[128];
   for (size_t i = 0; i < slots.size(); ++i) d[i] = w.r<float>(slots[i]);
   // Exact in double (16 products of 8 or 11 bits), then rounded once: to nearest, or towards zero, as the seed says.
-  const bool to_zero = device.seed % 2 == 1;
+  const bool to_zero = device.rounding_seed % 2 == 1;
   for (int c = 0; c < p.columns; ++c) {
     double wide_b[16];
     for (int k = 0; k < 16; ++k) wide_b[k] = b[c][k];

@@ -231,11 +231,16 @@ struct Permute {
   }
 };
 
-// The documented error of the approximations, as a share of the result.
-double moved(double value, double most) {
-  const double u = (int32_t(device.rounding.next()) * (1.0 / 2147483648.0));
-  return value * (1 + most * u);
+// A number in [-1, 1] for a value: a device rounds the same value the same way every time, the seed says how.
+double whim(double value) {
+  uint64_t z;
+  memcpy(&z, &value, 8);
+  z = (z ^ device.rounding_seed * 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 29)) * 0x94d049bb133111ebull;
+  return int32_t(z >> 32) * (1.0 / 2147483648.0);
 }
+// The documented error of the approximations, as a share of the result.
+double moved(double value, double most) { return value * (1 + most * whim(value)); }
 inline bool subnormal(float x) { return x != 0 && std::abs(x) < std::numeric_limits<float>::min(); }
 inline float flush(float x) { return subnormal(x) ? std::copysign(0.f, x) : x; }
 
@@ -258,7 +263,7 @@ struct Log2 {
     if (a == 0) return -std::numeric_limits<float>::infinity();
     if (std::isinf(a) || a == 1) return a == 1 ? 0 : a;
     const double right = std::log2(double(a));
-    const double u = int32_t(device.rounding.next()) * (1.0 / 2147483648.0);
+    const double u = whim(right);
     const bool near_one = a >= 0.5f && a <= 2.f;  // an absolute error there, a relative one elsewhere
     return float(near_one ? right + u * 0x1p-22 : right * (1 + u * 0x1p-22));
   }

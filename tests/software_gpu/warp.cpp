@@ -98,13 +98,10 @@ Step vote(Warp& w, Inst& in, uint32_t m) {
   return Step::done;
 }
 
-// One lane, always the same for a mask; which one is not promised, so the seed chooses.
+// One lane, always the same for a mask. Which one is not promised; devices choose the lowest, and CUTLASS relies on it:
+// PipelineTmaAsync's leader is thread 0 of the producer's warps, whichever lane issues the copies.
 Step elect(Warp& w, Inst& in, uint32_t m) {
-  const uint32_t mask = members(w, in, m) & w.live;
-  Random draw{device.seed * 2654435761u + mask};
-  int nth = int(device.seed ? draw.below(uint32_t(__builtin_popcount(mask))) : 0), leader = 0;
-  for (uint32_t left = mask; left; left &= left - 1, --nth)
-    if (nth == 0) leader = __builtin_ctz(left);
+  const int leader = __builtin_ctz(members(w, in, m) & w.live);
   uint32_t out[kLanes];
   std::fill(out, out + kLanes, uint32_t(leader));
   put(w.r<uint32_t>(in.d), out, m);
@@ -229,9 +226,14 @@ void advance(Warp& w, uint32_t budget) {
 
 bool runnable(Warp& w) {
   if (!w.live) return false;
-  for (const Group& g : w.groups)
-    if (!g.waiting_at || g.waiting_at != w.cluster->changes || (w.timeout && w.polling)) return true;
-  return false;
+  bool waits = false;
+  for (const Group& g : w.groups) {
+    waits |= g.waiting_at != 0;
+    if (g.waiting_at ? g.waiting_at != w.cluster->changes || (w.timeout && w.polling)
+                     : together(w, g, w.kernel->code[g.at]))
+      return true;
+  }
+  return !waits;  // all stand apart: pick() says so
 }
 
 uint32_t special_value(const Warp& w, int lane, const std::string& name) {
@@ -439,7 +441,6 @@ void run(Launch& launch) {
   begin_launch(launch);
   ++device.launches;
   device.random.state = device.seed * 0x9e3779b97f4a7c15ull + 77 + device.launches * (device.seed != 0);
-  device.rounding.state = device.seed * 0xbf58476d1ce4e5b9ull + 5;
   device.last_group_first = device.seed % 2 == 1;
   std::array<uint32_t, 3> clusters{};
   for (size_t i = 0; i < 3; ++i) clusters[i] = launch.grid[i] / launch.cluster[i];
