@@ -59,6 +59,7 @@ uint32_t to_float16(float x) {
   const uint32_t sign = (b >> 16) & 0x8000;
   if (x != x) return 0x7fff;
   const double a = std::abs(double(x));
+  if (a == 0) return sign;
   if (a >= 65520) return sign | 0x7c00;
   int e;
   std::frexp(a, &e);
