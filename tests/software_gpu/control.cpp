@@ -42,6 +42,14 @@ SOFTWARE_GPU_API void software_gpu_patch(const char* kernel, const char* old, co
 SOFTWARE_GPU_API void software_gpu_plant(const char* kernel, const char* what, int64_t value) {
   plants.push_back({kernel, what, value, false});
 }
+// The PTX of the first kernel whose name has `part`, from its parameters on.
+SOFTWARE_GPU_API int software_gpu_ptx(const char* part, char* out, uint64_t room) {
+  for (auto& m : modules())
+    for (const auto& [name, place] : m->places)
+      if (name.find(part) != std::string::npos)
+        return give(m->text.substr(place.first, place.second - place.first), out, room);
+  return -1;
+}
 // How many patches and plants there were to be found; forgets them all.
 SOFTWARE_GPU_API int software_gpu_mend() {
   int used = 0;

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import functools
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +59,7 @@ class Device:
             ("patch", None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int),
             ("plant", None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64),
             ("mend", ctypes.c_int),
+            ("ptx", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64),
             ("report", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
             ("load", ctypes.c_int, ctypes.c_char_p),
             ("unload", None, ctypes.c_int),
@@ -99,16 +102,35 @@ class Device:
                 errors.append(": ".join(fields))
         return kernels, forms, errors
 
+    def ptx(self, kernel: str) -> str:
+        """The PTX of the first kernel whose name contains `kernel`."""
+        size = self.lib.software_gpu_ptx(kernel.encode(), None, 0)
+        assert size >= 0, f"no kernel {kernel}"
+        room = ctypes.create_string_buffer(size + 1)
+        self.lib.software_gpu_ptx(kernel.encode(), room, len(room))
+        return room.value.decode()
+
     @contextlib.contextmanager
     def mistake(self, *changes: tuple):
-        """Within, changes are planted: (kernel, PTX text, other text[, which]) or (kernel, "grid.x", number)."""
+        """Within, changes are planted.
+
+        (kernel, pattern, replacement[, which]) changes matches of a regular expression in the PTX, all of them or the
+        `which`th; (kernel, "grid.x", number) and the like change launches and tensor maps.
+        """
         self.lib.software_gpu_clear_fault()
-        for kernel, old, new, *which in changes:
-            if isinstance(new, int):
-                self.lib.software_gpu_plant(kernel.encode(), old.encode(), new)
-            else:
-                self.lib.software_gpu_patch(kernel.encode(), old.encode(), new.encode(), *(which or [0]))
         try:
+            for kernel, old, new, *which in changes:
+                if isinstance(new, int):
+                    self.lib.software_gpu_plant(kernel.encode(), old.encode(), new)
+                    continue
+                before = self.ptx(kernel)
+                matches = list(re.finditer(old, before))
+                assert matches, f"{kernel} has no {old}"
+                chosen = matches if not which else [matches[which[0]]]
+                after = before
+                for match in reversed(chosen):
+                    after = after[: match.start()] + match.expand(new) + after[match.end() :]
+                self.lib.software_gpu_patch(kernel.encode(), before.encode(), after.encode(), 0)
             yield
         finally:
             used = self.lib.software_gpu_mend()
@@ -150,7 +172,7 @@ class Device:
             for name in self.operators():
                 operator = getattr(torch.ops.gapkern, name).default
                 route = functools.partial(operator.redispatch, keys)
-                with _without_stderr():
+                with quiet():
                     library.impl(name, route, "CPU", allow_override=True)
         hindrance, capability = hopper.hindrance, torch.cuda.get_device_capability
 
@@ -166,7 +188,7 @@ class Device:
 
     @functools.cached_property
     def _loaded(self) -> bool:
-        with _without_stderr():
+        with quiet():
             torch.ops.load_library(self.path)
         return True
 
@@ -188,19 +210,20 @@ class DeviceError(RuntimeError):
 
 
 @contextlib.contextmanager
-def _without_stderr():
-    """PyTorch's dispatcher writes its warnings about replaced kernels from C++."""
-    import os
-
+def quiet():
+    """What C++ writes to the terminal meanwhile is dropped: the dispatcher's warnings, CUTLASS's complaints."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(2)
+    kept = [os.dup(stream) for stream in (1, 2)]
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for stream, number in zip((1, 2), kept, strict=True):
+            os.dup2(number, stream)
+            os.close(number)
         os.close(nowhere)
 
 

@@ -18,6 +18,7 @@ struct Window {
   bool live = false;
 };
 std::vector<Window> windows;
+constexpr uint64_t kMiddle = uint64_t(1) << 39;  // tensors begin in the middle of their terabyte
 
 Window* find(uint64_t address) {
   const uint64_t index = (address - kGlobalBase) >> 40;
@@ -33,14 +34,14 @@ Window& window_of(uint64_t address, uint64_t bytes, uint64_t& offset) {
                                                          : "a host pointer?";
     fault("no device memory", "global memory at 0x%llx: %s", static_cast<unsigned long long>(address), guess);
   }
-  offset = address & ((uint64_t(1) << 40) - 1);
+  offset = (address & ((uint64_t(1) << 40) - 1)) - kMiddle;
   for (const auto& [from, to] : w->views)
-    if (offset >= from && offset + bytes <= to) return *w;
+    if (offset >= from && offset + bytes <= to && offset + bytes >= offset) return *w;
   std::string views;
   for (const auto& [from, to] : w->views)
     views += printed(" [%llu, %llu)", static_cast<unsigned long long>(from), static_cast<unsigned long long>(to));
   fault("out of bounds", "global memory: %llu bytes at byte %lld of a storage of %llu; its tensors have the bytes%s",
-        static_cast<unsigned long long>(bytes), static_cast<long long>(offset << 24) >> 24,
+        static_cast<unsigned long long>(bytes), static_cast<long long>(offset),
         static_cast<unsigned long long>(w->bytes), views.c_str());
 }
 
@@ -61,7 +62,7 @@ uint64_t map_memory(void* host, uint64_t storage_bytes, uint64_t offset, uint64_
   bool known = false;
   for (auto& v : w.views) known |= v.first <= view.first && v.second >= view.second;
   if (bytes && !known) w.views.push_back(view);
-  return kGlobalBase + (uint64_t(index) << 40) + offset;
+  return kGlobalBase + (uint64_t(index) << 40) + kMiddle + offset;
 }
 
 void define_memory(void* storage) {
