@@ -62,6 +62,15 @@ SOFTWARE_GPU_API int software_gpu_mend() {
   plants.clear();
   return used;
 }
+// Lines "NAME LAUNCHES" of the kernels that were launched.
+SOFTWARE_GPU_API int software_gpu_launches(char* out, uint64_t room) {
+  std::map<std::string, uint64_t> launches;
+  for (const auto& [host, f] : functions()) launches[f.name] += f.launches;
+  std::string text;
+  for (const auto& [name, count] : launches)
+    if (count) text += name + "\t" + std::to_string(count) + "\n";
+  return give(text, out, room);
+}
 // Lines "kernel NAME LAUNCHES" and "form KERNEL FORM STATEMENTS EXECUTED"; or "error WHAT".
 SOFTWARE_GPU_API int software_gpu_report(char* out, uint64_t room) {
   static std::string text;

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-NAMESPACE = "gapkern"
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Device:
             ("plant", None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64),
             ("mend", ctypes.c_int),
             ("ptx", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64),
+            ("launches", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
             ("report", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
             ("load", ctypes.c_int, ctypes.c_char_p),
             ("unload", None, ctypes.c_int),
@@ -101,6 +102,12 @@ class Device:
             elif kind == "error":
                 errors.append(": ".join(fields))
         return kernels, forms, errors
+
+    def launches(self) -> dict[str, int]:
+        """The kernels of the library that were launched in this process, and how often."""
+        room = ctypes.create_string_buffer(self.lib.software_gpu_launches(None, 0) + 1)
+        self.lib.software_gpu_launches(room, len(room))
+        return {name: int(count) for name, count in (row.split("\t") for row in room.value.decode().split("\n") if row)}
 
     def ptx(self, kernel: str) -> str:
         """The PTX of the first kernel whose name contains `kernel`."""
@@ -160,31 +167,27 @@ class Device:
 
     # --- gapkern's operators
 
+    def call(self, name: str, *arguments):
+        """The operator's CUDA implementation, on CPU tensors."""
+        assert self._loaded
+        return getattr(torch.ops.gapkern, name).default.redispatch(CUDA, *arguments)
+
     @contextlib.contextmanager
     def in_place_of_the_cpu(self):
         """Within, gapkern's operators on CPU tensors run their CUDA implementations on this device."""
         from gapkern.ops import hopper
 
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        library = torch.library.Library(NAMESPACE, "IMPL")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a kernel is replaced on purpose
-            for name in self.operators():
-                operator = getattr(torch.ops.gapkern, name).default
-                route = functools.partial(operator.redispatch, keys)
-                with quiet():
-                    library.impl(name, route, "CPU", allow_override=True)
         hindrance, capability = hopper.hindrance, torch.cuda.get_device_capability
 
         def of_a_hopper(device, *rest, **options):
             return hindrance(torch.device("cuda", 0), *rest, **options)
 
-        hopper.hindrance, torch.cuda.get_device_capability = of_a_hopper, lambda device=None: (9, 0)
-        try:
-            yield self
-        finally:
-            hopper.hindrance, torch.cuda.get_device_capability = hindrance, capability
-            library._destroy()
+        with routed({name: functools.partial(self.call, name) for name in self.operators()}):
+            hopper.hindrance, torch.cuda.get_device_capability = of_a_hopper, lambda device=None: (9, 0)
+            try:
+                yield self
+            finally:
+                hopper.hindrance, torch.cuda.get_device_capability = hindrance, capability
 
     @functools.cached_property
     def _loaded(self) -> bool:
@@ -192,13 +195,49 @@ class Device:
             torch.ops.load_library(self.path)
         return True
 
-    @functools.cache  # noqa: B019
-    def operators(self) -> tuple[str, ...]:
-        """Those with an implementation in the CUDA objects, or in Python for CUDA."""
+    def operators(self) -> list[str]:
         assert self._loaded
-        names = torch._C._dispatch_get_all_op_names()
-        found = [name.split("::")[1] for name in names if name.startswith(f"{NAMESPACE}::")]
-        return tuple(sorted(name for name in found if "." not in name))
+        return operators()
+
+
+class RealDevice:
+    """A GPU under the same interface: CPU tensors travel there and back."""
+
+    def seed(self, order: int, rounding: int = 0) -> None:
+        """The GPU has its own."""
+
+    def call(self, name: str, *arguments):
+        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+        found = getattr(torch.ops.gapkern, name)(*there)
+        for a, b in zip(arguments, there, strict=True):  # what it wrote to
+            if isinstance(a, torch.Tensor) and not torch.is_grad_enabled():
+                a.copy_(b)
+        return found.cpu() if isinstance(found, torch.Tensor) else tuple(t.cpu() for t in found)
+
+    @contextlib.contextmanager
+    def in_place_of_the_cpu(self):
+        with routed({name: functools.partial(self.call, name) for name in operators()}):
+            yield self
+
+
+def operators() -> list[str]:
+    """gapkern's, as registered."""
+    names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gapkern::")]
+    return sorted(name for name in names if "." not in name)
+
+
+@contextlib.contextmanager
+def routed(routes: dict):
+    """Within, these functions are the operators' implementations for CPU tensors."""
+    library = torch.library.Library("gapkern", "IMPL")
+    try:
+        with warnings.catch_warnings(), quiet():  # kernels are replaced on purpose
+            warnings.simplefilter("ignore")
+            for name, route in routes.items():
+                library.impl(name, route, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
 
 
 class DeviceError(RuntimeError):

@@ -15,7 +15,7 @@ LSE_TILES, BITS = "lse_tilesIfLb1E", "WriteBits"
 def sums(device):
     x, y = problems.pair(300, 300, 320, torch.bfloat16)
     control = torch.tensor([5.0, -3.0])
-    rows, columns = problems.on_device("contrastive_sm90_sums", x, y, control, x.new_empty(0))
+    rows, columns = device.call("contrastive_sm90_sums", x, y, control, x.new_empty(0))
     truth = torch.exp2(5 * (x.double() @ y.double().T) - 3)
     problems.assert_near(rows, truth.sum(1), 1e-5)
     problems.assert_near(columns, truth.sum(0), 1e-5)
@@ -24,7 +24,7 @@ def sums(device):
 def kept(device):
     x, y = problems.pair(300, 300, 136, torch.bfloat16)
     control, to = torch.tensor([5.0, -3.0]), torch.zeros(300, 304, dtype=torch.bfloat16)
-    problems.on_device("contrastive_sm90_sums", x, y, control, to)
+    device.call("contrastive_sm90_sums", x, y, control, to)
     problems.assert_near(to[:, :300], torch.exp2(5 * (x.double() @ y.double().T) - 3), 4e-3)
 
 
@@ -42,7 +42,7 @@ def chunk(device):
 
 def bits(device):
     x = torch.zeros(40, 257)
-    assert torch.equal(problems.on_device("perturb_bits", x, 7, 1, 3), problems.on_cpu("perturb_bits", x, 7, 1, 3))
+    assert torch.equal(device.call("perturb_bits", x, 7, 1, 3), problems.on_cpu("perturb_bits", x, 7, 1, 3))
 
 
 @dataclass(frozen=True)
