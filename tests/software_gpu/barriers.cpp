@@ -28,7 +28,8 @@ uint32_t uniform(Warp& w, int slot, uint32_t m, const char* what) {
   if (m & ~w.defined[slot]) fault("uninitialised", "%s was never defined", what);
   const uint32_t value = values[__builtin_ctz(m)];
   for (uint32_t left = m; left; left &= left - 1)
-    if (values[__builtin_ctz(left)] != value) fault("divergent barrier", "%s differs between the lanes of a warp", what);
+    if (values[__builtin_ctz(left)] != value)
+      fault("divergent barrier", "%s differs between the lanes of a warp", what);
   return value;
 }
 
@@ -44,8 +45,8 @@ Step bar_sync(Warp& w, Inst& in, uint32_t m) {
   Group& g = w.group();
   if (!g.token) {
     if (b.arrived && b.expected != count)
-      fault("divergent barrier", "barrier %u: %u threads are expected by those that wait, %u by warp %d", id, b.expected,
-            count, w.index);
+      fault("divergent barrier", "barrier %u: %u threads are expected by those that wait, %u by warp %d", id,
+            b.expected, count, w.index);
     b.expected = count;
     release(w, b.gathered, b.gathered_async);
     tick(w);
@@ -195,8 +196,7 @@ Step set_registers(Warp& w, Inst& in, uint32_t) {
   if (more ? want < w.registers : want > w.registers)
     fault("setmaxnreg", "%s to %d registers from %d", more ? ".inc" : ".dec", want, w.registers);
   const int need = (want - w.registers) * kLanes;
-  if (need > w.cta->free_registers)
-    return w.wait(printed("%d registers, %d are free", need, w.cta->free_registers));
+  if (need > w.cta->free_registers) return w.wait(printed("%d registers, %d are free", need, w.cta->free_registers));
   w.cta->free_registers -= need;
   w.registers = want;
   ++w.cluster->changes;
@@ -242,7 +242,8 @@ void advance_cluster_barrier(Cluster& cluster) {
 }
 
 void at_exit(Cta& cta) {
-  if (cta.incoming) fault("asynchronous work at exit", "%d bulk copies from or to shared memory are in flight", cta.incoming);
+  if (cta.incoming)
+    fault("asynchronous work at exit", "%d bulk copies from or to shared memory are in flight", cta.incoming);
   for (const auto& [offset, b] : cta.mbarriers)
     if (b.bytes)
       fault("mbarrier bytes", "at %u: %lld bytes are expected still, and the CTA exits", offset + kSharedBase,

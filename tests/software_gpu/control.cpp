@@ -62,6 +62,19 @@ SOFTWARE_GPU_API int software_gpu_mend() {
   plants.clear();
   return used;
 }
+// Lines "LINE COUNT TEXT" of the statements of the first kernel whose name has `part`: how often warps executed them.
+SOFTWARE_GPU_API int software_gpu_statements(const char* part, char* out, uint64_t room) {
+  std::string text;
+  for (auto& m : modules())
+    for (const auto& [name, kernel] : m->kernels) {
+      if (!text.empty() || !kernel || !kernel->decoded || name.find(part) == std::string::npos) continue;
+      for (const Inst& in : kernel->code) {
+        const auto words = kernel->text.find(in.line);
+        text += std::to_string(in.line) + "\t" + std::to_string(in.count) + "\t" + words->second + "\n";
+      }
+    }
+  return give(text, out, room);
+}
 // Lines "NAME LAUNCHES" of the kernels that were launched.
 SOFTWARE_GPU_API int software_gpu_launches(char* out, uint64_t room) {
   std::map<std::string, uint64_t> launches;

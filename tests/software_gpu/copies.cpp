@@ -13,7 +13,7 @@ struct Copy {
   std::vector<std::pair<Cta*, uint32_t>> places;  // in shared memory
   uint32_t barrier = 0, reads = 0, writes = 0;    // clocks of a store's reads and writes
   bool read_done = false, done = false;
-  std::vector<uint8_t> box;      // what a store has read
+  std::vector<uint8_t> box;  // what a store has read
 };
 
 uint32_t checksum(const TensorMap& map) {

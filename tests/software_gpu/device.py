@@ -61,6 +61,7 @@ class Device:
             ("mend", ctypes.c_int),
             ("ptx", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64),
             ("launches", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
+            ("statements", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64),
             ("report", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
             ("load", ctypes.c_int, ctypes.c_char_p),
             ("unload", None, ctypes.c_int),
@@ -109,6 +110,13 @@ class Device:
         self.lib.software_gpu_launches(room, len(room))
         return {name: int(count) for name, count in (row.split("\t") for row in room.value.decode().split("\n") if row)}
 
+    def statements(self, kernel: str) -> list[tuple[int, int, str]]:
+        """Line, executions by warps and text of each statement of the first such kernel."""
+        room = ctypes.create_string_buffer(self.lib.software_gpu_statements(kernel.encode(), None, 0) + 1)
+        self.lib.software_gpu_statements(kernel.encode(), room, len(room))
+        rows = (row.split("\t", 2) for row in room.value.decode().split("\n") if "\t" in row)
+        return [(int(line), int(count), text) for line, count, text in rows]
+
     def ptx(self, kernel: str) -> str:
         """The PTX of the first kernel whose name contains `kernel`."""
         size = self.lib.software_gpu_ptx(kernel.encode(), None, 0)
@@ -145,7 +153,9 @@ class Device:
 
     # --- tiny programs
 
-    def run(self, ptx: str, kernel: str, arguments: list, grid=(1, 1, 1), block=(32, 1, 1), cluster=(1, 1, 1), shared=0):
+    def run(
+        self, ptx: str, kernel: str, arguments: list, grid=(1, 1, 1), block=(32, 1, 1), cluster=(1, 1, 1), shared=0
+    ):
         """Launches a kernel of a PTX text. Tensors become pointers; bytes are passed as they are; ints as 64 bits."""
         lib = self.lib
         lib.software_gpu_clear_fault()

@@ -106,7 +106,9 @@ def check_scalar(device: Device, scalar: Scalar, threads: int = 256) -> None:
 # --- random programs
 
 # Division by zero is not defined, and the approximations' last bits are free.
-_RANDOM = [s for s in SCALARS.values() if not s.within and s.form.split(".")[0] not in ("div", "rem", "fma", "cvta", "mov")]
+_RANDOM = [
+    s for s in SCALARS.values() if not s.within and s.form.split(".")[0] not in ("div", "rem", "fma", "cvta", "mov")
+]
 _RANDOM += [SCALARS["div.rn.f32"], SCALARS["div.rn.f64"]]
 
 
@@ -131,9 +133,18 @@ def check_random(device: Device, seed: int, length: int = 12) -> int:
                 chosen.append(value if kind == "pred" else value.view(_types(kind)))
             result = np.asarray(scalar.of(*chosen))
             if result.dtype.kind == "f" and np.isnan(result).any():  # payloads are the device's own
-                canonical = np.array([0x7FFFFFFF if result.itemsize == 4 else 0x7FFFFFFFFFFFFFFF], f"u{result.itemsize}")
+                canonical = np.array(
+                    [0x7FFFFFFF if result.itemsize == 4 else 0x7FFFFFFFFFFFFFFF], f"u{result.itemsize}"
+                )
                 result = np.where(np.isnan(result), canonical.view(result.dtype)[0], result)
-                if result.itemsize == 8 or scalar.form.split(".")[0] in ("abs", "neg", "selp", "min", "max", "copysign"):
+                if result.itemsize == 8 or scalar.form.split(".")[0] in (
+                    "abs",
+                    "neg",
+                    "selp",
+                    "min",
+                    "max",
+                    "copysign",
+                ):
                     continue
             name = f"%s{step}"
             body += f".reg {REGISTER[width(scalar.result)]} {name};\n{scalar.form} {name}, {', '.join(names)};\n"

@@ -1,8 +1,22 @@
 // One operation over the lanes of a warp, whole vectors at a time.
 #pragma once
+#include <type_traits>
+
 #include "decode.h"
 
 namespace software_gpu {
+
+inline float tidy(float x) {  // a NaN that arithmetic makes is the canonical one
+  uint32_t canonical = 0x7fffffffu;
+  float nan;
+  memcpy(&nan, &canonical, 4);
+  return x != x ? nan : x;
+}
+inline double tidy(double x) { return x; }
+template <class T>
+std::enable_if_t<std::is_integral_v<T>, T> tidy(T x) {
+  return x;
+}
 
 template <class T, class V>
 inline void put(T* to, const V (&from)[kLanes], uint32_t mask) {

@@ -56,9 +56,9 @@ struct Inst {
   bool unless = false, accumulators = false, is_product = false;
   Together together = Together::any;
   int32_t members = -1, target = -1;
-  int32_t p = -1;                  // a second destination
-  int64_t imm = 0;                 // offsets, counts, modes
-  std::array<int32_t, 4> v{};      // elements of a vector
+  int32_t p = -1;                    // a second destination
+  int64_t imm = 0;                   // offsets, counts, modes
+  std::array<int32_t, 4> v{};        // elements of a vector
   uint32_t uses = 0, use_count = 0;  // of Kernel::uses: every slot read or written
   uint32_t line = 0, form = 0;
   uint64_t count = 0;
@@ -85,7 +85,7 @@ struct Kernel {
   std::vector<Special> specials;
   std::vector<Constant> constants;
   std::vector<Parameter> parameters;
-  std::vector<int> accumulators;  // slots that a product accumulates in
+  std::vector<int> accumulators;         // slots that a product accumulates in
   std::map<uint32_t, std::string> text;  // by line
   int slots = 0, predicates = 2;         // predicates 0 and 1 are false and true
   uint32_t shared_bytes = 0, parameter_bytes = 0, most_threads = 1024;
@@ -102,7 +102,7 @@ inline void join(Clock& into, const Clock& from) {
 
 // What is known of two bytes of memory. An agent is a warp, or one of its asynchronous units (races.h).
 struct Cell {
-  uint32_t written = 0, read = 0;                  // clocks
+  uint32_t written = 0, read = 0;                     // clocks
   uint32_t writing_cluster = 0, reading_cluster = 0;  // 0: never in this launch
   uint16_t writer = 0, reader = 0;
   uint8_t write_lane = 0, read_lane = 0, flags = 0, unused = 0;
@@ -177,7 +177,7 @@ struct Mbarrier {
   Clock gathered, gathered_async, done, done_async;
   uint16_t maker = 0;
   uint32_t made = 0;
-  };
+};
 
 // A product that the four warps of a warpgroup issue together, a quarter each; it is complete when all of them are.
 struct Issued {
@@ -191,14 +191,14 @@ struct Cta {
   int rank = 0;
   std::array<uint32_t, 3> id{};
   std::vector<uint8_t> shared;
-  std::vector<Cell> cells;             // of shared memory
-  std::vector<uint32_t> readers;       // clocks [bytes / 4][warps]
+  std::vector<Cell> cells;              // of shared memory
+  std::vector<uint32_t> readers;        // clocks [bytes / 4][warps]
   std::vector<uint32_t> async_readers;  // clocks [bytes / 16][2 warps]: products, copies
   std::vector<std::unique_ptr<Warp>> warps;
   std::array<Barrier, 16> barriers;
   std::unordered_map<uint32_t, Mbarrier> mbarriers;
   std::vector<std::deque<Issued>> product_log;  // by warpgroup
-  int free_registers = 0, incoming = 0;  // incoming: bulk loads on their way
+  int free_registers = 0, incoming = 0;         // incoming: bulk loads on their way
   bool finished() const {
     for (const auto& w : warps)
       if (w->live) return false;
@@ -240,7 +240,7 @@ struct Device {
   bool last_group_first = false, check_races = true;
   int multiprocessors = 4;
   uint64_t lane_instructions = 0, launches = 0;
-  std::string last_fault;   // kind|kernel|line|instruction|what
+  std::string last_fault;     // kind|kernel|line|instruction|what
   std::string pending_fault;  // of a call that the host may have ignored
 };
 extern Device device;
@@ -316,6 +316,8 @@ struct Statement;
 using Maker = std::function<void(Decoder&, const Statement&, Inst&)>;
 std::unordered_map<std::string, Maker>& instructions();
 void scalar_handlers();
+void approximation_handlers();
+void comparison_handlers();
 void conversion_handlers();
 void warp_handlers();
 void barrier_handlers();
@@ -323,6 +325,10 @@ void copy_handlers();
 void product_handlers();
 
 // --- warp.cpp
+void advance(Warp& w, uint32_t budget);  // for some instructions, or until it waits
+bool runnable(Warp& w);
+void name_place(Fault& f, const Kernel& k, uint32_t line);
+// --- launch.cpp
 void run(Launch& launch);
 // --- barriers.cpp
 void complete_bytes(Cta& cta, uint32_t offset, int64_t bytes, const Access& by);

@@ -1,5 +1,5 @@
-// Memory. Tensors have addresses of their own, a terabyte apart, so that a pointer leads into its own tensor or nowhere.
-// Every access is checked: bounds, alignment, whether the bytes were ever written, and order (races.cpp).
+// Memory. Tensors have addresses of their own, a terabyte apart, so that a pointer leads into its own tensor or
+// nowhere. Every access is checked: bounds, alignment, whether the bytes were ever written, and order (races.cpp).
 #include "lanes.h"
 
 namespace software_gpu {
@@ -11,10 +11,10 @@ namespace {
 
 struct Window {
   uint8_t* host = nullptr;
-  uint64_t bytes = 0;                               // of the storage
+  uint64_t bytes = 0;                                // of the storage
   std::vector<std::pair<uint64_t, uint64_t>> views;  // the tensors in it that were handed to the device
-  std::vector<uint8_t> defined;                     // by byte; empty: all are
-  std::vector<Cell> cells;                          // by two bytes, of this launch
+  std::vector<uint8_t> defined;                      // by byte; empty: all are
+  std::vector<Cell> cells;                           // by two bytes, of this launch
   bool live = false;
 };
 std::vector<Window> windows;
@@ -28,10 +28,10 @@ Window* find(uint64_t address) {
 Window& window_of(uint64_t address, uint64_t bytes, uint64_t& offset) {
   Window* w = find(address);
   if (!w) {
-    const char* guess = address == 0                     ? "a null pointer"
+    const char* guess = address == 0                            ? "a null pointer"
                         : address >> 40 == kParameterBase >> 40 ? "a parameter's address"
-                        : address < 0x1000000            ? "an address near null"
-                                                         : "a host pointer?";
+                        : address < 0x1000000                   ? "an address near null"
+                                                                : "a host pointer?";
     fault("no device memory", "global memory at 0x%llx: %s", static_cast<unsigned long long>(address), guess);
   }
   offset = (address & ((uint64_t(1) << 40) - 1)) - kMiddle;
@@ -154,8 +154,8 @@ void touch_shared(Cta& cta, uint32_t offset, uint32_t bytes, bool write, const A
       cell.flags = uint8_t(known ? cell.flags | kDefined : cell.flags & ~kDefined);
     } else {
       if (!(cell.flags & kDefined))
-        fault("uninitialised", "read of shared memory that was never written: offset %u, lane %d",
-              i * 2 + kSharedBase, by.lane);
+        fault("uninitialised", "read of shared memory that was never written: offset %u, lane %d", i * 2 + kSharedBase,
+              by.lane);
       if (device.check_races) check_read(cell, by, cluster, place);
     }
   }
@@ -254,8 +254,7 @@ void with_type(const std::string& form, int count) {
     for (const Operand& e : elements)
       if (d.width_of(e)) width = d.width_of(e);
     if (!width) width = sizeof(M) == 8 ? 'd' : sizeof(M) == 4 ? 'w' : 'h';
-    if ((width == 'h' && sizeof(M) > 2) || (width == 'w' && sizeof(M) > 4))
-      d.refuse(s, "a register too narrow");
+    if ((width == 'h' && sizeof(M) > 2) || (width == 'w' && sizeof(M) > 4)) d.refuse(s, "a register too narrow");
     for (int k = 0; k < count; ++k) {
       const Operand& e = elements[size_t(k)];
       in.v[size_t(k)] = write ? d.source(e, width) : d.target(e, width);

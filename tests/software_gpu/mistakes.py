@@ -63,42 +63,130 @@ def _mistakes():
     gone = ""
     # barriers among threads
     yield of("no barrier before shared memory is read", "race", COLUMN_SUM, (r"bar\.sync 0;", gone), problem=column_sum)
-    yield of("no barrier in a tile of products", ("race", "uninitialised"), NEAREST, (r"bar\.sync 0;", gone, 0), problem=nearest)
-    yield of("no barrier between maxima and sums", ("race", "uninitialised"), LSE_TILES, (r"bar\.sync 0;", gone, 0), problem=chunk)
-    yield of("a barrier for some lanes", "divergent barrier", COLUMN_SUM,
-             (r"bar\.sync 0;", "{ .reg .pred q; setp.lt.u32 q, %r3, 7; @q bar.sync 0; }"), problem=column_sum)
-    yield of("a barrier for some warps", "divergent barrier", COLUMN_SUM,
-             (r"bar\.sync 0;", "{ .reg .pred q; setp.lt.u32 q, %r1, 3; @q bar.sync 0; }"), problem=column_sum)
-    yield of("a barrier that counts too few threads", ("divergent barrier", "race", "uninitialised"), COLUMN_SUM,
-             (r"bar\.sync 0;", "bar.sync 0, 128;"), problem=column_sum)
-    yield of("threads that leave before a barrier", "divergent barrier", COLUMN_SUM,
-             (r"bar\.sync 0;", "{ .reg .pred q; setp.eq.u32 q, %r1, 5; @q ret; } bar.sync 0;"), problem=column_sum)
-    yield of("a shuffle that names absent lanes", "divergent", SHIFTED,
-             (r"(mov\.[ub]32 %r\d+), -1;", r"\1, 2147483647;"), problem=column_sum)
+    yield of(
+        "no barrier in a tile of products",
+        ("race", "uninitialised"),
+        NEAREST,
+        (r"bar\.sync 0;", gone, 0),
+        problem=nearest,
+    )
+    yield of(
+        "no barrier between maxima and sums",
+        ("race", "uninitialised"),
+        LSE_TILES,
+        (r"bar\.sync 0;", gone, 0),
+        problem=chunk,
+    )
+    yield of(
+        "a barrier for some lanes",
+        "divergent barrier",
+        COLUMN_SUM,
+        (r"bar\.sync 0;", "{ .reg .pred q; setp.lt.u32 q, %r3, 7; @q bar.sync 0; }"),
+        problem=column_sum,
+    )
+    yield of(
+        "a barrier for some warps",
+        "divergent barrier",
+        COLUMN_SUM,
+        (r"bar\.sync 0;", "{ .reg .pred q; setp.lt.u32 q, %r1, 3; @q bar.sync 0; }"),
+        problem=column_sum,
+    )
+    yield of(
+        "a barrier that counts too few threads",
+        ("divergent barrier", "race", "uninitialised"),
+        COLUMN_SUM,
+        (r"bar\.sync 0;", "bar.sync 0, 128;"),
+        problem=column_sum,
+    )
+    yield of(
+        "threads that leave before a barrier",
+        "divergent barrier",
+        COLUMN_SUM,
+        (r"bar\.sync 0;", "{ .reg .pred q; setp.eq.u32 q, %r1, 5; @q ret; } bar.sync 0;"),
+        problem=column_sum,
+    )
+    yield of(
+        "a shuffle that names absent lanes",
+        "divergent",
+        SHIFTED,
+        (r"(mov\.[ub]32 %r\d+), -1;", r"\1, 2147483647;"),
+        problem=column_sum,
+    )
     # memory
-    yield of("an index too far", "out of bounds", SHIFTED, (r"(st\.global\.v4\.f32 \[%rd\d+)\]", r"\1+8192]"),
-             problem=column_sum)
-    yield of("an index one off", ("out of bounds", "race", "misaligned"), BITS,
-             (r"(st\.global\.u32 \[%rd\d+)\]", r"\1+4]"), problem=bits)
-    yield of("an index before the tensor", "out of bounds", BITS, (r"(st\.global\.u32 \[%rd\d+)\]", r"\1+-4096]"),
-             problem=bits)
-    yield of("a misaligned vector", "misaligned", SHIFTED, (r"(ld\.global\.v4\.f32 \{[^}]*\}, \[%rd\d+)\]", r"\1+4]"),
-             problem=column_sum)
-    yield of("shared memory that nobody wrote", "uninitialised", COLUMN_SUM, (r"st\.shared\.f64 [^;]*;", gone, 0),
-             problem=column_sum)
-    yield of("shared memory beyond its end", "out of bounds", COLUMN_SUM, (r"(st\.shared\.f64 \[%r\d+)[^\]]*\]", r"\1+60000]"),
-             problem=column_sum)
-    yield of("a register that nobody wrote", "uninitialised", COLUMN_SUM, (r"mov\.u32 %r\d+, %tid\.x;", gone),
-             problem=column_sum)
-    yield of("a value that nobody formed", "uninitialised", SHIFTED, (r"sqrt\.rn\.f32 [^;]*;", gone), problem=column_sum)
-    yield Mistake("a tensor that the kernel before left unwritten", ("uninitialised",), "sum_parts",
-                  ((SUMS, r"st\.global\.f32 [^;]*;", gone, 0),), sums)
+    yield of(
+        "an index too far",
+        "out of bounds",
+        SHIFTED,
+        (r"(st\.global\.v4\.f32 \[%rd\d+)\]", r"\1+8192]"),
+        problem=column_sum,
+    )
+    yield of(
+        "an index one off",
+        ("out of bounds", "race", "misaligned"),
+        BITS,
+        (r"(st\.global\.u32 \[%rd\d+)\]", r"\1+4]"),
+        problem=bits,
+    )
+    yield of(
+        "an index before the tensor",
+        "out of bounds",
+        BITS,
+        (r"(st\.global\.u32 \[%rd\d+)\]", r"\1+-4096]"),
+        problem=bits,
+    )
+    yield of(
+        "a misaligned vector",
+        "misaligned",
+        SHIFTED,
+        (r"(ld\.global\.v4\.f32 \{[^}]*\}, \[%rd\d+)\]", r"\1+4]"),
+        problem=column_sum,
+    )
+    yield of(
+        "shared memory that nobody wrote",
+        "uninitialised",
+        COLUMN_SUM,
+        (r"st\.shared\.f64 [^;]*;", gone, 0),
+        problem=column_sum,
+    )
+    yield of(
+        "shared memory beyond its end",
+        "out of bounds",
+        COLUMN_SUM,
+        (r"(st\.shared\.f64 \[%r\d+)[^\]]*\]", r"\1+60000]"),
+        problem=column_sum,
+    )
+    yield of(
+        "a register that nobody wrote",
+        "uninitialised",
+        COLUMN_SUM,
+        (r"mov\.u32 %r\d+, %tid\.x;", gone),
+        problem=column_sum,
+    )
+    yield of(
+        "a value that nobody formed", "uninitialised", SHIFTED, (r"sqrt\.rn\.f32 [^;]*;", gone), problem=column_sum
+    )
+    yield Mistake(
+        "a tensor that the kernel before left unwritten",
+        ("uninitialised",),
+        "sum_parts",
+        ((SUMS, r"st\.global\.f32 [^;]*;", gone, 0),),
+        sums,
+    )
     yield of("two CTAs at one place", "race", BITS, (r"mov\.u32 (%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;"), problem=bits)
-    yield of("two warps at one place", "race", BITS,
-             (r"mov\.u32 (%r\d+), %tid\.x;", r"mov.u32 \1, %tid.x; and.b32 \1, \1, 31;"), problem=bits)
-    yield of("two lanes at one place", "race", BITS,
-             (r"st\.global\.u32 \[(%rd\d+)\], ([^;]*);",
-              r"{ .reg .b64 t; and.b64 t, \1, -512; st.global.u32 [t], \2; }"), problem=bits)
+    yield of(
+        "two warps at one place",
+        "race",
+        BITS,
+        (r"mov\.u32 (%r\d+), %tid\.x;", r"mov.u32 \1, %tid.x; and.b32 \1, \1, 31;"),
+        problem=bits,
+    )
+    yield of(
+        "two lanes at one place",
+        "race",
+        BITS,
+        (r"st\.global\.u32 \[(%rd\d+)\], ([^;]*);", r"{ .reg .b64 t; and.b64 t, \1, -512; st.global.u32 [t], \2; }"),
+        problem=bits,
+    )
     yield of("an instruction that is not known", "unknown instruction", BITS, (r"xor\.b32", "xor.b33"), problem=bits)
     # launches
     for name, what, value in (
@@ -113,8 +201,13 @@ def _mistakes():
         kernel = SUMS if what.startswith("cluster") else COLUMN_SUM
         yield of(name, "bad launch", kernel, (what, value), problem=sums if kernel == SUMS else column_sum)
     yield of("a host pointer", "no device memory", COLUMN_SUM, ("arguments.host", 0), problem=column_sum)
-    yield of("swapped pointers", ("out of bounds", "uninitialised", "race", "wrong result"), COLUMN_SUM,
-             ("arguments.swap", 3), problem=column_sum)
+    yield of(
+        "swapped pointers",
+        ("out of bounds", "uninitialised", "race", "wrong result"),
+        COLUMN_SUM,
+        ("arguments.swap", 3),
+        problem=column_sum,
+    )
     yield of("a pointer four bytes on", "misaligned", COLUMN_SUM, ("arguments.move", 4), problem=column_sum)
     yield of("a count too large", "out of bounds", COLUMN_SUM, ("arguments.move", 8 * 65536 + 9), problem=column_sum)
     yield of("shared memory too small", "out of bounds", SUMS, ("shared", 100000), problem=sums)
@@ -135,57 +228,172 @@ def _mistakes():
     ):
         kinds = ("bad tensor map",)
         yield Mistake(f"tensor map: {name}", kinds, "", (("", what, value),), sums)
-    yield of("a tensor map that was never made", "bad tensor map", SUMS,
-             (r"(add\.s64 %rd\d+, %rd\d+), 384;", r"\1, 448;"), problem=sums)
+    yield of(
+        "a tensor map that was never made",
+        "bad tensor map",
+        SUMS,
+        (r"(add\.s64 %rd\d+, %rd\d+), 384;", r"\1, 448;"),
+        problem=sums,
+    )
     # Hopper: fences, barriers, asynchronous copies and products
-    yield of("no proxy fence before a bulk store", "missing proxy fence", KEPT, (r"fence\.proxy\.async\.shared::cta;", gone),
-             problem=kept)
-    yield of("no barrier before a bulk store", ("race", "missing proxy fence", "uninitialised"), KEPT,
-             (r"(fence\.proxy\.async\.shared::cta;\s*\}\s*mov\.u32 %r\d+, 256;\s*)bar\.sync %r\d+, %r\d+;", r"\1"),
-             problem=kept)
-    yield of("a bulk store that nobody waits for", "race", KEPT, (r"cp\.async\.bulk\.wait_group\.read \d;", gone),
-             problem=kept)
+    yield of(
+        "no proxy fence before a bulk store",
+        "missing proxy fence",
+        KEPT,
+        (r"fence\.proxy\.async\.shared::cta;", gone),
+        problem=kept,
+    )
+    yield of(
+        "no barrier before a bulk store",
+        ("race", "missing proxy fence", "uninitialised"),
+        KEPT,
+        (r"(fence\.proxy\.async\.shared::cta;\s*\}\s*mov\.u32 %r\d+, 256;\s*)bar\.sync %r\d+, %r\d+;", r"\1"),
+        problem=kept,
+    )
+    yield of(
+        "a bulk store that nobody waits for",
+        "race",
+        KEPT,
+        (r"cp\.async\.bulk\.wait_group\.read \d;", gone),
+        problem=kept,
+    )
     yield of("bulk stores in no group", "race", KEPT, (r"cp\.async\.bulk\.commit_group;", gone), problem=kept)
     yield of("no wgmma.fence", "missing wgmma.fence", SUMS, (r"wgmma\.fence\.sync\.aligned;", gone), problem=sums)
-    yield of("accumulators read too early", "wgmma in flight", SUMS, (r"wgmma\.wait_group\.sync\.aligned 0;", gone),
-             problem=sums)
-    yield of("a stage released too early", "race", SUMS,
-             (r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 7;"), problem=sums)
-    yield of("too few bytes expected", "mbarrier bytes", SUMS,
-             (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49136"), problem=sums)
-    yield of("too many bytes expected", "mbarrier bytes", SUMS,
-             (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49168"), problem=sums)
-    yield of("a full barrier for one producer more", "deadlock", SUMS,
-             (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>2", 0), problem=sums)
-    yield of("an empty barrier for one consumer less", ("race", "mbarrier"), SUMS,
-             (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>3", 1), problem=sums)
-    yield of("no fence after the barriers' initialisation", "mbarrier", SUMS,
-             (r"fence\.mbarrier_init\.release\.cluster;", gone), problem=sums)
-    yield of("no wait for the cluster", ("mbarrier", "race"), SUMS, (r"barrier\.cluster\.wait\.aligned;", gone), problem=sums)
-    yield of("no arrival at the cluster's barrier", "divergent barrier", SUMS,
-             (r"barrier\.cluster\.arrive\.relaxed\.aligned;", gone), problem=sums)
-    yield of("a wait that does not wait", ("race", "uninitialised", "mbarrier"), SUMS, (r"@P1 bra DONE;", "bra DONE;"), problem=sums)
-    yield of("a multicast to one CTA", ("deadlock", "mbarrier bytes"), SUMS, (r"mov\.u16 (%rs\d+), 3;", r"mov.u16 \1, 1;"),
-             problem=sums)
-    yield of("a multicast to an absent CTA", "out of bounds", SUMS, (r"mov\.u16 (%rs\d+), 3;", r"mov.u16 \1, 7;"), problem=sums)
-    yield of("a misplaced stage", ("race", "misaligned", "uninitialised", "wrong result"), SUMS,
-             (r"(add\.s32 %r\d+, %r\d+), 17408;", r"\1, 17536;"), problem=sums)
-    yield of("a coordinate one off", "wrong result", SUMS,
-             (r"(cp\.async\.bulk\.tensor\.3d\.shared::cluster[^\[]*\[%r\d+\], \[%rd\d+, \{%r\d+, )(%r\d+)(, [^;]*;)",
-              r"{ .reg .b32 t; add.s32 t, \2, 1; \1t\3 }", 0), problem=sums)
-    yield of("a descriptor of another stride", ("wrong result", "uninitialised", "race"), SUMS,
-             (r"4611686293305360384", "4611686155866406912"), problem=sums)
-    yield of("registers that are not there", "deadlock", SUMS,
-             (r"setmaxnreg\.inc\.sync\.aligned\.u32 232;", "setmaxnreg.inc.sync.aligned.u32 248;"), problem=sums)
-    yield of("a count of registers that is none", "setmaxnreg", SUMS,
-             (r"setmaxnreg\.dec\.sync\.aligned\.u32 40;", "setmaxnreg.dec.sync.aligned.u32 44;"), problem=sums)
-    yield of("a misaligned row of stmatrix", "misaligned", KEPT,
-             (r"(stmatrix[^\[]*\[%r\d+)\]", r"\1+4]"), problem=kept)
-    yield of("a remote arrival at an absent CTA", "out of bounds", SUMS,
-             (r"(mapa\.shared::cluster\.u32 remAddr32, %r\d+, )%r\d+", r"\g<1>2"), problem=sums)
+    yield of(
+        "accumulators read too early",
+        "wgmma in flight",
+        SUMS,
+        (r"wgmma\.wait_group\.sync\.aligned 0;", gone),
+        problem=sums,
+    )
+    yield of(
+        "a stage released too early",
+        "race",
+        SUMS,
+        (r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 7;"),
+        problem=sums,
+    )
+    yield of(
+        "too few bytes expected",
+        "mbarrier bytes",
+        SUMS,
+        (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49136"),
+        problem=sums,
+    )
+    yield of(
+        "too many bytes expected",
+        "mbarrier bytes",
+        SUMS,
+        (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49168"),
+        problem=sums,
+    )
+    yield of(
+        "a full barrier for one producer more",
+        "deadlock",
+        SUMS,
+        (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>2", 0),
+        problem=sums,
+    )
+    yield of(
+        "an empty barrier for one consumer less",
+        ("race", "mbarrier"),
+        SUMS,
+        (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>3", 1),
+        problem=sums,
+    )
+    yield of(
+        "no fence after the barriers' initialisation",
+        "mbarrier",
+        SUMS,
+        (r"fence\.mbarrier_init\.release\.cluster;", gone),
+        problem=sums,
+    )
+    yield of(
+        "no wait for the cluster", ("mbarrier", "race"), SUMS, (r"barrier\.cluster\.wait\.aligned;", gone), problem=sums
+    )
+    yield of(
+        "no arrival at the cluster's barrier",
+        "divergent barrier",
+        SUMS,
+        (r"barrier\.cluster\.arrive\.relaxed\.aligned;", gone),
+        problem=sums,
+    )
+    yield of(
+        "a wait that does not wait",
+        ("race", "uninitialised", "mbarrier"),
+        SUMS,
+        (r"@P1 bra DONE;", "bra DONE;"),
+        problem=sums,
+    )
+    yield of(
+        "a multicast to one CTA",
+        ("deadlock", "mbarrier bytes"),
+        SUMS,
+        (r"mov\.u16 (%rs\d+), 3;", r"mov.u16 \1, 1;"),
+        problem=sums,
+    )
+    yield of(
+        "a multicast to an absent CTA",
+        "out of bounds",
+        SUMS,
+        (r"mov\.u16 (%rs\d+), 3;", r"mov.u16 \1, 7;"),
+        problem=sums,
+    )
+    yield of(
+        "a misplaced stage",
+        ("race", "misaligned", "uninitialised", "wrong result"),
+        SUMS,
+        (r"(add\.s32 %r\d+, %r\d+), 17408;", r"\1, 17536;"),
+        problem=sums,
+    )
+    yield of(
+        "a coordinate one off",
+        "wrong result",
+        SUMS,
+        (
+            r"(cp\.async\.bulk\.tensor\.3d\.shared::cluster[^\[]*\[%r\d+\], \[%rd\d+, \{%r\d+, )(%r\d+)(, [^;]*;)",
+            r"{ .reg .b32 t; add.s32 t, \2, 1; \1t\3 }",
+            0,
+        ),
+        problem=sums,
+    )
+    yield of(
+        "a descriptor of another stride",
+        ("wrong result", "uninitialised", "race"),
+        SUMS,
+        (r"4611686293305360384", "4611686155866406912"),
+        problem=sums,
+    )
+    yield of(
+        "registers that are not there",
+        "deadlock",
+        SUMS,
+        (r"setmaxnreg\.inc\.sync\.aligned\.u32 232;", "setmaxnreg.inc.sync.aligned.u32 248;"),
+        problem=sums,
+    )
+    yield of(
+        "a count of registers that is none",
+        "setmaxnreg",
+        SUMS,
+        (r"setmaxnreg\.dec\.sync\.aligned\.u32 40;", "setmaxnreg.dec.sync.aligned.u32 44;"),
+        problem=sums,
+    )
+    yield of("a misaligned row of stmatrix", "misaligned", KEPT, (r"(stmatrix[^\[]*\[%r\d+)\]", r"\1+4]"), problem=kept)
+    yield of(
+        "a remote arrival at an absent CTA",
+        "out of bounds",
+        SUMS,
+        (r"(mapa\.shared::cluster\.u32 remAddr32, %r\d+, )%r\d+", r"\g<1>2"),
+        problem=sums,
+    )
     yield of("CTAs that are no cluster", "out of bounds", SUMS, ("cluster.x", 1), problem=sums)
-    yield of("loads by every lane", ("mbarrier bytes", "race", "mbarrier"), SUMS,
-             (r"@%px mov\.s32 (%r\d+), 1;", r"mov.s32 \1, 1;"), problem=sums)
+    yield of(
+        "loads by every lane",
+        ("mbarrier bytes", "race", "mbarrier"),
+        SUMS,
+        (r"@%px mov\.s32 (%r\d+), 1;", r"mov.s32 \1, 1;"),
+        problem=sums,
+    )
 
 
 MISTAKES = list(_mistakes())

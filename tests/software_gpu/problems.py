@@ -103,13 +103,78 @@ def float16_gradients_of_kept(device):
             weights = [(g.log2() - v).float() for g, v in ((grads[0], row), (grads[1], col))]
             weights = [(w.view(torch.int32) & ~1).view(torch.float32) for w in weights]  # the last bit is the sign
         else:
-            weights = [(g * torch.exp2(-v - control[1].double())).float() for g, v in ((grads[0], row), (grads[1], col))]
+            weights = [
+                (g * torch.exp2(-v - control[1].double())).float() for g, v in ((grads[0], row), (grads[1], col))
+            ]
         arguments = (x, y, scale, control, torch.tensor([apart]), *weights, kept, positive, row, col, *grads, 0)
         ds = device.call("contrastive_sm90_gradient", *arguments)[:, :m]
         truth = 0.5 * (logits.softmax(1) + logits.softmax(0))
         truth[torch.arange(n), torch.arange(n)] += 0.5
         assert_near(ds, truth, 5e-3)
     return [ds]
+
+
+def elements_near(found, truth, epsilon, scale=1.0):
+    """Each element apart, where a norm would not see one register of a fragment."""
+    least = 1e-6 * float(truth.abs().max()) * scale
+    off = (found.double() - truth).abs() > epsilon * truth.abs() + least
+    assert not off.any(), f"{int(off.sum())} elements, first at {off.nonzero()[0].tolist()}"
+
+
+def gradient_elements(device, n, m, d, dtype, keep, apart=False):
+    """dS of the softmax losses, element by element, from weights of one size."""
+    x, y = pair(n, m, d, dtype)
+    scale, norms = torch.tensor(3.0), [torch.ones(n), torch.ones(m)]
+    control = device.call("contrastive_sm90_shift", *norms, scale)
+    kept = torch.zeros(n if keep else 0, -(-m // 8) * 8, dtype=torch.bfloat16)
+    sums = device.call("contrastive_sm90_sums", x, y, control, kept)
+    logits = 3.0 * (x.double() @ y.double().T)
+    row, col = device.call("contrastive_sm90_lse", *sums, x, y, control)
+    assert_near(row, logits.logsumexp(1), 2e-6)
+    assert_near(col, logits.logsumexp(0), 2e-6)
+    positive = device.call("contrastive_sm90_positive", x, y, 0)
+    elements_near(3 * positive, logits.diagonal(), 1e-5)
+    grads = [1 + torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (n, m, n)]
+    grads[1] *= m / n
+    if apart:
+        grads[0][0] = 1e-70  # its weight leaves float32
+    row2, col2 = row / math.log(2), col / math.log(2)
+    weights = device.call("contrastive_sm90_weights", row2, col2, *grads[:2], control)
+    assert bool(weights[2]) == apart
+    ds = device.call(
+        "contrastive_sm90_gradient",
+        x,
+        y,
+        scale,
+        control,
+        weights[2],
+        *weights[:2],
+        kept,
+        positive,
+        row2,
+        col2,
+        *grads,
+        0,
+    )[:, :m]
+    truth = grads[0][:, None] * (logits - row[:, None]).exp() + grads[1] * (logits - col).exp()
+    truth[torch.arange(n), torch.arange(n)] += grads[2]
+    elements_near(ds, truth, 2**-7 if keep else 2 ** (-8 if dtype == torch.bfloat16 else -10))
+    return [ds]
+
+
+def sigmoid_elements(device, n, m, d, dtype):
+    x, y = pair(n, m, d, dtype)
+    scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
+    numbers = [torch.arange(k, dtype=torch.float32) for k in (n, m)]
+    sums, ds = device.call("contrastive_sm90_sigmoid", x, y, scale, bias, *numbers)
+    t = x.double() @ y.double().T
+    z = torch.where(numbers[0][:, None] == numbers[1], 1.0, -1.0).double()
+    u = z * (3 * t - 1)
+    truth = -z * torch.sigmoid(-u)
+    elements_near(ds[:, :m], truth, 2 ** (-8 if dtype == torch.bfloat16 else -10))
+    for found, values in zip(sums, (-torch.nn.functional.logsigmoid(u), truth, truth * t), strict=True):
+        assert float((found - values.sum(1)).abs().max()) < 1e-5 * float(values.abs().sum(1).max())
+    return [sums, ds]
 
 
 # --- the other kernels
@@ -256,20 +321,30 @@ def _kernels():
         yield softmax_statistics, (140, 270, 32, bf16, work_bytes), {"size": size, "scale": 100.0}
     yield softmax_statistics, (140, 270, 32, f16, 0), {"size": 8.0, "scale": 20.0}
     yield float16_gradients_of_kept, (), {}
+    for dtype, keep, apart in ((bf16, False, False), (bf16, True, False), (bf16, False, True), (f16, False, False),
+                               (f16, False, True)):  # fmt: skip
+        yield gradient_elements, (140, 300, 72, dtype, keep, apart), {}
+    yield gradient_elements, (70, 1290, 8, bf16, False), {}  # more tiles than a loop's unrolling
+    for dtype in (bf16, f16):
+        yield sigmoid_elements, (140, 300, 72, dtype), {}
     for dtype, offset in ((bf16, 0), (f16, 5), (f32, -70)):
         yield sigmoid, (129, 300, 72, dtype), {"offset": offset}
-    for dtype, (n, m), squared in itertools.product(DTYPES, ((70, 150), (64, 132)), (False, True)):
+    for dtype, (n, m), squared in itertools.product(DTYPES, ((70, 150), (64, 132), (130, 261)), (False, True)):
         yield steps_between_products, (n, m, dtype, squared), {}
     yield steps_between_products, (1, 1, f32, True), {}
     yield steps_between_products, (5, 3, torch.float64, False), {}
-    for dtype, shape in itertools.product(DTYPES, ((1, 1), (513, 64), (70, 33), (0, 4))):
+    for dtype, shape in itertools.product(DTYPES, ((1, 1), (513, 64), (70, 33), (9, 1031), (0, 4))):
         yield mean_shift, (shape, dtype), {}
-    for dtype, shape in itertools.product(DTYPES, ((1, 1), (7, 257), (30, 136))):
+    for dtype, shape in itertools.product(DTYPES, ((1, 1), (7, 257), (30, 136), (9, 1031))):
         yield noise, (shape, dtype), {}
     yield wide_divisions, (), {}
-    for dtype, shape in itertools.product((f32, bf16, f16), ((1, 1, 1), (5, 2, 3), (130, 129, 7), (70, 300, 32))):
+    for dtype, shape in itertools.product(
+        (f32, bf16, f16), ((1, 1, 1), (5, 2, 3), (130, 129, 7), (70, 300, 32), (3, 2000, 12))
+    ):
         yield nearest_rows, (*shape, dtype), {}
-    for dtype, (gallery, dims) in itertools.product((f32, torch.float64), ((1, 3), (7, 64), (300, 512), (900, 16))):
+    for dtype, (gallery, dims) in itertools.product(
+        (f32, torch.float64), ((1, 3), (7, 64), (300, 512), (900, 16), (1500, 4096))
+    ):
         yield exact, (gallery, dims, dtype), {}
 
 

@@ -1,6 +1,6 @@
 // wgmma.mma_async: D (64 x N) += A (64 x 16) B (16 x N), operands in shared memory by descriptor. Each warp of a
-// warpgroup makes its own sixteen rows, at a moment between the issue and wgmma.wait_group; until then its registers are
-// in flight. Layouts from the PTX ISA.
+// warpgroup makes its own sixteen rows, at a moment between the issue and wgmma.wait_group; until then its registers
+// are in flight. Layouts from the PTX ISA.
 #include <algorithm>
 #include <cmath>
 
@@ -58,7 +58,8 @@ void fetch(Warp& w, const Descriptor& d, int row, const Access& by, bool bfloat,
   for (uint32_t piece = 0; piece < 2; ++piece) {
     uint32_t address;
     if (d.swizzle)
-      address = swizzled(d.start + uint32_t(row / 8) * d.stride + uint32_t(row % 8) * d.swizzle + piece * 16, d.swizzle);
+      address =
+          swizzled(d.start + uint32_t(row / 8) * d.stride + uint32_t(row % 8) * d.swizzle + piece * 16, d.swizzle);
     else
       address = d.start + uint32_t(row / 8) * d.stride + piece * d.leading + uint32_t(row % 8) * 16;
     const SharedPlace at = shared_place(w, address, 16, 16, false);

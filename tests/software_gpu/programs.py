@@ -46,7 +46,9 @@ def memory(device: Device, form: str) -> set[str]:
         signed = type_[0] == "s"
         values[0] = 0x85
         body += f"{form} {listed}, [q+{offset}];\n"
-        out = "".join(f"st.global.u{8 * max(size, 2)} [%to+{i * max(size, 2)}], {r};\n" for i, r in enumerate(registers))
+        out = "".join(
+            f"st.global.u{8 * max(size, 2)} [%to+{i * max(size, 2)}], {r};\n" for i, r in enumerate(registers)
+        )
         expected = values[:total]
         if size == 1:
             expected = expected.view(np.int8).astype(np.int16) if signed else expected.astype(np.uint16)

@@ -1,5 +1,5 @@
-// Happens-before. Every warp has a clock and what it has seen of the others'; each of its asynchronous units is an agent
-// of its own. `seen_by_async` is what a proxy fence has made visible to the asynchronous proxy.
+// Happens-before. Every warp has a clock and what it has seen of the others'; each of its asynchronous units is an
+// agent of its own. `seen_by_async` is what a proxy fence has made visible to the asynchronous proxy.
 #include "machine.h"
 
 namespace software_gpu {
@@ -72,7 +72,8 @@ void check_write(Cell& cell, const Access& by, uint32_t cluster, const Place& pl
     if (cell.reading_cluster != cluster || (cell.flags & kManyClusters))
       race_of_clusters("read", "write", cell.reading_cluster, cluster, place);
     if (cell.reader == by.agent && !by.async) {
-      if (cell.read == by.clock && cell.read_lane != by.lane) race("read", "write", by, cell.reader, cell.read_lane, place);
+      if (cell.read == by.clock && cell.read_lane != by.lane)
+        race("read", "write", by, cell.reader, cell.read_lane, place);
     } else if (cell.reader >= by.seen->size() || (*by.seen)[cell.reader] < cell.read) {
       race("read", "write", by, cell.reader, cell.read_lane, place);
     }

@@ -33,6 +33,7 @@ struct Plant {
   bool used;
 };
 extern std::vector<Plant> plants;
+int64_t planted(const std::string& kernel, const char* what, int64_t value);  // `value` where nothing is planted
 
 enum : int {
   kSuccess = 0,

@@ -1,5 +1,4 @@
-// Arithmetic as the PTX ISA states it, bit for bit. What it leaves open (the approximations' last bits) is the right
-// value moved at random within the documented error.
+// Arithmetic as the PTX ISA states it, bit for bit.
 #include <cfenv>
 #include <cmath>
 #include <limits>
@@ -9,18 +8,6 @@
 
 namespace software_gpu {
 namespace {
-
-inline float tidy(float x) {  // a NaN that arithmetic makes is the canonical one
-  uint32_t canonical = 0x7fffffffu;
-  float nan;
-  memcpy(&nan, &canonical, 4);
-  return x != x ? nan : x;
-}
-inline double tidy(double x) { return x; }
-template <class T>
-std::enable_if_t<std::is_integral_v<T>, T> tidy(T x) {
-  return x;
-}
 
 struct Add {
   template <class T>
@@ -231,187 +218,6 @@ struct Permute {
   }
 };
 
-// A number in [-1, 1] for a value: a device rounds the same value the same way every time, the seed says how.
-double whim(double value) {
-  uint64_t z;
-  memcpy(&z, &value, 8);
-  z = (z ^ device.rounding_seed * 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 29)) * 0x94d049bb133111ebull;
-  return int32_t(z >> 32) * (1.0 / 2147483648.0);
-}
-// The documented error of the approximations, as a share of the result.
-double moved(double value, double most) { return value * (1 + most * whim(value)); }
-inline bool subnormal(float x) { return x != 0 && std::abs(x) < std::numeric_limits<float>::min(); }
-inline float flush(float x) { return subnormal(x) ? std::copysign(0.f, x) : x; }
-
-template <bool ftz>
-struct Exp2 {
-  static float of(float a) {
-    if (ftz) a = flush(a);
-    if (a != a) return tidy(a);
-    if (a == 0) return 1;
-    if (std::isinf(a)) return a > 0 ? a : 0;
-    const float r = float(moved(std::exp2(double(a)), 0x1p-22));  // 2 units in the last place
-    return ftz ? flush(r) : r;
-  }
-};
-template <bool ftz>
-struct Log2 {
-  static float of(float a) {
-    if (ftz) a = flush(a);
-    if (a != a || a < 0) return tidy(std::numeric_limits<float>::quiet_NaN());
-    if (a == 0) return -std::numeric_limits<float>::infinity();
-    if (std::isinf(a) || a == 1) return a == 1 ? 0 : a;
-    const double right = std::log2(double(a));
-    const double u = whim(right);
-    const bool near_one = a >= 0.5f && a <= 2.f;  // an absolute error there, a relative one elsewhere
-    return float(near_one ? right + u * 0x1p-22 : right * (1 + u * 0x1p-22));
-  }
-};
-template <bool ftz>
-struct RcpApprox {
-  static float of(float a) {
-    if (ftz) a = flush(a);
-    if (a != a) return tidy(a);
-    if (a == 0 || std::isinf(a)) return 1 / a;
-    const float r = float(moved(1 / double(a), 0x1p-23));
-    return ftz ? flush(r) : r;
-  }
-};
-// Of the upper 32 bits alone, and no others in the result.
-struct RcpGross {
-  static double of(double a) {
-    uint64_t b;
-    memcpy(&b, &a, 8);
-    b &= 0xffffffff00000000ull;
-    memcpy(&a, &b, 8);
-    if (a != a) return std::numeric_limits<double>::quiet_NaN();
-    if (a == 0 || std::isinf(a)) return 1 / a;
-    double r = moved(1 / a, 0x1p-20);
-    if (std::abs(a) < std::numeric_limits<double>::min()) return std::copysign(INFINITY, a);
-    if (std::abs(r) < std::numeric_limits<double>::min()) r = std::copysign(0., a);
-    memcpy(&b, &r, 8);
-    b &= 0xffffffff00000000ull;
-    memcpy(&r, &b, 8);
-    return r;
-  }
-};
-template <bool ftz>
-struct SqrtApprox {
-  static float of(float a) {
-    if (ftz) a = flush(a);
-    if (a == 0 || std::isinf(a) || !(a > 0)) return tidy(std::sqrt(a));
-    return float(moved(std::sqrt(double(a)), 0x1p-23));
-  }
-};
-template <bool ftz>
-struct RsqrtApprox {
-  static float of(float a) {
-    if (ftz) a = flush(a);
-    if (a == 0) return 1 / a;
-    if (!(a > 0)) return tidy(std::numeric_limits<float>::quiet_NaN());
-    return std::isinf(a) ? 0 : float(moved(1 / std::sqrt(double(a)), 0x1.7p-23));
-  }
-};
-
-// --- comparisons, choices, predicates
-struct Eq {
-  template <class T>
-  static bool of(T a, T b) {
-    return a == b;
-  }
-};
-struct Ne {
-  template <class T>
-  static bool of(T a, T b) {
-    return a == a && b == b && a != b;
-  }
-};
-struct Lt {
-  template <class T>
-  static bool of(T a, T b) {
-    return a < b;
-  }
-};
-struct Le {
-  template <class T>
-  static bool of(T a, T b) {
-    return a <= b;
-  }
-};
-struct Gt {
-  template <class T>
-  static bool of(T a, T b) {
-    return a > b;
-  }
-};
-struct Ge {
-  template <class T>
-  static bool of(T a, T b) {
-    return a >= b;
-  }
-};
-template <class F>
-struct OrUnordered {
-  template <class T>
-  static bool of(T a, T b) {
-    return a != a || b != b || F::of(a, b);
-  }
-};
-struct BothNumbers {
-  template <class T>
-  static bool of(T a, T b) {
-    return a == a && b == b;
-  }
-};
-struct AnyNan {
-  template <class T>
-  static bool of(T a, T b) {
-    return a != a || b != b;
-  }
-};
-
-inline void put_predicate(Warp& w, int p, uint32_t value, uint32_t m, uint32_t known) {
-  w.pred[p] = (w.pred[p] & ~m) | (value & m);
-  w.pred_defined[p] = (w.pred_defined[p] & ~m) | (known & m);
-}
-
-template <class T, class F>
-Step compare(Warp& w, Inst& in, uint32_t m) {
-  const T *a = w.r<T>(in.a), *b = w.r<T>(in.b);
-  uint32_t out = 0;
-  for (int i = 0; i < kLanes; ++i) out |= uint32_t(F::of(a[i], b[i])) << i;
-  put_predicate(w, in.d, out, m, w.defined[in.a] & w.defined[in.b]);
-  return Step::done;
-}
-template <class T>
-Step choose(Warp& w, Inst& in, uint32_t m) {
-  T out[kLanes];
-  const T *a = w.r<T>(in.a), *b = w.r<T>(in.b);
-  const uint32_t p = w.pred[in.c];
-  for (int i = 0; i < kLanes; ++i) out[i] = (p >> i) & 1 ? a[i] : b[i];
-  put(w.r<T>(in.d), out, m);
-  w.define(in.d, m, ((w.defined[in.a] & p) | (w.defined[in.b] & ~p)) & w.pred_defined[in.c]);
-  return Step::done;
-}
-template <class F>
-Step of_predicates(Warp& w, Inst& in, uint32_t m) {
-  const uint32_t a = w.pred[in.a], b = w.pred[in.b];
-  uint32_t known = w.pred_defined[in.a] & w.pred_defined[in.b];
-  if (std::is_same_v<F, And>) known |= (w.pred_defined[in.a] & ~a) | (w.pred_defined[in.b] & ~b);
-  if (std::is_same_v<F, Or>) known |= (w.pred_defined[in.a] & a) | (w.pred_defined[in.b] & b);
-  put_predicate(w, in.d, F::of(a, b), m, known);
-  return Step::done;
-}
-Step not_predicate(Warp& w, Inst& in, uint32_t m) {
-  put_predicate(w, in.d, ~w.pred[in.a], m, w.pred_defined[in.a]);
-  return Step::done;
-}
-Step move_predicate(Warp& w, Inst& in, uint32_t m) {
-  put_predicate(w, in.d, w.pred[in.a], m, w.pred_defined[in.a]);
-  return Step::done;
-}
-
 template <class T>
 Step insert_field(Warp& w, Inst& in, uint32_t m) {
   T out[kLanes];
@@ -461,25 +267,6 @@ void floats(const char* type, char width) {
   each<T, CopySign>("copysign", type, width);
 }
 template <class T>
-void comparisons(const std::string& type, const char* shape) {
-  on("setp.eq" + type, shape, compare<T, Eq>);
-  on("setp.ne" + type, shape, compare<T, Ne>);
-  on("setp.lt" + type, shape, compare<T, Lt>);
-  on("setp.le" + type, shape, compare<T, Le>);
-  on("setp.gt" + type, shape, compare<T, Gt>);
-  on("setp.ge" + type, shape, compare<T, Ge>);
-  if constexpr (std::is_floating_point_v<T>) {
-    on("setp.equ" + type, shape, compare<T, OrUnordered<Eq>>);
-    on("setp.neu" + type, shape, compare<T, OrUnordered<Ne>>);
-    on("setp.ltu" + type, shape, compare<T, OrUnordered<Lt>>);
-    on("setp.leu" + type, shape, compare<T, OrUnordered<Le>>);
-    on("setp.gtu" + type, shape, compare<T, OrUnordered<Gt>>);
-    on("setp.geu" + type, shape, compare<T, OrUnordered<Ge>>);
-    on("setp.num" + type, shape, compare<T, BothNumbers>);
-    on("setp.nan" + type, shape, compare<T, AnyNan>);
-  }
-}
-template <class T>
 void logic(const std::string& type, const char* two, const char* one) {
   on("and" + type, two, binary<T, T, T, And>);
   on("or" + type, two, binary<T, T, T, Or>);
@@ -525,17 +312,6 @@ void scalar_handlers() {
   on("sqrt.rn.f64", "dd", unary<double, double, Sqrt>);
   on("rcp.rn.f32", "ww", unary<float, float, Reciprocal>);
   on("rcp.rn.f64", "dd", unary<double, double, Reciprocal>);
-  on("ex2.approx.f32", "ww", unary<float, float, Exp2<false>>);
-  on("ex2.approx.ftz.f32", "ww", unary<float, float, Exp2<true>>);
-  on("lg2.approx.f32", "ww", unary<float, float, Log2<false>>);
-  on("lg2.approx.ftz.f32", "ww", unary<float, float, Log2<true>>);
-  on("rcp.approx.f32", "ww", unary<float, float, RcpApprox<false>>);
-  on("rcp.approx.ftz.f32", "ww", unary<float, float, RcpApprox<true>>);
-  on("rcp.approx.ftz.f64", "dd", unary<double, double, RcpGross>);
-  on("sqrt.approx.f32", "ww", unary<float, float, SqrtApprox<false>>);
-  on("sqrt.approx.ftz.f32", "ww", unary<float, float, SqrtApprox<true>>);
-  on("rsqrt.approx.f32", "ww", unary<float, float, RsqrtApprox<false>>);
-  on("rsqrt.approx.ftz.f32", "ww", unary<float, float, RsqrtApprox<true>>);
   logic<uint16_t>(".b16", "hhh", "hh");
   logic<uint32_t>(".b32", "www", "ww");
   logic<uint64_t>(".b64", "ddd", "dd");
@@ -567,25 +343,6 @@ void scalar_handlers() {
   };
   field("bfi.b32", 'w', insert_field<uint32_t>);
   field("bfi.b64", 'd', insert_field<uint64_t>);
-  comparisons<int16_t>(".s16", "phh");
-  comparisons<uint16_t>(".u16", "phh");
-  comparisons<uint16_t>(".b16", "phh");
-  comparisons<int32_t>(".s32", "pww");
-  comparisons<uint32_t>(".u32", "pww");
-  comparisons<uint32_t>(".b32", "pww");
-  comparisons<int64_t>(".s64", "pdd");
-  comparisons<uint64_t>(".u64", "pdd");
-  comparisons<uint64_t>(".b64", "pdd");
-  comparisons<float>(".f32", "pww");
-  comparisons<double>(".f64", "pdd");
-  for (const char* t : {".b32", ".f32", ".u32", ".s32"}) on(std::string("selp") + t, "wwwp", choose<uint32_t>);
-  for (const char* t : {".b64", ".f64", ".u64", ".s64"}) on(std::string("selp") + t, "dddp", choose<uint64_t>);
-  for (const char* t : {".b16", ".u16", ".s16"}) on(std::string("selp") + t, "hhhp", choose<uint16_t>);
-  on("and.pred", "ppp", of_predicates<And>);
-  on("or.pred", "ppp", of_predicates<Or>);
-  on("xor.pred", "ppp", of_predicates<Xor>);
-  on("not.pred", "pp", not_predicate);
-  on("mov.pred", "pp", move_predicate);
 }
 
 }  // namespace software_gpu

@@ -76,7 +76,9 @@ def towards_zero(x: Fraction) -> float:
 
 
 def each(function, dtype):
-    return lambda *arrays: np.array([function(*(float(v) for v in values)) for values in zip(*arrays, strict=True)], dtype)
+    return lambda *arrays: np.array(
+        [function(*(float(v) for v in values)) for values in zip(*arrays, strict=True)], dtype
+    )
 
 
 def _fma(dtype):
