@@ -25,6 +25,15 @@ def test_kernels_against_float64(cuda_device, poisoned, function, arguments, opt
     function(cuda_device, *arguments, **options)
 
 
+def test_the_problems_reach_every_kernel(software_gpu):
+    every = set(software_gpu.report()[0])
+    for function, arguments, options in problems.KERNELS:  # none, where they have just run
+        if every <= set(software_gpu.launches()):
+            break
+        function(software_gpu, *arguments, **options)
+    assert every <= set(software_gpu.launches())
+
+
 @pytest.mark.parametrize("seed", [0, 3])
 def test_random_losses_against_float64(cuda_device, seed):
     problems.losses(cuda_device, seed)

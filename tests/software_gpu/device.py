@@ -76,7 +76,7 @@ class Device:
             function.restype, function.argtypes = result, arguments
 
     def seed(self, order: int, rounding: int = 0) -> None:
-        """From now on: the order of warps and the moments of what is asynchronous; the bits that the ISA leaves open."""
+        """Of the order of warps and the moments of what is asynchronous; of the bits that the ISA leaves open."""
         self.lib.software_gpu_seed(order, rounding)
 
     def fault(self) -> Fault | None:

@@ -1,7 +1,7 @@
 """Tiny PTX programs for what is no scalar arithmetic: memory, warps, barriers, bulk copies, matrix products.
 
-Each is a function of the device that asserts and returns the forms it has run; expected values are worked out here, from
-the PTX ISA's tables.
+Each is a function of the device that asserts and returns the forms it has run; expected values are worked out here,
+from the PTX ISA's tables.
 """
 
 import ctypes
@@ -97,7 +97,8 @@ selp.u32 %y, 1, 0, %p; st.global.u32 [%z+4], %y;"""
 def votes(device: Device) -> set[str]:
     body = """.reg .b32 %x, %y; .reg .pred %p, %q; .reg .b64 %z; and.b32 %x, %t, 5; setp.eq.s32 %p, %x, 4;
 vote.sync.ballot.b32 %y, %p, -1; add.s64 %z, %a0, %o; st.global.u32 [%z], %y;
-mov.u32 %x, 0; elect.sync %y|%q, -1; @%q mov.s32 %x, 1; shl.b32 %x, %x, 8; or.b32 %x, %x, %y; st.global.u32 [%z+4], %x;"""
+mov.u32 %x, 0; elect.sync %y|%q, -1; @%q mov.s32 %x, 1; shl.b32 %x, %x, 8; or.b32 %x, %x, %y;
+st.global.u32 [%z+4], %x;"""
     out = torch.zeros(64, dtype=torch.int32)
     device.run(program(body, 1), "k", [out])
     votes, elected = out.numpy().view(np.uint32).reshape(32, 2).T
@@ -109,7 +110,8 @@ mov.u32 %x, 0; elect.sync %y|%q, -1; @%q mov.s32 %x, 1; shl.b32 %x, %x, 8; or.b3
 
 def branches(device: Device) -> set[str]:
     """Loops of another length in every lane (Collatz), early exits, labels in their scopes."""
-    body = """.reg .b32 %n, %i, %x; .reg .pred %p, %q; .reg .b64 %z; add.s64 %z, %a0, %o; add.s32 %n, %t, 1; mov.u32 %i, 0;
+    body = """.reg .b32 %n, %i, %x; .reg .pred %p, %q; .reg .b64 %z; add.s64 %z, %a0, %o; add.s32 %n, %t, 1;
+mov.u32 %i, 0;
 LOOP: setp.eq.s32 %p, %n, 1; @%p bra END; add.s32 %i, %i, 1; and.b32 %x, %n, 1; setp.eq.s32 %q, %x, 0; @%q bra EVEN;
 { mad.lo.s32 %n, %n, 3, 1; bra.uni END; END: } bra.uni LOOP;
 EVEN: shr.u32 %n, %n, 1; bra LOOP;
@@ -126,8 +128,8 @@ END: st.global.u32 [%z], %i; setp.gt.u32 %p, %t, 9; @%p ret; st.global.u32 [%z+4
 
 def barriers(device: Device) -> set[str]:
     """A value goes round all warps; then two barriers of half the warps each."""
-    body = """.shared .align 4 .b8 room[1024]; .reg .b32 %s, %x, %y, %b; .reg .b64 %z; shl.b32 %s, %t, 2; mov.u32 %x, room;
-add.s32 %s, %s, %x; mul.lo.s32 %y, %t, 7; st.shared.u32 [%s], %y; bar.sync 0;
+    body = """.shared .align 4 .b8 room[1024]; .reg .b32 %s, %x, %y, %b; .reg .b64 %z; shl.b32 %s, %t, 2;
+mov.u32 %x, room; add.s32 %s, %s, %x; mul.lo.s32 %y, %t, 7; st.shared.u32 [%s], %y; bar.sync 0;
 add.s32 %y, %t, 33; and.b32 %y, %y, 127; shl.b32 %y, %y, 2; add.s32 %y, %y, %x; ld.shared.u32 %y, [%y];
 add.s64 %z, %a0, %o; st.global.u32 [%z], %y; shr.u32 %b, %t, 6; add.s32 %b, %b, 1; bar.sync %b, 64;
 st.shared.u32 [%s+512], %t; bar.sync %b, 64; xor.b32 %y, %t, 32; shl.b32 %y, %y, 2; add.s32 %y, %y, %x;
@@ -153,10 +155,11 @@ ON: add.s64 %z, %a0, %o; st.global.u32 [%z], %w;"""
 
 def stored_matrix(device: Device) -> set[str]:
     """Matrix i, row r at 16 (8 i + r); lane l's register i holds the elements 2 (l mod 4) and one more of row l / 4."""
-    body = """.shared .align 16 .b8 room[512]; .reg .b32 %s, %x, %v<4>; .reg .b64 %z; mov.u32 %x, room; shl.b32 %s, %t, 4;
-add.s32 %s, %s, %x; mov.u32 %v0, %t; add.s32 %v1, %t, 65536; add.s32 %v2, %t, 131072; add.s32 %v3, %t, 196608;
-stmatrix.sync.aligned.x4.m8n8.shared.b16 [%s], {%v0, %v1, %v2, %v3}; bar.sync 0; add.s64 %z, %a0, %o; add.s64 %z, %z, %o;
-ld.shared.v4.f32 {%v0, %v1, %v2, %v3}, [%s]; st.global.v4.f32 [%z], {%v0, %v1, %v2, %v3};"""
+    body = """.shared .align 16 .b8 room[512]; .reg .b32 %s, %x, %v<4>; .reg .b64 %z; mov.u32 %x, room;
+shl.b32 %s, %t, 4; add.s32 %s, %s, %x; mov.u32 %v0, %t; add.s32 %v1, %t, 65536; add.s32 %v2, %t, 131072; add.s32 %v3, %t, 196608;
+stmatrix.sync.aligned.x4.m8n8.shared.b16 [%s], {%v0, %v1, %v2, %v3}; bar.sync 0; add.s64 %z, %a0, %o;
+add.s64 %z, %z, %o; ld.shared.v4.f32 {%v0, %v1, %v2, %v3}, [%s];
+st.global.v4.f32 [%z], {%v0, %v1, %v2, %v3};"""
     out = torch.zeros(128, dtype=torch.int32)
     device.run(program(body, 1), "k", [out])
     for i, r, piece in itertools.product(range(4), range(8), range(4)):
@@ -177,7 +180,8 @@ def tensor_map(device: Device, tensor: torch.Tensor, box: tuple, swizzle: int) -
     return room.raw
 
 
-WAIT = """{{ .reg .pred q; LAB: mbarrier.try_wait.parity.shared::cta.b64 q, [{0}], {1}, 1000; @q bra OUT; bra LAB; OUT: }}"""
+WAIT = """{{ .reg .pred q; LAB: mbarrier.try_wait.parity.shared::cta.b64 q, [{0}], {1}, 1000;
+@q bra OUT; bra LAB; OUT: }}"""
 LOADS = "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 
@@ -200,7 +204,8 @@ mbarrier.arrive.expect_tx.shared::cta.b64 _, [%b], {size};
 {LOADS}.L2::cache_hint [%r], [%m, {{8, 3, 0}}], [%b], 0;
 READY: bar.sync 0; {WAIT.format("%b", 0)}
 mov.u32 %x, 0;
-NEXT: shl.b32 %s, %t, 2; add.s32 %s, %s, %x; setp.ge.s32 %l, %s, {size}; @%l bra DONE; cvt.s64.s32 %o, %s; add.s64 %o, %o, %p;
+NEXT: shl.b32 %s, %t, 2; add.s32 %s, %s, %x; setp.ge.s32 %l, %s, {size}; @%l bra DONE; cvt.s64.s32 %o, %s;
+add.s64 %o, %o, %p;
 add.s32 %s, %s, %r; {{ .reg .b32 v; ld.shared.u32 v, [%s]; st.global.u32 [%o], v; st.shared.u32 [%s], v; }}
 add.s32 %x, %x, 128; bra NEXT;
 DONE: fence.proxy.async.shared::cta; bar.sync 0; @%e bra END;
@@ -266,7 +271,8 @@ def products(device: Device) -> set[str]:
         accumulators = ", ".join(f"%d{i}" for i in range(128))
         steps = ""
         for step in range(4):
-            steps += f"""{{ .reg .pred p; setp.ne.b32 p, {step}, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32.{name}.{name}
+            steps += f"""{{ .reg .pred p; setp.ne.b32 p, {step}, 0;
+wgmma.mma_async.sync.aligned.m64n256k16.f32.{name}.{name}
 {{{accumulators}}}, %x, %y, p, 1, 1, 0, 0; }} add.s64 %x, %x, 2; add.s64 %y, %y, 2;\n"""
         keeps = "".join(f"st.global.f32 [%o+{4 * i}], %d{i};\n" for i in range(128))
         text = f"""{TEXT}.extern .shared .align 16 .b8 room[];

@@ -13,7 +13,7 @@ TYPES = {
 }  # fmt: skip
 WIDTH = {1: "p", 2: "h", 4: "w", 8: "d"}
 SPECIAL = {
-    np.float32: [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 1.1754944e-38, 3.4028235e38, 0.5, 1.5, 2.5],
+    np.float32: [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 1.1754944e-38, 3.4028235e38, 0.5, 2.5],
     np.float64: [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 5e-324, -1e-310, 2.2250738585072014e-308, 1.7e308, 0.5],
 }  # fmt: skip
 
@@ -254,9 +254,9 @@ def _table():
     yield Scalar("ex2.approx.ftz.f32", "f32", ("f32",), _flushed(np.exp2), 2**-21)
     yield Scalar("rcp.approx.ftz.f32", "f32", ("f32",), _flushed(lambda x: 1 / x), 2**-22)
     yield Scalar("rcp.approx.ftz.f64", "f64", ("f64",), _upper_reciprocal, 2**-18)
-    for name, integer, of in (("eq", True, np.equal), ("ne", True, np.not_equal), ("lt", True, np.less),
-                              ("le", True, np.less_equal), ("gt", True, np.greater), ("ge", True, np.greater_equal)):  # fmt: skip
-        for t in (*integers, "b16", "b32", "b64") if integer else ():
+    comparisons = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater}
+    for name, of in (*comparisons.items(), ("ge", np.greater_equal)):
+        for t in (*integers, "b16", "b32", "b64"):
             if t[0] != "b" or name in ("eq", "ne"):
                 yield Scalar(f"setp.{name}.{t}", "pred", (t, t), of)
         for t in ("f32", "f64"):
