@@ -156,7 +156,8 @@ ON: add.s64 %z, %a0, %o; st.global.u32 [%z], %w;"""
 def stored_matrix(device: Device) -> set[str]:
     """Matrix i, row r at 16 (8 i + r); lane l's register i holds the elements 2 (l mod 4) and one more of row l / 4."""
     body = """.shared .align 16 .b8 room[512]; .reg .b32 %s, %x, %v<4>; .reg .b64 %z; mov.u32 %x, room;
-shl.b32 %s, %t, 4; add.s32 %s, %s, %x; mov.u32 %v0, %t; add.s32 %v1, %t, 65536; add.s32 %v2, %t, 131072; add.s32 %v3, %t, 196608;
+shl.b32 %s, %t, 4; add.s32 %s, %s, %x; mov.u32 %v0, %t; add.s32 %v1, %t, 65536; add.s32 %v2, %t, 131072;
+add.s32 %v3, %t, 196608;
 stmatrix.sync.aligned.x4.m8n8.shared.b16 [%s], {%v0, %v1, %v2, %v3}; bar.sync 0; add.s64 %z, %a0, %o;
 add.s64 %z, %z, %o; ld.shared.v4.f32 {%v0, %v1, %v2, %v3}, [%s];
 st.global.v4.f32 [%z], {%v0, %v1, %v2, %v3};"""
