@@ -174,7 +174,7 @@ def sigmoid_elements(device, n, m, d, dtype):
     elements_near(ds[:, :m], truth, 2 ** (-8 if dtype == torch.bfloat16 else -10))
     for found, values in zip(sums, (-torch.nn.functional.logsigmoid(u), truth, truth * t), strict=True):
         assert float((found - values.sum(1)).abs().max()) < 1e-5 * float(values.abs().sum(1).max())
-    return [sums, ds]
+    return [sums, ds[:, :m]]
 
 
 # --- the other kernels
@@ -277,6 +277,7 @@ def wide_divisions(device):
         expected = on_cpu(name, *arguments)
         with device.mistake((kernel, "-4294967296;", "-1;")):
             assert torch.equal(device.call(name, *arguments), expected)
+    return [expected]
 
 
 def nearest_rows(device, q, g, d, dtype):
