@@ -231,9 +231,10 @@ class RealDevice:
 
 
 def operators() -> list[str]:
-    """gapkern's, as registered."""
+    """gapkern's that take tensors."""
     names = [name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gapkern::")]
-    return sorted(name for name in names if "." not in name)
+    schemas = {name: getattr(torch.ops.gapkern, name).default._schema for name in names if "." not in name}
+    return sorted(name for name, schema in schemas.items() if any("Tensor" in str(a.type) for a in schema.arguments))
 
 
 @contextlib.contextmanager

@@ -81,14 +81,20 @@ def _mistakes():
         "a barrier for some lanes",
         "divergent barrier",
         COLUMN_SUM,
-        (r"bar\.sync 0;", "{ .reg .pred q; setp.lt.u32 q, %r3, 7; @q bar.sync 0; }"),
+        (
+            r"bar\.sync 0;",
+            "{ .reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 31; setp.lt.u32 q, t, 7; @q bar.sync 0; }",
+        ),
         problem=column_sum,
     )
     yield of(
         "a barrier for some warps",
         "divergent barrier",
         COLUMN_SUM,
-        (r"bar\.sync 0;", "{ .reg .pred q; setp.lt.u32 q, %r1, 3; @q bar.sync 0; }"),
+        (
+            r"bar\.sync 0;",
+            "{ .reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 5; setp.lt.u32 q, t, 3; @q bar.sync 0; }",
+        ),
         problem=column_sum,
     )
     yield of(
@@ -102,7 +108,11 @@ def _mistakes():
         "threads that leave before a barrier",
         "divergent barrier",
         COLUMN_SUM,
-        (r"bar\.sync 0;", "{ .reg .pred q; setp.eq.u32 q, %r1, 5; @q ret; } bar.sync 0;"),
+        (
+            r"bar\.sync 0;",
+            "{ .reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 5; "
+            "setp.eq.u32 q, t, 5; @q ret; } bar.sync 0;",
+        ),
         problem=column_sum,
     )
     yield of(

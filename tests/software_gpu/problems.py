@@ -191,15 +191,17 @@ def steps_between_products(device, n, m, dtype, squared):
     scale, offset = torch.tensor(30.0, dtype=work), 2
     t = 2 * products - norms[0][:, None] - norms[1] if squared else products
     s = (t.double() * 30).requires_grad_()
-    row, col = s.logsumexp(1), s.logsumexp(0)
-    found = device.call("contrastive_chunk_lse", products, *norms, scale)
+    rows = torch.arange(max(0, min(n, m - offset)))
+    at_label = torch.zeros(n, m, dtype=torch.bool)
+    at_label[rows, rows + offset] = True
+    others = s.masked_fill(at_label, -math.inf)
+    row, col = others.logsumexp(1), others.logsumexp(0)
+    found = device.call("contrastive_chunk_lse", products, *norms, scale, offset)
     for ours, truth in zip(found, (row, col), strict=True):
         assert_near(ours, truth.detach(), 1e-13 if work == torch.float64 else 2e-6)
     weights = draw(n), draw(m), draw(n)
-    rows = torch.arange(max(0, min(n, m - offset)))
-    total = row @ weights[0].double() + col @ weights[1].double()
-    total = total + s[rows, rows + offset] @ weights[2][rows].double()
-    (truth,) = torch.autograd.grad(total, s)
+    (truth,) = torch.autograd.grad(row @ weights[0].double() + col @ weights[1].double(), s)
+    truth[rows, rows + offset] = weights[2][rows].double()
     row, col = (v.detach() / math.log(2) for v in (row, col))
     like = products.to(dtype)
     ds, of_scale, row_sums, col_sums = device.call(
@@ -311,6 +313,18 @@ def exact(device, gallery, dims, dtype):
     return found
 
 
+def exact_inner(device, gallery, dtype):
+    generator = torch.Generator().manual_seed(gallery)
+    scores = torch.randn(3, gallery, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(-1, gallery, (3, 2), generator=generator)
+    targets[:, 0] = scores.argmax(1)
+    deviations = torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64)
+    arguments = ("robustness_exact_inner", scores, targets, deviations)
+    found = device.call(*arguments)
+    assert float((found - on_cpu(*arguments)).abs().max()) < 2e-5
+    return [found]
+
+
 def _kernels():
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     kept = 2**32
@@ -347,6 +361,8 @@ def _kernels():
         (f32, torch.float64), ((1, 3), (7, 64), (300, 512), (900, 16), (1500, 4096))
     ):
         yield exact, (gallery, dims, dtype), {}
+    for dtype, gallery in itertools.product((f32, torch.float64), (1, 7, 900)):
+        yield exact_inner, (gallery, dtype), {}
 
 
 KERNELS = list(_kernels())

@@ -245,6 +245,7 @@ int cudaGetLastError() {
 }
 const char* cudaGetErrorString(int code) {
   static std::string text;
+  if (code != kSuccess) device.pending_fault.clear();  // the host has noticed
   text = code == kSuccess ? "no error" : "software GPU: " + device.last_fault;
   return text.c_str();
 }
@@ -252,6 +253,7 @@ int cudaGetDevice(int* device_index) {
   *device_index = 0;
   return 0;
 }
+int cudaSetDevice(int device_index) { return device_index == 0 ? kSuccess : kInvalidDevice; }
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   switch (attribute) {
     case 16:

@@ -40,6 +40,7 @@ enum : int {
   kInvalidValue = 1,
   kInvalidConfiguration = 9,
   kNoKernel = 98,
+  kInvalidDevice = 101,
   kLaunchFailure = 719,
   kNotSupported = 801
 };
