@@ -68,3 +68,9 @@ target_compile_definitions(torch_stable_cuda INTERFACE USE_CUDA NDEBUG)
 target_compile_options(torch_stable_cuda INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-O3>)
 list(JOIN architectures " " architectures_text)
 message(STATUS "gapkern: building with CUDA ${CUDAToolkit_VERSION} for ${architectures_text}")
+
+# PTX as LZ4, which tests/software_gpu unpacks; older compilers know no other.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+  set(GAPKERN_CUDA_COMPRESSION --compress-mode=speed)
+  target_compile_options(torch_stable_cuda INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:${GAPKERN_CUDA_COMPRESSION}>)
+endif()

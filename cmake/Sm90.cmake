@@ -27,11 +27,11 @@ endif()
 
 add_library(gapkern_sm90 OBJECT csrc/contrastive/sm90_forward.cu csrc/contrastive/sm90_gradient.cu
             csrc/contrastive/sm90_sigmoid.cu)
-set_target_properties(gapkern_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+set_target_properties(gapkern_sm90 PROPERTIES CUDA_ARCHITECTURES "90a-real;90a-virtual")
 target_include_directories(gapkern_sm90 PRIVATE csrc)
 target_include_directories(gapkern_sm90 SYSTEM PRIVATE "${cutlass_source}/include" "${cutlass_source}/tools/util/include")
 target_compile_definitions(gapkern_sm90 PRIVATE NDEBUG)
-target_compile_options(gapkern_sm90 PRIVATE -O3 --expt-relaxed-constexpr)
+target_compile_options(gapkern_sm90 PRIVATE -O3 --expt-relaxed-constexpr ${GAPKERN_CUDA_COMPRESSION})
 # ptxas calls it mere information when it serialises the tensor cores' instructions.
 set_target_properties(gapkern_sm90 PROPERTIES CUDA_COMPILER_LAUNCHER
                       "${Python_EXECUTABLE};${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_gate.py")

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.software_gpu.fixture import cuda_device, software_gpu, software_machine  # noqa: F401
+
 ROOT = Path(__file__).resolve().parent.parent
 
 if "OMP_NUM_THREADS" not in os.environ:

@@ -190,6 +190,7 @@ def test_doctor_is_well(capsys):
     assert status == 0
     assert "FAILED" not in out
     assert "Philox bits" in out
+    assert "executed   every CUDA kernel, instruction by instruction in emulation" in out
     status, out, _ = run(capsys, "doctor", "--json")
     assert json.loads(out)["healthy"] is True
 

@@ -4,6 +4,11 @@ import sys
 
 from gapkern.cli import common
 
+# What the project's tests have run the CUDA kernels on (tests/software_gpu).
+_EXECUTED = (
+    "every CUDA kernel, instruction by instruction in emulation, with memory and race checking; on a GPU: none yet"
+)
+
 
 def add(verbs) -> None:
     parser = verbs.add_parser(
@@ -34,6 +39,7 @@ def examine() -> dict:
         "kernels": _core.active_isa(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "compiled": hopper.compiled(),
+        "executed": _EXECUTED,
         "contrastive": hopper.in_use(),
         "libraries": libraries,
         "build": _core.build_facts(),
@@ -56,6 +62,7 @@ def run(arguments) -> int:
         print(f"library    {'loaded ' if library['loaded'] else 'absent '} {library['name']}: {library['detail']}")
     kernels = {"chunked": "every device (chunked)", "sm90": "Hopper (sm90)"}
     print("compiled   CUDA kernels for " + (", ".join(kernels[name] for name in found["compiled"]) or "no device"))
+    print(f"executed   {found['executed']}")
     for check in found["checks"]:
         print(f"check      {'passed ' if check['passed'] else 'FAILED '} {check['name']}: {check['detail']}")
     if not found["healthy"]:

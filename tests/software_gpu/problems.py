@@ -1,0 +1,415 @@
+"""Problems that reach every CUDA kernel, each against float64: what the device runs, in tests and by itself.
+
+A problem is a function of the device; it asserts. `KERNELS` reach every kernel once, on small shapes with ragged edges;
+`losses` are random ones end to end.
+"""
+
+import itertools
+import math
+
+import torch
+
+from gapkern import contrastive_loss, sigmoid_loss
+from gapkern.ops import hopper
+from gapkern.ops.contrastive import lse_pair, sigmoid_sum
+from gapkern.reference import contrastive as reference
+from gapkern.reference import meanshift as meanshift_reference
+from gapkern.reference import robustness as robustness_reference
+from gapkern.testing import assert_near, assert_three_way
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# What rounding dS and the results once costs; statistics are never rounded.
+ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-3}
+NAMES = ("row_lse", "col_lse", "positive", "grad_images", "grad_texts", "grad_logit_scale")
+
+
+def on_cpu(name, *arguments):
+    return getattr(torch.ops.gapkern, name)(*arguments)
+
+
+def pair(n, m, d, dtype, size=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (n, m))
+    y[:n] += x[: len(y[:n])]
+    return [(size * v / v.norm(dim=1, keepdim=True)).to(dtype) for v in (x, y)]
+
+
+def seen_by_products(*values):
+    return [v.bfloat16().float() if v.dtype == torch.float32 else v for v in values]
+
+
+# --- the Hopper path
+
+
+def softmax_statistics(device, n, m, d, dtype, work_bytes=0, size=1.0, scale=14.3, offset=0, precision="medium"):
+    """lse_pair and all its gradients."""
+    x, y = pair(n, m, d, dtype, size)
+    scale = torch.tensor(scale)
+
+    def run(function, images, texts, s, **options):
+        inputs = [t.detach().clone().requires_grad_() for t in (images, texts, s)]
+        statistics = function(*inputs, label_offset=offset, **options)
+        total = 0
+        for v, w in zip(statistics, (1.0, -0.7, -1.3), strict=True):
+            weight = torch.linspace(0.5, 1.5, len(v), dtype=torch.float64) * w / len(v)
+            if w == -0.7:
+                weight[::3] = 0
+            total = total + (v.double() * weight).sum()
+        return [*(v.detach() for v in statistics), *torch.autograd.grad(total, inputs)]
+
+    with device.in_place_of_the_cpu():
+        ours = run(lse_pair, x, y, scale, precision=precision, work_bytes=work_bytes)
+    seen = seen_by_products(x, y)
+    truth = run(reference.lse_pair, *(v.double() for v in seen), scale.double())
+    single = run(reference.lse_pair, *(v.float() for v in seen), scale)
+    for name, a, b, c in zip(NAMES, ours, single, truth, strict=True):
+        margin = ROUNDING[dtype] if name.startswith("grad") else 5e-6
+        assert_three_way(a.reshape(c.shape), b, c, margin * (10 if name == NAMES[-1] else 1), name=name)
+    return ours
+
+
+def sigmoid(device, n, m, d, dtype, offset=0):
+    x, y = pair(n, m, d, dtype)
+    scale, bias = torch.tensor(14.3), torch.tensor(-6.0)
+    inputs = [t.detach().clone().requires_grad_() for t in (x, y, scale, bias)]
+    with device.in_place_of_the_cpu():
+        loss = sigmoid_sum(*inputs, label_offset=offset, precision="medium")
+        found = [loss.detach(), *(g.float() for g in torch.autograd.grad(loss, inputs))]
+    inputs = [t.detach().double().requires_grad_() for t in (*seen_by_products(x, y), scale, bias)]
+    truth = reference.sigmoid_sum(*inputs, label_offset=offset)
+    gradients = torch.autograd.grad(truth, inputs)
+    size = float(truth.detach())
+    assert_near(found[0], truth.detach(), 2e-5, name="loss")
+    for a, b in zip(found[1:3], gradients, strict=False):
+        assert_near(a, b, ROUNDING[dtype])
+    for a, b in zip(found[3:], gradients[2:], strict=True):
+        assert abs(float(a) - float(b)) <= 2e-5 * (size + abs(float(b)))
+    return found
+
+
+def float16_gradients_of_kept(device):
+    """What float16 embeddings never ask of gapkern/ops/hopper.py: gradients of kept exponentials."""
+    n, m, d = 65, 90, 16
+    x, y = pair(n, m, d, torch.float16)
+    scale, control = torch.tensor(5.0), hopper._shift(torch.ones(n), torch.ones(m), torch.tensor(5.0))
+    kept = torch.zeros(n, 96, dtype=torch.bfloat16)
+    logits = 5.0 * (x.double() @ y.double().T)
+    kept[:, :m] = torch.exp2(control[0] * (x.float() @ y.float().T) + control[1])
+    row, col = (logits.logsumexp(i) / math.log(2) for i in (1, 0))
+    grads = [torch.full((k,), 0.5, dtype=torch.float64) for k in (n, m, n)]
+    for apart in (0.0, 1.0):
+        positive = torch.linalg.vecdot(x.double(), y[:n].double())
+        if apart:
+            weights = [(g.log2() - v).float() for g, v in ((grads[0], row), (grads[1], col))]
+            weights = [(w.view(torch.int32) & ~1).view(torch.float32) for w in weights]  # the last bit is the sign
+        else:
+            weights = [
+                (g * torch.exp2(-v - control[1].double())).float() for g, v in ((grads[0], row), (grads[1], col))
+            ]
+        arguments = (x, y, scale, control, torch.tensor([apart]), *weights, kept, positive, row, col, *grads, 0)
+        ds = device.call("contrastive_sm90_gradient", *arguments)[:, :m]
+        truth = 0.5 * (logits.softmax(1) + logits.softmax(0))
+        truth[torch.arange(n), torch.arange(n)] += 0.5
+        assert_near(ds, truth, 5e-3)
+    return [ds]
+
+
+def elements_near(found, truth, epsilon, scale=1.0):
+    """Each element apart, where a norm would not see one register of a fragment."""
+    least = 1e-6 * float(truth.abs().max()) * scale
+    off = (found.double() - truth).abs() > epsilon * truth.abs() + least
+    assert not off.any(), f"{int(off.sum())} elements, first at {off.nonzero()[0].tolist()}"
+
+
+def gradient_elements(device, n, m, d, dtype, keep, apart=False):
+    """dS of the softmax losses, element by element, from weights of one size."""
+    x, y = pair(n, m, d, dtype)
+    scale, norms = torch.tensor(3.0), [torch.ones(n), torch.ones(m)]
+    control = device.call("contrastive_sm90_shift", *norms, scale)
+    kept = torch.zeros(n if keep else 0, -(-m // 8) * 8, dtype=torch.bfloat16)
+    sums = device.call("contrastive_sm90_sums", x, y, control, kept)
+    logits = 3.0 * (x.double() @ y.double().T)
+    row, col = device.call("contrastive_sm90_lse", *sums, x, y, control)
+    assert_near(row, logits.logsumexp(1), 2e-6)
+    assert_near(col, logits.logsumexp(0), 2e-6)
+    positive = device.call("contrastive_sm90_positive", x, y, 0)
+    elements_near(3 * positive, logits.diagonal(), 1e-5)
+    grads = [1 + torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (n, m, n)]
+    grads[1] *= m / n
+    if apart:
+        grads[0][0] = 1e-70  # its weight leaves float32
+    row2, col2 = row / math.log(2), col / math.log(2)
+    weights = device.call("contrastive_sm90_weights", row2, col2, *grads[:2], control)
+    assert bool(weights[2]) == apart
+    ds = device.call(
+        "contrastive_sm90_gradient",
+        x,
+        y,
+        scale,
+        control,
+        weights[2],
+        *weights[:2],
+        kept,
+        positive,
+        row2,
+        col2,
+        *grads,
+        0,
+    )[:, :m]
+    truth = grads[0][:, None] * (logits - row[:, None]).exp() + grads[1] * (logits - col).exp()
+    truth[torch.arange(n), torch.arange(n)] += grads[2]
+    elements_near(ds, truth, 2**-7 if keep else 2 ** (-8 if dtype == torch.bfloat16 else -10))
+    return [ds]
+
+
+def sigmoid_elements(device, n, m, d, dtype):
+    x, y = pair(n, m, d, dtype)
+    scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
+    numbers = [torch.arange(k, dtype=torch.float32) for k in (n, m)]
+    sums, ds = device.call("contrastive_sm90_sigmoid", x, y, scale, bias, *numbers)
+    t = x.double() @ y.double().T
+    z = torch.where(numbers[0][:, None] == numbers[1], 1.0, -1.0).double()
+    u = z * (3 * t - 1)
+    truth = -z * torch.sigmoid(-u)
+    elements_near(ds[:, :m], truth, 2 ** (-8 if dtype == torch.bfloat16 else -10))
+    for found, values in zip(sums, (-torch.nn.functional.logsigmoid(u), truth, truth * t), strict=True):
+        assert float((found - values.sum(1)).abs().max()) < 1e-5 * float(values.abs().sum(1).max())
+    return [sums, ds[:, :m]]
+
+
+# --- the other kernels
+
+
+def steps_between_products(device, n, m, dtype, squared):
+    work = torch.promote_types(dtype, torch.float32)
+    generator = torch.Generator().manual_seed(n)
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(work)
+
+    products, norms = 0.5 * draw(n, m), (draw(n).abs(), draw(m).abs()) if squared else (draw(0), draw(0))
+    scale, offset = torch.tensor(30.0, dtype=work), 2
+    t = 2 * products - norms[0][:, None] - norms[1] if squared else products
+    s = (t.double() * 30).requires_grad_()
+    rows = torch.arange(max(0, min(n, m - offset)))
+    at_label = torch.zeros(n, m, dtype=torch.bool)
+    at_label[rows, rows + offset] = True
+    others = s.masked_fill(at_label, -math.inf)
+    row, col = others.logsumexp(1), others.logsumexp(0)
+    found = device.call("contrastive_chunk_lse", products, *norms, scale, offset)
+    for ours, truth in zip(found, (row, col), strict=True):
+        assert_near(ours, truth.detach(), 1e-13 if work == torch.float64 else 2e-6)
+    weights = draw(n), draw(m), draw(n)
+    (truth,) = torch.autograd.grad(row @ weights[0].double() + col @ weights[1].double(), s)
+    truth[rows, rows + offset] = weights[2][rows].double()
+    row, col = (v.detach() / math.log(2) for v in (row, col))
+    like = products.to(dtype)
+    ds, of_scale, row_sums, col_sums = device.call(
+        "contrastive_chunk_gradient", products, *norms, scale, row, col, *weights, offset, like
+    )
+    tolerance = 1e-12 if dtype == torch.float64 else max(2e-5, torch.finfo(dtype).eps)
+    assert_near(ds, truth, tolerance)
+    assert abs(float(of_scale.sum()) - float((truth * t).sum())) < 2e-5 * float((truth * t).abs().sum())
+    if squared:
+        assert_near(row_sums.sum(0), truth.sum(1), 1e-4)
+        assert_near(col_sums.sum(0), truth.sum(0), 1e-4)
+    bias = torch.tensor(-2.0, dtype=work)
+    z = -torch.ones(n, m, dtype=torch.float64)
+    z[rows, rows + offset] = 1
+    u = z * (products.double() * 30 - 2)
+    loss, ds, of_scale, of_bias = device.call("contrastive_chunk_sigmoid", products, scale, bias, offset, like)
+    truth = -z * torch.sigmoid(-u)
+    assert_near(ds, truth, tolerance)
+    assert_near(loss.sum(), -torch.nn.functional.logsigmoid(u).sum(), 2e-5)
+    assert_near(of_bias.sum(), truth.sum(), 2e-5)
+    return [*found, ds, of_scale, of_bias]
+
+
+def mean_shift(device, shape, dtype):
+    generator = torch.Generator().manual_seed(shape[0])
+    x = (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
+    total = device.call("meanshift_sum", x)
+    assert_near(total, meanshift_reference.column_sum(x), 1e-13)
+    if shape[1] > 1:
+        assert_near(device.call("meanshift_sum", x[:, 1:]), meanshift_reference.column_sum(x)[1:], 1e-13)
+    shift = torch.linspace(-1, 1, shape[1], dtype=torch.float64)
+    epsilon = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
+    for normalize in (False, True):
+        truth = x.double() + shift
+        truth = torch.nn.functional.normalize(truth, dim=1) if normalize else truth
+        assert_near(device.call("meanshift_apply", x, shift, normalize), truth, 2 * epsilon)
+    return [total]
+
+
+def noise(device, shape, dtype):
+    """The bits are the CPU's."""
+    generator = torch.Generator().manual_seed(shape[1])
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    low, high = x.float().amin(0), x.float().amax(0)
+    shift = torch.linspace(-1, 1, shape[1], dtype=torch.float64)
+    calls = [
+        ("perturb_bits", x, 7, 1, 2**32 - 3),
+        ("perturb_noise", x, "gaussian", 0.3, 7, 1, 5),
+        ("perturb_noise", x, "uniform", 0.3, 7, 1, 5),
+        ("perturb_quantize", x, low, high, 32),
+    ]
+    found = []
+    for name, *arguments in calls:
+        found.append(device.call(name, *arguments))
+        assert torch.equal(found[-1], on_cpu(name, *arguments)), name
+    for columns, normalize, when in itertools.product((0, 1), (False, True), ("after", "before")):
+        rows, by = x[:, columns:], shift[columns:]
+        if not rows.shape[1]:
+            continue
+        arguments = ("perturb_noisy_gallery", rows, by, "gaussian", 0.3, 7, 1, 2**32 - 3, normalize, when)
+        epsilon = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
+        found.append(device.call(*arguments))
+        assert_near(found[-1], on_cpu(*arguments), 4 * epsilon)
+    return found
+
+
+def wide_divisions(device):
+    """Where indices leave 32 bits nvcc divides in 64: made to do so here, with the same results."""
+    x = torch.randn(7, 257, generator=torch.Generator().manual_seed(0))
+    low, high = x.amin(0), x.amax(0)
+    for kernel, name, *arguments in (
+        ("WriteBits", "perturb_bits", x, 7, 1, 3),
+        ("quantize_allIff", "perturb_quantize", x, low, high, 32),
+    ):
+        expected = on_cpu(name, *arguments)
+        with device.mistake((kernel, "-4294967296;", "-1;")):
+            assert torch.equal(device.call(name, *arguments), expected)
+    return [expected]
+
+
+def nearest_rows(device, q, g, d, dtype):
+    generator = torch.Generator().manual_seed(q)
+    x = torch.randn(g, d, generator=generator)
+    y = torch.randn(q, d, generator=generator)
+    y[::2] = x[torch.randint(g, (len(y[::2]),), generator=generator)]
+    x[g // 2 :] = x[: g - g // 2].flip(0)
+    x, y = x.to(dtype), y.to(dtype)
+    row, best, second, slack = found = device.call("robustness_nearest", y, x, x.float().mean(0))
+    squared, rows = robustness_reference.nearest_two(y, x)
+    assert float((best - squared[:, 0]).abs().sub(slack).max()) <= 0
+    assert torch.equal(second.isinf(), squared[:, 1].isinf())
+    assert float((second - squared[:, 1]).nan_to_num(0).abs().sub(slack).max()) <= 0
+    apart = squared[:, 1] - squared[:, 0] > slack
+    assert torch.equal(row[apart], rows[apart])
+    return list(found)
+
+
+def exact(device, gallery, dims, dtype):
+    generator = torch.Generator().manual_seed(gallery)
+    found = []
+    for variance, spread in ((1e-4, 0.5), (1e-2, 3.0), (1.0, 0.0)):
+        deviation = 2 * variance * math.sqrt(dims + 2 / variance)
+        ahead = spread * torch.randn(3, gallery, generator=generator, dtype=torch.float64).abs()
+        squared = (1 + deviation * ahead).to(dtype)
+        targets = torch.randint(-1, gallery, (3, 2), generator=generator)
+        targets[:, 0] = squared.argmin(1)
+        found.append(device.call("robustness_exact", squared, targets, variance, dims))
+        assert float((found[-1] - on_cpu("robustness_exact", squared, targets, variance, dims)).abs().max()) < 2e-5
+    return found
+
+
+def exact_inner(device, gallery, dtype):
+    generator = torch.Generator().manual_seed(gallery)
+    scores = torch.randn(3, gallery, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(-1, gallery, (3, 2), generator=generator)
+    targets[:, 0] = scores.argmax(1)
+    deviations = torch.tensor([0.0, 0.5, 3.0], dtype=torch.float64)
+    arguments = ("robustness_exact_inner", scores, targets, deviations)
+    found = device.call(*arguments)
+    assert float((found - on_cpu(*arguments)).abs().max()) < 2e-5
+    return [found]
+
+
+def _kernels():
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    kept = 2**32
+    for dtype, work_bytes in itertools.product((bf16, f16), (0, kept)):
+        yield softmax_statistics, (131, 260, 72, dtype, work_bytes), {"offset": 9}
+    yield softmax_statistics, (1, 1, 8, bf16, kept), {}
+    yield softmax_statistics, (130, 300, 64, f32, 0), {}
+    for size, work_bytes in itertools.product((5.0, 20.0), (0, kept)):  # sums that need the repair, gradients apart
+        yield softmax_statistics, (140, 270, 32, bf16, work_bytes), {"size": size, "scale": 100.0}
+    yield softmax_statistics, (140, 270, 32, f16, 0), {"size": 8.0, "scale": 20.0}
+    yield float16_gradients_of_kept, (), {}
+    for dtype, keep, apart in ((bf16, False, False), (bf16, True, False), (bf16, False, True), (f16, False, False),
+                               (f16, False, True)):  # fmt: skip
+        yield gradient_elements, (140, 300, 72, dtype, keep, apart), {}
+    yield gradient_elements, (70, 1290, 8, bf16, False), {}  # more tiles than a loop's unrolling
+    for dtype in (bf16, f16):
+        yield sigmoid_elements, (140, 300, 72, dtype), {}
+    for dtype, offset in ((bf16, 0), (f16, 5), (f32, -70)):
+        yield sigmoid, (129, 300, 72, dtype), {"offset": offset}
+    for dtype, (n, m), squared in itertools.product(DTYPES, ((70, 150), (64, 132), (130, 261)), (False, True)):
+        yield steps_between_products, (n, m, dtype, squared), {}
+    yield steps_between_products, (1, 1, f32, True), {}
+    yield steps_between_products, (5, 3, torch.float64, False), {}
+    for dtype, shape in itertools.product(DTYPES, ((1, 1), (513, 64), (70, 33), (9, 1031), (0, 4))):
+        yield mean_shift, (shape, dtype), {}
+    for dtype, shape in itertools.product(DTYPES, ((1, 1), (7, 257), (30, 136), (9, 1031))):
+        yield noise, (shape, dtype), {}
+    yield wide_divisions, (), {}
+    for dtype, shape in itertools.product(
+        (f32, bf16, f16), ((1, 1, 1), (5, 2, 3), (130, 129, 7), (70, 300, 32), (3, 2000, 12))
+    ):
+        yield nearest_rows, (*shape, dtype), {}
+    for dtype, (gallery, dims) in itertools.product(
+        (f32, torch.float64), ((1, 3), (7, 64), (300, 512), (900, 16), (1500, 4096))
+    ):
+        yield exact, (gallery, dims, dtype), {}
+    for dtype, gallery in itertools.product((f32, torch.float64), (1, 7, 900)):
+        yield exact_inner, (gallery, dtype), {}
+
+
+KERNELS = list(_kernels())
+
+
+# --- end to end
+
+
+def losses(device, seed):
+    """A random problem: contrastive_loss and sigmoid_loss with their gradients, through the Hopper kernels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(values):
+        return values[int(torch.randint(len(values), (1,), generator=generator))]
+
+    n, m = (int(torch.randint(1, 601, (1,), generator=generator)) for _ in range(2))
+    n, m = min(n, m), max(n, m)
+    d, dtype = choose([8, 64, 136, 512]), choose([torch.bfloat16, torch.float16, torch.float32])
+    offset = int(torch.randint(0, m - n + 1, (1,), generator=generator))
+    x, y = pair(n, m, d, dtype, seed=seed)
+    scale = torch.tensor(float(choose([1.0, 14.3, 50.0])))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for name in ("contrastive", "sigmoid"):
+
+            def run(images, texts, s, name=name):
+                inputs = [t.detach().clone().requires_grad_() for t in (images, texts, s)]
+                if name == "contrastive" and n == m:
+                    loss = contrastive_loss(*inputs)
+                elif name == "contrastive":
+                    row, _, positive = lse_pair(*inputs, label_offset=offset, precision="medium")
+                    loss = (row - positive).mean()
+                else:
+                    loss = sigmoid_sum(*inputs, torch.tensor(-5.0).to(s), label_offset=offset, precision="medium") / n
+                    loss = sigmoid_loss(*inputs, -5.0) if n == m else loss
+                loss.backward()
+                return [loss.detach(), *(t.grad for t in inputs)]
+
+            with device.in_place_of_the_cpu():
+                ours = run(x, y, scale)
+            seen = seen_by_products(x, y)
+            truth = run(*(v.double() for v in seen), scale.double())
+            single = run(*(v.float() for v in seen), scale)
+            size = float(truth[0].abs())
+            for a, b, c, margin in zip(ours, single, truth, (2e-5, *[ROUNDING[dtype]] * 2), strict=False):
+                assert_three_way(a.reshape(c.shape), b, c, margin)
+            assert abs(float(ours[3]) - float(truth[3])) <= 10 * ROUNDING[dtype] * (abs(float(truth[3])) + 1e-2 * size)
+    finally:
+        torch.set_float32_matmul_precision(before)

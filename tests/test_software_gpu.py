@@ -1,0 +1,108 @@
+"""gapkern's CUDA kernels executed from their PTX (tests/software_gpu); on a GPU where there is one.
+
+`python -m tests.software_gpu` does the same at length: more problems, seeds and random programs.
+"""
+
+import pytest
+import torch
+
+from tests.software_gpu import forms, mistakes, problems, programs
+from tests.software_gpu.device import DeviceError
+from tests.software_gpu.scalars import SCALARS
+
+
+def named(function, arguments, options):
+    values = [str(v).removeprefix("torch.") for v in (*arguments, *options.values())]
+    return "-".join([function.__name__, *values])
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "options"), problems.KERNELS, ids=[named(*problem) for problem in problems.KERNELS]
+)
+def test_kernels_against_float64(cuda_device, poisoned, function, arguments, options):
+    if function is problems.wide_divisions and not hasattr(cuda_device, "mistake"):
+        pytest.skip("changes PTX")
+    function(cuda_device, *arguments, **options)
+
+
+def test_the_problems_reach_every_kernel(software_gpu):
+    every = set(software_gpu.report()[0])
+    for function, arguments, options in problems.KERNELS:  # none, where they have just run
+        if every <= set(software_gpu.launches()):
+            break
+        function(software_gpu, *arguments, **options)
+    assert every <= set(software_gpu.launches())
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_random_losses_against_float64(cuda_device, seed):
+    problems.losses(cuda_device, seed)
+
+
+@pytest.mark.parametrize("problem", [mistakes.sums, mistakes.kept, mistakes.column_sum, mistakes.chunk])
+def test_orders_and_moments_change_no_bit(software_gpu, problem):
+    for order in (1, 2):
+        software_gpu.seed(order)
+        problem(software_gpu)
+    software_gpu.seed(0)
+    x, y = problems.pair(200, 300, 136, torch.bfloat16)
+    control, found = torch.tensor([5.0, -3.0]), []
+    for order in (0, 3):
+        software_gpu.seed(order)
+        found.append(software_gpu.call("contrastive_sm90_sums", x, y, control, x.new_empty(0)))
+    software_gpu.seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=[m.name for m in mistakes.MISTAKES])
+def test_a_planted_mistake_is_reported(software_gpu, mistake):
+    said = mistakes.noticed(software_gpu, mistake)
+    assert said, "it went unnoticed"
+    assert not said.startswith("MISTAKEN"), said
+
+
+@pytest.mark.parametrize("problem", sorted({m.problem for m in mistakes.MISTAKES}, key=lambda p: p.__name__))
+def test_without_a_mistake_nothing_is_reported(software_gpu, problem):
+    software_gpu.lib.software_gpu_clear_fault()
+    problem(software_gpu)
+    assert software_gpu.fault() is None
+
+
+def test_every_kernel_is_understood_and_every_form_has_a_test(software_gpu, software_machine):
+    kernels, of_kernels, errors = software_gpu.report()
+    assert not errors
+    assert len(kernels) > 50
+    needed = {form for of_kernel in of_kernels.values() for form in of_kernel}
+    in_programs = {form for program in programs.PROGRAMS for form in program(software_machine)}
+    for form in sorted(filter(programs.is_memory, needed)):
+        in_programs |= programs.memory(software_machine, form)
+    assert needed <= set(SCALARS) | in_programs
+
+
+@pytest.mark.parametrize("scalar", SCALARS.values(), ids=SCALARS)
+def test_scalar_instructions_are_the_isas(software_machine, scalar):
+    forms.check_scalar(software_machine, scalar)
+
+
+def test_random_programs_are_numpys(software_machine):
+    assert sum(forms.check_random(software_machine, seed) for seed in range(500)) > 100_000
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        ("add.f33 %x, %x, %x;", "unknown instruction", "add.f33"),
+        ("fma.rm.f32 %x, %x, %x, %x;", "unknown instruction", "fma.rm.f32"),
+        ("add.f32 %x, %x;", "unknown form", "expected 3 operands, got 2"),
+        ("add.f64 %x, %x, %x;", "unknown form", "width d"),
+        ("mov.u32 %x, %clock;", "unknown instruction", "%clock"),
+        ("bra NOWHERE;", "parse", "no label NOWHERE"),
+        ("atom.global.add.u32 %x, [%a0], 1;", "unknown instruction", "atom.global.add.u32"),
+    ],
+)
+def test_what_is_not_known_names_itself(software_machine, body, kind, message):
+    text = forms.program(f".reg .b32 %x;\nmov.u32 %x, 0;\n{body}", 1)
+    with pytest.raises(DeviceError) as caught:
+        software_machine.run(text, "k", [torch.zeros(1)])
+    assert caught.value.fault.kind == kind
+    assert message in caught.value.fault.what
