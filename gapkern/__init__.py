@@ -47,6 +47,7 @@ __all__ = [
 # Loaded when they are first named: some need packages of the extras, or take a second to import.
 _SUBMODULES = frozenset(
     (
+        "captions",
         "cli",
         "datasets",
         "dynamics",

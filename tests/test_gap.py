@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gapkern import MeanShift, gap_metrics
-from gapkern._nearest import nearest
+from gapkern._search import nearest
 from gapkern.gap import BASELINES
 from gapkern.gap.moments import Moments, Sample, hull
 from gapkern.reference import meanshift as reference

@@ -7,7 +7,20 @@ import sys
 from gapkern import layout
 from gapkern.cli import answer, boundary
 
-VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
+VERBS = (
+    "demo",
+    "embed",
+    "gap",
+    "shift",
+    "project",
+    "robust",
+    "index",
+    "search",
+    "eval",
+    "build",
+    "reproduce",
+    "doctor",
+)
 
 
 class _Parser(argparse.ArgumentParser):

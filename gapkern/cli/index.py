@@ -17,7 +17,7 @@ def add(verbs) -> None:
     parser.add_argument("--factory", nargs="+", metavar="STRING",
                         help="FAISS factory string, several with --compare (default: Flat)")  # fmt: skip
     parser.add_argument("--metric", choices=("l2", "ip"), default="l2", help="(default: %(default)s)")
-    parser.add_argument("--shift", help="a file from 'gapkern shift fit'")
+    parser.add_argument("--shift", help="a file from 'gapkern shift fit' or 'gapkern project fit'")
     parser.add_argument("--ids", help="a .npy of integers, one for each row (default: 0, 1, ...)")
     parser.add_argument("--model", help="what made the embeddings (default: what the folder's manifest, or the shift, "
                         "says)")  # fmt: skip
@@ -32,10 +32,10 @@ def add(verbs) -> None:
 
 
 def run(arguments) -> int:
-    from gapkern import MeanShift
     from gapkern.embeddings.shifted import check_unmoved
+    from gapkern.gap import transforms
 
-    shift = MeanShift.load(arguments.shift) if arguments.shift else None
+    shift = transforms.load(arguments.shift) if arguments.shift else None
     if shift is not None:
         check_unmoved(arguments.gallery, name="gallery")
     if arguments.compare:
@@ -77,7 +77,7 @@ def _compare(arguments, shift) -> int:
     positives = common.labels(arguments, len(queries), len(gallery), "compare", fewer=True)
     with common.progress({"compare": "quantisers"}) as step:
         result = compare_quantisers(
-            queries, gallery, arguments.factory, shift=shift, positives=positives,
+            queries, gallery, arguments.factory, shift=shift, metric=arguments.metric, positives=positives,
             k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
     if out is not None:

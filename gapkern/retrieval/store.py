@@ -154,10 +154,10 @@ def copy(source: str | os.PathLike, target: Path) -> None:
         shutil.copyfileobj(old, new, 2**20)
 
 
-def facts(factory: str, metric: str, index: Any, following: int, model: str | None) -> dict[str, Any]:
-    """What a manifest says of an index; `following` is above all of its ids."""
+def facts(factory: str, metric: str, dims: int | None, count: int, following: int, model: str | None) -> dict[str, Any]:
+    """What a manifest says of an index of `count` rows that were given as (dims,); `following` is above all ids."""
     return {
-        "factory": factory, "metric": metric, "dims": int(index.d), "count": int(index.ntotal), "next": following,
+        "factory": factory, "metric": metric, "dims": dims, "count": count, "next": following,
         "model": model, "faiss": faiss().__version__,
     }  # fmt: skip
 
