@@ -166,7 +166,7 @@ def _start(work: Path, plan: dict[str, Any]) -> None:
     if known != plan:
         shutil.rmtree(work, ignore_errors=True)
         files.folder(work)
-        store.note(work / "plan.json", plan)
+        files.write_json(work / "plan.json", plan)
 
 
 def _train(index: GapIndex, rows: _Rows, sample: int) -> None:
