@@ -1,7 +1,7 @@
 """`gapkern index`: an index of embedding files, or what each quantiser would cost and keep."""
 
 from gapkern import _check, files
-from gapkern.cli import common
+from gapkern.cli import common, repair
 
 
 def add(verbs) -> None:
@@ -10,7 +10,8 @@ def add(verbs) -> None:
         help="build a FAISS index of embedding files, or compare quantisers",
         description="Builds a FAISS index of GALLERY, with the gap closed where a shift is given, block by block: the "
         "same command again goes on where it was interrupted. With inverted lists (--factory IVF...) it may be larger "
-        "than memory. --compare shows instead what quantisers keep of the neighbours, before and after the shift.",
+        "than memory. --compare shows instead what quantisers keep of the neighbours, before and after the shift. "
+        "'gapkern index repair --help': what projecting the queries buys in an index that exists.",
     )
     parser.add_argument("gallery", help="embeddings that are searched, (G, D), a file or a folder of shards")
     parser.add_argument("--out", help="folder of the index; with --compare of quantisers.json, .csv and .png")
@@ -29,6 +30,7 @@ def add(verbs) -> None:
     common.add_labels(parser)
     common.add_json(parser)
     parser.set_defaults(run=run)
+    parser.actions["repair"] = repair.parser(type(parser))
 
 
 def run(arguments) -> int:

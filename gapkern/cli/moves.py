@@ -54,13 +54,18 @@ def add_apply(parser: argparse.ArgumentParser, side: str | None) -> None:
     common.add_json(parser)
 
 
+def transforms_file(path: str) -> None:
+    """Checks where a shift or a projection is to be written."""
+    if (ending := Path(path).suffix) not in ("", ".safetensors"):
+        raise ValueError(f"out: expected a name ending in .safetensors, got one in {ending}")
+    files.writable(path)
+
+
 def fitting(arguments: argparse.Namespace) -> tuple[str | None, str]:
     """Checks the sides and --out before anything is read; what made the embeddings, and where that is said."""
     from gapkern.embeddings import described
 
-    if (ending := Path(arguments.out).suffix) not in ("", ".safetensors"):
-        raise ValueError(f"out: expected a name ending in .safetensors, got one in {ending}")
-    files.writable(arguments.out)
+    transforms_file(arguments.out)
     found = common.model(arguments.model, gallery=arguments.gallery, queries=arguments.queries)
     for side in ("gallery", "queries"):
         if described(getattr(arguments, side), name=side).get("transforms"):
