@@ -29,7 +29,16 @@ SHORT = ["--steps", "3"]  # for the demo
 
 
 def test_there_is_something_to_test():
-    assert set(PAGES) == {"index.md", "science.md", "kernels.md", "faq.md", "api.md", "rows.md", "indexes.md", "precision.md"}
+    assert set(PAGES) == {
+        "index.md",
+        "science.md",
+        "kernels.md",
+        "faq.md",
+        "api.md",
+        "rows.md",
+        "indexes.md",
+        "precision.md",
+    }
     assert len(EXAMPLES) >= 7
     assert len(OURS) >= 9
 

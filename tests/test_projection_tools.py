@@ -310,3 +310,33 @@ def test_what_does_not_fit_is_one_line(run, stored, line, message):
     status, out, err = run(*line)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
+
+
+@pytest.mark.faiss
+@pytest.mark.parametrize(("name", "asks", "rows", "l2", "ip"), [
+    ("clip", 0, 50, (0.706, 0.760, 0.809), (0.753, 0.902)), ("clip", 1, 50, (0.731, 0.788, 0.837), (0.782, 0.913)),
+    ("videoclip", 1, 100, (0.635, 0.732, 0.789), (0.722, 0.836)),
+])  # fmt: skip
+def test_models_embeddings_keep_their_neighbours_and_survive_more_noise(real_data, name, asks, rows, l2, ip):
+    """Without, shifted, projected; by inner product without and projected."""
+    from gapkern.retrieval import GapIndex, recall
+
+    features = torch.from_numpy(real_data(name))
+    queries, gallery = features[asks].contiguous(), features[1 - asks][:rows].contiguous()
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
+    noise = Gaussian(0.04)
+    found = [row["robustness"] for row in sweep(queries, gallery, [0, 1], noise, shift=shift).rows]
+    for metric in ("l2", "ip"):
+        projection = Projection("exact", metric).fit(gallery, queries)
+        plain, projected = (GapIndex("Flat", metric, s).add(gallery) for s in (None, projection))
+        assert torch.equal(projected.search(queries, 10)[1], plain.search(queries, 10)[1])
+        pairs = range(rows)
+        assert recall(queries[:rows], None, pairs, index=projected) == recall(queries[:rows], None, pairs, index=plain)
+        measured = [
+            r["robustness"] for r in sweep(queries, gallery, [0, 1], noise, shift=projection, metric=metric).rows
+        ]
+        if metric == "l2":
+            assert [*found, measured[1]] == pytest.approx(l2, abs=0.002)
+            assert measured[1] >= found[1]
+        else:
+            assert measured == pytest.approx(ip, abs=0.01)
