@@ -27,7 +27,7 @@ import gapkern  # noqa: E402
 from bench import harness  # noqa: E402
 from bench.harness import Case, Contender  # noqa: E402
 from gapkern import Gaussian, contrastive_loss, files, sigmoid_loss  # noqa: E402
-from gapkern._nearest import nearest  # noqa: E402
+from gapkern._search import nearest  # noqa: E402
 from gapkern.ops import hopper  # noqa: E402
 from gapkern.reference import perturb as perturb_reference  # noqa: E402
 from gapkern.robustness import robustness  # noqa: E402

@@ -5,7 +5,7 @@ import torch
 from bench import harness
 from bench.harness import Case, Contender
 from gapkern import Gaussian
-from gapkern._nearest import nearest
+from gapkern._search import nearest
 from gapkern.robustness import robustness
 
 SIZES = {"quick": (1000, 200), "full": (10_000, 1000)}

@@ -1,13 +1,17 @@
 """Argument checks with one voice: the argument's name, what was expected, what came."""
 
+import inspect
 import math
 import numbers
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+_PACKAGE = str(Path(__file__).parent)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -160,3 +164,11 @@ def extra(module: str, package: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{package} is needed here; run `pip install 'gapkern[{name}]'` ({error})") from None
+
+
+def warn(message: str) -> None:
+    """A UserWarning of the line that called the package, however deep in it this is."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

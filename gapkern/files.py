@@ -328,13 +328,12 @@ def convert(
         >>> load_embeddings(folder / "y.npy").sum().item()
         12.0
     """
-    rows, dims = size(source, name=name)
-    done = 0
+    rows, done = size(source, name=name)[0], 0
     with replacing(target) as temporary, open(temporary, "wb") as file:
         for part in chunks(source, name=name, finite=True):
             part = change(part)
             if done == 0:
-                writer = _formats.Writer(file, Path(target).suffix, part.dtype, rows, dims)
+                writer = _formats.Writer(file, Path(target).suffix, part.dtype, rows, part.shape[1])
             writer.write(part)
             done += len(part)
             yield done

@@ -44,6 +44,15 @@ class Batches(list):
         self.dataset = type("Dataset", (), {"classes": classes})()
 
 
+def strict(text):
+    """The one JSON document of a text, without NaN and Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def truth(queries, gallery, metric="l2"):
     """All gallery rows by float64 cost, equal ones by number; and the costs."""
     q, g = queries.double(), gallery.double()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import Gaussian, MeanShift, Quantize, Replace, Uniform, best_alpha, gap_metrics, sweep
+from gapkern import Gaussian, MeanShift, Projection, Quantize, Replace, Uniform, best_alpha, gap_metrics, sweep
 from gapkern._ambient import isolated, isolation, steps
 from gapkern._logs import quiet
 from gapkern._threads import one_thread
@@ -110,9 +110,11 @@ def indexes(x, y):
     shift = MeanShift().fit(y, x)
     found = [GapIndex(factory, shift=shift).train(y).add(y).search(x, 5) for factory in ("Flat", "IVF4,Flat", "SQ8")]
     rows = compare_quantisers(x, y, ["Flat", "SQ8"]).rows
-    index = GapIndex().add(y)
+    index, kept = GapIndex().add(y), GapIndex("IVF4,SQ8", "ip", Projection("exact", "ip").fit(y[:6], x)).train(y).add(y)
+    removed = kept.remove_ids(torch.arange(3, device="cpu"))
     return (
         found,
+        [removed, kept.search(x, 5), kept.reconstruct(7), kept.reconstruct_batch([9, 4])],
         [{k: v for k, v in r.items() if k != "queries_per_second"} for r in rows],
         recall(x, None, range(48), index=index),
     )

@@ -8,6 +8,7 @@ import pytest
 
 from gapkern.cli import main
 from gapkern.experiments import digits
+from tests.scenes import strict
 
 pytestmark = pytest.mark.open_clip
 
@@ -130,7 +131,7 @@ def test_the_three_methods_agree_on_the_digits(report):
 def test_a_seed_repeats_every_number(tmp_path, capsys, undrawn):
     def numbers(name, seed):
         assert main(["demo", "--out", str(tmp_path / name), "--steps", "3", "--seed", seed, "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
+        found = strict(capsys.readouterr().out)
         found.pop("seconds")
         for row in found["sweep"]:
             row.pop("seconds")

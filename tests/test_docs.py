@@ -29,7 +29,16 @@ SHORT = ["--steps", "3"]  # for the demo
 
 
 def test_there_is_something_to_test():
-    assert set(PAGES) == {"index.md", "science.md", "kernels.md", "faq.md", "api.md", "rows.md"}
+    assert set(PAGES) == {
+        "index.md",
+        "science.md",
+        "kernels.md",
+        "faq.md",
+        "api.md",
+        "rows.md",
+        "indexes.md",
+        "precision.md",
+    }
     assert len(EXAMPLES) >= 7
     assert len(OURS) >= 9
 
@@ -49,6 +58,13 @@ def workplace(tmp_path_factory):
     images = texts + 0.1 * generator.standard_normal((40, 24)) + np.eye(24)[20]
     for name, array in (("texts", texts), ("images", images)):
         np.save(folder / f"{name}.npy", array.astype(np.float32))
+    if importlib.util.find_spec("faiss"):
+        import faiss
+
+        index = faiss.index_factory(24, "SQ4")
+        index.train(texts.astype(np.float32))
+        index.add(texts.astype(np.float32))
+        faiss.write_index(index, str(folder / "knn.index"))
     return folder
 
 

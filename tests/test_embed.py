@@ -21,7 +21,7 @@ import torch
 from gapkern import models
 from gapkern.cli import main
 from gapkern.embeddings import Embeddings, embed, sources, verify
-from tests.scenes import HANGS, Forks
+from tests.scenes import HANGS, Forks, strict
 
 open_clip = pytest.importorskip("open_clip")
 pytest.importorskip("sklearn")
@@ -172,13 +172,13 @@ def test_a_finished_run_is_not_done_again_and_a_spoilt_shard_is(place, whole, tm
     out = Path(shutil.copytree(place / "whole", tmp_path / "out"))
     before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.npy")}
     assert main(line(place, out, "--json")) == 0
-    assert json.loads(capsys.readouterr().out)["computed"] == {"img_emb": 0, "text_emb": 0}
+    assert strict(capsys.readouterr().out)["computed"] == {"img_emb": 0, "text_emb": 0}
     assert {p: p.stat().st_mtime_ns for p in out.glob("*/*.npy")} == before
     data = (out / "img_emb" / "img_emb_3.npy").read_bytes()
     (out / "img_emb" / "img_emb_3.npy").write_bytes(data[:-1] + b"\x00")
     (out / "metadata" / "metadata_5.parquet").unlink()
     assert main(line(place, out, "--json")) == 0
-    assert json.loads(capsys.readouterr().out)["computed"] == {"img_emb": 32, "text_emb": 0}
+    assert strict(capsys.readouterr().out)["computed"] == {"img_emb": 32, "text_emb": 0}
     assert contents(out) == whole
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import cli, files
+from gapkern import MeanShift, cli, files
 from gapkern.retrieval import GapIndex, disk, store
-from tests.scenes import searched, truth
+from tests.scenes import searched, strict, truth
 
 pytestmark = pytest.mark.faiss
 
@@ -49,7 +49,7 @@ def test_a_full_disk_at_every_size_is_a_line_and_the_next_run_ends(factory, gall
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         stopped += bool(said)
-        assert not said or (said.startswith("path: cannot write to the folder") and "File too large" in said)
+        assert not said or (said.startswith(f"path: cannot write {out}/") and "File too large" in said)
         left = [p for p in (*out.glob("*"), *out.glob("unfinished/*")) if ".tmp" in p.name]
         assert not left, "nothing half written"
         disk.build(gallery / "x.npy", out, factory, block=250)
@@ -71,7 +71,7 @@ def test_what_only_the_last_flush_meets_is_met(gallery, monkeypatch):
             file.write(b"x")
 
     monkeypatch.setattr(store, "write_index", write)
-    with pytest.raises(ValueError, match=r"path: cannot write to the folder .*: No space left on device"):
+    with pytest.raises(ValueError, match=r"path: cannot write .*/index.*: No space left on device"):
         index.save(gallery / "index")
     assert not (gallery / "index").exists() or not any((gallery / "index").iterdir())
 
@@ -157,15 +157,6 @@ def test_manifests_that_are_none_of_ours(gallery, change, message):
         GapIndex.load(gallery / "index")
 
 
-def strict(text):
-    """The one JSON document of a text, without NaN and Infinity."""
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
 def test_stdout_is_the_answer_alone(gallery):
     """As processes: what C prints is on their descriptors."""
     run = [sys.executable, "-m", "gapkern"]
@@ -204,16 +195,45 @@ def test_whatever_prints_meanwhile_goes_to_stderr(gallery):
         assert b"Traceback" not in piped.stderr.read()
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_answer_that_cannot_be_written_is_a_line(gallery, more):
+    command = [sys.executable, "-m", "gapkern", "gap", "x.npy", "x.npy", *more]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=gallery, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2, "gapkern gap: cannot write to the standard output: No space left on device\n",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("verb", [
     ["gap", "x.npy", "x2.npy"], ["index", "x.npy", "--out", "index", "--factory", "SQ8"],
     ["index", "x.npy", "--compare", "q.npy", "--factory", "Flat", "SQ8"], ["search", "three", "q.npy", "--k", "5"],
     ["shift", "fit", "x.npy", "x2.npy", "--out", "s.safetensors"], ["robust", "q.npy", "q.npy", "--gaussian", "0.1"],
+    ["robust", "q.npy", "q2.npy", "--gaussian", "0.1", "--project", "--metric", "ip"],
+    ["shift", "compare", "x.npy", "x2.npy", "--components", "exact", "2", "--labels", "paired"],
+    ["shift", "compare", "x.npy", "x2.npy", "--components", "exact", "2"],
+    ["shift", "apply", "fitted.safetensors", "x.npy", "--out", "moved.npy"],
+    ["shift", "apply", "fitted.safetensors", "folder", "--out", "moved"],
+    ["project", "fit", "q.npy", "x2.npy", "--out", "p.safetensors"],
+    ["project", "apply", "fitted.safetensors", "x.npy", "--side", "queries", "--out", "moved.npy"],
+    ["eval", "--images", "x2.npy", "--texts", "x.npy", "--labels", "paired", "--task", "zeroshot_retrieval"],
+    ["eval", "--images", "few.npy", "--texts", "few.npy", "--labels", "labels.npy", "--gaussian", "0.1"],
+    ["build", "results", "--out", "r.csv"],
     ["doctor"],
 ])  # fmt: skip
 def test_every_verb_answers_in_strict_json(gallery, verb, monkeypatch, capsys):
     monkeypatch.chdir(gallery)
     np.save("x2.npy", np.load("x.npy") + 1)
+    np.save("q2.npy", np.load("q.npy") + 1)
+    np.save("few.npy", np.load("x.npy")[:3])
+    np.save("labels.npy", np.arange(3))
+    (gallery / "folder").mkdir()
+    np.save("folder/x.npy", np.load("x.npy"))
     GapIndex().add(torch.from_numpy(np.load("x.npy")[:3])).save("three")
+    MeanShift(n_components=2).fit(np.load("x.npy"), np.load("x2.npy")).save("fitted.safetensors")
+    if verb[0] == "build":
+        few = ["--images", "few.npy", "--texts", "few.npy", "--labels", "labels.npy"]  # acc5 of three classes is NaN
+        assert cli.main(["eval", *few, "--out", "results"]) == 0
     capsys.readouterr()
     assert cli.main([*verb, "--json"]) == 0, capsys.readouterr().err
     assert strict(capsys.readouterr().out)

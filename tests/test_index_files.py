@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gapkern import MeanShift, cli, files
-from gapkern.retrieval import GapIndex, disk
+from gapkern.retrieval import GapIndex, compare_quantisers, disk, stored
 from gapkern.testing import clip_like
 from tests.scenes import HANGS, Forks, truth
 
@@ -152,3 +152,32 @@ def test_command_line(folder, capsys, monkeypatch):
     assert {p.name for p in (folder / "table").iterdir()} == {"quantisers.json", "quantisers.csv", "quantisers.png"}
     assert cli.main(["search", "index", "images.npy", "--out", "r.txt"]) == 2
     assert "expected a name ending in .npz, .parquet or .json, got r.txt" in capsys.readouterr().err
+
+
+def test_an_index_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """Between the manifest and the files that it names another run may finish."""
+    rows = torch.eye(5, 8)
+    GapIndex().add(rows).save(tmp_path / "index")
+    read, replaced = stored.read, []
+
+    def replace_first(path, *more):
+        if not replaced:
+            replaced.append(GapIndex().add(2 * rows).save(tmp_path / "index"))
+        return read(path, *more)
+
+    monkeypatch.setattr(stored, "read", replace_first)
+    assert torch.equal(GapIndex.load(tmp_path / "index").search(rows, 1)[0], torch.ones(5, 1))
+    for path in (tmp_path / "index").glob("index-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"path: expected the file .* which does not exist"):
+        GapIndex.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: GapIndex("IVF32,Flat").train(x), lambda x: compare_quantisers(x, x, ["IVF32,Flat"]),
+    lambda x: GapIndex("Flat", "ip", MeanShift().fit(x, x + 1)),
+])  # fmt: skip
+def test_a_warning_names_the_line_that_called(call):
+    with pytest.warns(UserWarning, match=r"FAISS: clustering|metric='ip'") as caught:
+        call(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    assert {warning.filename for warning in caught} == {__file__}

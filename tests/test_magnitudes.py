@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gapkern import Gaussian, MeanShift, Quantize, gap_metrics
-from gapkern._nearest import nearest
 from gapkern._rows import unit
+from gapkern._search import nearest
 from gapkern.dynamics import evaluate, measure
 from gapkern.gap import BASELINES
 from gapkern.perturb import perturb as perturbed

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from gapkern import Gaussian, MeanShift
-from gapkern._nearest import nearest
+from gapkern._search import nearest
 from gapkern.cli import main
 from gapkern.experiments import reproduce
 from gapkern.experiments.reproduce import Claim, Context, Figure, Result, Target
 from gapkern.experiments.reproduce import embeddings as sources
 from gapkern.robustness import robustness
 from gapkern.testing import hears_interrupts
-from tests.scenes import HANGS
+from tests.scenes import HANGS, strict
 
 OURS = ("fig1", "fig2", "fig8", "fig9", "fig10", "baselines")
 
@@ -181,7 +181,7 @@ def test_a_seed_repeats_every_number(tmp_path, capsys, monkeypatch, undrawn):
     def found(name, seed):
         status, out, _ = run(capsys, "fig8", "--quick", "--seed", seed, "--out", tmp_path / name, "--json")
         assert status == 0
-        return numbers(json.loads(out))
+        return numbers(strict(out))
 
     first = found("a", 5)
     assert {e["kind"] for e in first["settings"]["embeddings"]} == {"synthetic", "digits"}
@@ -233,7 +233,7 @@ def test_what_is_finished_is_not_done_again(counted, tmp_path, pair, capsys, und
     assert (tmp_path / "r" / "fig1_a.png").stat().st_mtime_ns == stamp
     status, out, _ = run(capsys, "all", "--out", tmp_path / "r", "--quick", "--json")
     assert (status, calls) == (0, ["fig1", "fig2"])
-    assert [c["target"] for c in json.loads(out)["claims"]] == ["fig1", "fig2"]
+    assert [c["target"] for c in strict(out)["claims"]] == ["fig1", "fig2"]
     run(capsys, *first, "--again")
     assert calls == ["fig1", "fig2", "fig1"]
     run(capsys, *first, "--seed", "1")
@@ -337,7 +337,7 @@ def test_real_embeddings(real_data, tmp_path, capsys):
         arguments += ["--embeddings", tmp_path / f"{name}.npy"]
     status, out, _ = run(capsys, "fig2", *arguments, "--quick", "--out", tmp_path / "r", "--json")
     assert status == 0
-    report = json.loads(out)
+    report = strict(out)
     broken = [c["number"]["promises broken"] for c in report["claims"] if "promises broken" in c["number"]]
     assert broken == [0, 0, 0]
     (table,) = report["targets"]["fig2"]["tables"]
@@ -370,7 +370,7 @@ def test_a_model_on_a_folder_of_images(tmp_path, capsys):
     arguments = ("fig1", "fig10", "--model", "gapkern-tiny", "--dataset", tmp_path / "images", "--out", tmp_path / "r")
     status, out, err = run(capsys, *arguments, "--json")
     assert status == 0, err
-    report = json.loads(out)
+    report = strict(out)
     assert "15 images of 3 classes" in report["targets"]["fig1"]["text"]
     assert rows_of(tmp_path / "r" / "fig1_gapkern_tiny_images_rewordings.csv")[0]["template"] == "a photo of a …"
     kept = (tmp_path / "r" / "embeddings" / "model.safetensors").stat().st_mtime_ns
@@ -387,7 +387,7 @@ def test_a_model_on_a_folder_of_images(tmp_path, capsys):
 def test_everything_quickly(tmp_path, capsys):
     status, out, _ = run(capsys, "all", "--quick", "--out", tmp_path / "r", "--json")
     assert status == 0
-    report = json.loads(out)
+    report = strict(out)
     assert list(report["targets"]) == list(reproduce.TARGETS)
     assert {c["target"] for c in report["claims"]} == set(reproduce.TARGETS)
     by_claim = {(c["target"], c["claim"][:30], c["run"].split(":")[0]): c for c in report["claims"]}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import MeanShift, files
-from gapkern.retrieval import GapIndex, exact, recall, store
+from gapkern import MeanShift, _search, files
+from gapkern.retrieval import GapIndex, recall, store
 from gapkern.testing import clip_like
 from tests.scenes import searched, truth
 
@@ -34,7 +34,7 @@ def test_flat_search_is_exact_and_ties_go_to_the_lowest_id(kind, metric):
         distances.double(), sign * cost.gather(1, expected[:, :10]), rtol=1e-5, atol=1e-5 if kind != "far" else 1.0
     )
     # The search that CUDA tensors take gives the same rows.
-    assert torch.equal(ids[exact.search(queries, gallery, 10, metric=metric, ids=ids)[1]], found)
+    assert torch.equal(ids[_search.search(queries, gallery, 10, metric=metric, ids=ids)[1]], found)
 
 
 @pytest.mark.cuda

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern._nearest import in_tiles, nearest
+from gapkern._search import in_tiles, nearest
 from gapkern.reference import robustness as reference
 from gapkern.testing import assert_near
 from tests.scenes import cloud

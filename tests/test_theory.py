@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gapkern import Gaussian, MeanShift, contrastive_loss
-from gapkern._nearest import nearest
+from gapkern._search import nearest
 from gapkern._threads import one_thread
 from gapkern.dynamics import descend, isotropic_gaussians, tight_clusters
 from gapkern.gap import BASELINES

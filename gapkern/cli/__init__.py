@@ -7,16 +7,38 @@ import sys
 from gapkern import layout
 from gapkern.cli import answer, boundary
 
-VERBS = ("demo", "embed", "gap", "shift", "robust", "index", "search", "eval", "build", "reproduce", "doctor")
+VERBS = (
+    "demo",
+    "embed",
+    "gap",
+    "shift",
+    "project",
+    "robust",
+    "index",
+    "search",
+    "eval",
+    "build",
+    "reproduce",
+    "doctor",
+)
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.actions: dict[str, argparse.ArgumentParser] = {}
+
     def add_argument(self, *names, **options):
         """Options of several words, with hyphens, or with underscores as open_clip and CLIP_benchmark spell them."""
         if names and names[0].startswith("--"):
             head = [f"--{name[2:].replace('_', '-')}" for name in names]
             names = tuple(dict.fromkeys([*head, *(f"--{name[2:].replace('-', '_')}" for name in names)]))
         return super().add_argument(*names, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """A verb whose first word may be an action of its own: `actions` has their parsers."""
+        action = self.actions.get(args[0]) if args else None
+        return action.parse_known_args(args[1:], namespace) if action else super().parse_known_args(args, namespace)
 
     def error(self, message):
         """One line instead of the whole usage."""

@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gapkern.cli import answer
+
 ERRORS = "gapkern.spelled"  # how what the terminal's encoding lacks is written
 _SPELLINGS = {
     "α": "alpha", "×": "x", "→": "->", "–": "-", "—": "-", "…": "...", "“": '"', "”": '"', "’": "'",
@@ -140,14 +142,16 @@ def guarded(name: str, work: Callable[[], Any], debug: bool = False) -> int:
 
 def flushed(name: str) -> int:
     """Hands over what was printed: 0, or 2 where it cannot be written. A reader that has left has had enough: 0."""
+    stream = answer.stream()
     try:
         sys.stdout.flush()
+        stream.flush()
         return 0
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
             # Else the interpreter would try once more at its end.
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+                os.dup2(nowhere.fileno(), stream.fileno())
         if isinstance(error, BrokenPipeError | ValueError):
             return 0
         _say(f"{name}: cannot write to the standard output: {error.strerror}")

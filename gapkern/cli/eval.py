@@ -45,8 +45,9 @@ def add(verbs) -> None:
     parser.add_argument("--choice_template", default="{q} {a}", help="text of a question and an answer "
                         "(default: '%(default)s')")  # fmt: skip
     parser.add_argument("--language", default="en", help="what the result bears (default: %(default)s)")
-    parser.add_argument("--shift", help="close the gap: a file of 'gapkern shift fit TEXTS IMAGES', or auto, exact, or "
-                        "components, fitted here; everything is measured without it too")  # fmt: skip
+    parser.add_argument("--shift", help="close the gap: a file of 'gapkern shift fit TEXTS IMAGES' or of 'gapkern "
+                        "project fit', or auto, exact, or components of a shift fitted here; everything is measured "
+                        "without it too")  # fmt: skip
     common.add_perturbations(parser, of=" on what is searched")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise; metrics are their means")
     parser.add_argument("--output", help="result files, one per setting: a path with {dataset}, {pretrained}, {model}, "
@@ -87,14 +88,14 @@ def run(arguments) -> int:
 
 
 def _settings(arguments) -> Any:
-    from gapkern import MeanShift
-    from gapkern.cli.shift import components
+    from gapkern.cli.moves import components
     from gapkern.evaluation.tasks import Settings
+    from gapkern.gap import transforms
 
     shift, label = arguments.shift, arguments.shift
     if shift is not None and (os.path.exists(shift) or shift.endswith(".safetensors")):
         label = os.path.basename(shift).removesuffix(".safetensors")
-        shift = MeanShift.load(shift)
+        shift = transforms.load(shift)
     elif shift is not None:
         try:
             shift = components(shift)

@@ -1,7 +1,7 @@
 """`gapkern index`: an index of embedding files, or what each quantiser would cost and keep."""
 
 from gapkern import _check, files
-from gapkern.cli import common
+from gapkern.cli import common, repair
 
 
 def add(verbs) -> None:
@@ -10,14 +10,15 @@ def add(verbs) -> None:
         help="build a FAISS index of embedding files, or compare quantisers",
         description="Builds a FAISS index of GALLERY, with the gap closed where a shift is given, block by block: the "
         "same command again goes on where it was interrupted. With inverted lists (--factory IVF...) it may be larger "
-        "than memory. --compare shows instead what quantisers keep of the neighbours, before and after the shift.",
+        "than memory. --compare shows instead what quantisers keep of the neighbours, before and after the shift. "
+        "'gapkern index repair --help': what projecting the queries buys in an index that exists.",
     )
     parser.add_argument("gallery", help="embeddings that are searched, (G, D), a file or a folder of shards")
     parser.add_argument("--out", help="folder of the index; with --compare of quantisers.json, .csv and .png")
     parser.add_argument("--factory", nargs="+", metavar="STRING",
                         help="FAISS factory string, several with --compare (default: Flat)")  # fmt: skip
     parser.add_argument("--metric", choices=("l2", "ip"), default="l2", help="(default: %(default)s)")
-    parser.add_argument("--shift", help="a file from 'gapkern shift fit'")
+    parser.add_argument("--shift", help="a file from 'gapkern shift fit' or 'gapkern project fit'")
     parser.add_argument("--ids", help="a .npy of integers, one for each row (default: 0, 1, ...)")
     parser.add_argument("--model", help="what made the embeddings (default: what the folder's manifest, or the shift, "
                         "says)")  # fmt: skip
@@ -29,13 +30,14 @@ def add(verbs) -> None:
     common.add_labels(parser)
     common.add_json(parser)
     parser.set_defaults(run=run)
+    parser.actions["repair"] = repair.parser(type(parser))
 
 
 def run(arguments) -> int:
-    from gapkern import MeanShift
     from gapkern.embeddings.shifted import check_unmoved
+    from gapkern.gap import transforms
 
-    shift = MeanShift.load(arguments.shift) if arguments.shift else None
+    shift = transforms.load(arguments.shift) if arguments.shift else None
     if shift is not None:
         check_unmoved(arguments.gallery, name="gallery")
     if arguments.compare:
@@ -77,7 +79,7 @@ def _compare(arguments, shift) -> int:
     positives = common.labels(arguments, len(queries), len(gallery), "compare", fewer=True)
     with common.progress({"compare": "quantisers"}) as step:
         result = compare_quantisers(
-            queries, gallery, arguments.factory, shift=shift, positives=positives,
+            queries, gallery, arguments.factory, shift=shift, metric=arguments.metric, positives=positives,
             k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
     if out is not None:

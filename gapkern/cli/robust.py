@@ -5,7 +5,7 @@ from pathlib import Path
 from gapkern import _check, files
 from gapkern._lock import locked
 from gapkern.cli import common
-from gapkern.cli.shift import components
+from gapkern.cli.moves import components
 
 JOURNAL = "unfinished.jsonl"
 
@@ -19,13 +19,18 @@ def add(verbs) -> None:
     )
     parser.add_argument("queries", help="embeddings that ask, (Q, D)")
     parser.add_argument("gallery", help="embeddings that are searched, (G, D)")
-    parser.add_argument("--alphas", type=common.alphas, default=common.alphas("0:1.5:7"),
-                        help="FIRST:LAST:COUNT, or values between commas (default: 0:1.5:7)")  # fmt: skip
+    parser.add_argument("--alphas", type=common.alphas,
+                        help="FIRST:LAST:COUNT, or values between commas (default: 0:1.5:7; of a projection 0,1: "
+                        "without and with it)")  # fmt: skip
     common.add_perturbations(parser)
     parser.add_argument("--replace", nargs="+", default=[], metavar="FILE", help="another gallery: paraphrases")
     common.add_labels(parser)
     parser.add_argument("--components", type=components, default="auto", help="as for gapkern shift fit")
-    parser.add_argument("--shift", help="a fitted shift instead of fitting one here")
+    parser.add_argument("--shift", help="a file from 'gapkern shift fit' or 'gapkern project fit' instead of fitting a "
+                        "shift here")  # fmt: skip
+    parser.add_argument("--project", action="store_true", help="fit a projection of the queries here, not a shift")
+    parser.add_argument("--metric", choices=("l2", "ip", "cosine"),
+                        help="what is searched by (default: what a projection was fitted for, else l2)")  # fmt: skip
     parser.add_argument("--on", choices=("gallery", "queries"), default="gallery",
                         help="what is perturbed (default: %(default)s)")  # fmt: skip
     parser.add_argument("--when", choices=("after", "before"), default="after",
@@ -51,10 +56,13 @@ def run(arguments) -> int:
 def _run(arguments, out: Path | None) -> int:
     import sys
 
-    from gapkern import MeanShift, Replace, sweep
+    from gapkern import MeanShift, Projection, Replace, sweep
     from gapkern.embeddings.folder import agreed
+    from gapkern.gap import transforms
     from gapkern.perturb import title
 
+    if arguments.shift and arguments.project:
+        raise ValueError("project: expected it without --shift, got both")
     model, _ = common.model(None, queries=arguments.queries, gallery=arguments.gallery)
     queries = files.load_embeddings(arguments.queries, name="queries")
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
@@ -65,13 +73,19 @@ def _run(arguments, out: Path | None) -> int:
     labels = common.labels(arguments, len(queries), len(gallery))
     if not perturbations:
         raise ValueError("expected at least one of --gaussian, --uniform, --quantize, --replace")
+    metric = arguments.metric or "l2"
     if arguments.shift:
-        shift = MeanShift.load(arguments.shift)
+        shift = transforms.load(arguments.shift)
         agreed({"shift": shift.model, "embeddings": model})
+        if isinstance(shift, Projection):
+            metric = arguments.metric or shift.metric
+    elif arguments.project:
+        shift = Projection(n_components=arguments.components, metric=metric).fit(gallery, queries)
     else:
         shift = MeanShift(n_components=arguments.components).fit(gallery, queries)
+    alphas = arguments.alphas or ([0.0, 1.0] if isinstance(shift, Projection) else common.alphas("0:1.5:7"))
     result = sweep(
-        queries, gallery, arguments.alphas, perturbations, labels, shift=shift,
+        queries, gallery, alphas, perturbations, labels, shift=shift, metric=metric,
         on=arguments.on, when=arguments.when,
         method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=sys.stderr.isatty(),
         journal=out and out / JOURNAL,
@@ -81,8 +95,9 @@ def _run(arguments, out: Path | None) -> int:
         result.to_csv(out / "robustness.csv")
         result.plot(out / "robustness.png")
         (out / JOURNAL).unlink()
+    share = transforms.closed(shift, queries)
     if arguments.json:
-        facts = {"components": shift.n_components_, "orthogonality": shift.orthogonality_}
+        facts = {"components": shift.n_components_, "orthogonality": share}
         common.print_json(facts | {"rows": result.rows})
         return 0
     common.table(
@@ -90,7 +105,8 @@ def _run(arguments, out: Path | None) -> int:
         [[title(r), r["alpha"], r["robustness"], r["agreement"], r["accuracy"], r["clean_accuracy"], r["method"]]
          for r in sorted(result.rows, key=title)],
     )  # fmt: skip
-    print(f"shift: k = {shift.n_components_} components kept, {shift.orthogonality_:.1%} of the gap can be closed")
+    what = "projection" if isinstance(shift, Projection) else "shift"
+    print(f"{what}: k = {shift.n_components_} components kept, {share:.1%} of the gap can be closed")
     if out is not None:
         print(f"written: {out}/robustness.json, .csv, .png")
     return 0

@@ -29,6 +29,8 @@ def add(verbs) -> None:
                         help="compare the index's files with their hashes first, also beyond 1 GiB")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="that searches codes; cuda needs FAISS built for it (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--project", metavar="FILE", help="a file from 'gapkern project fit' or 'gapkern index "
+                        "repair', by which the queries are moved first")  # fmt: skip
     common.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -45,6 +47,8 @@ def run(arguments) -> int:
     index = GapIndex.load(arguments.index, mmap=True, verify=arguments.verify, device=arguments.device)
     if arguments.parameters:
         index.set_parameters(arguments.parameters)
+    if arguments.project:
+        index = _projected(index, arguments.project)
     agreed({"index": index.model, "queries": model_of(arguments.queries, name="queries")})
     k = _check.integer("k", arguments.k, low=1, high=max(index.ntotal, MOST))
     count, dims = files.size(arguments.queries, name="queries")
@@ -75,6 +79,25 @@ def run(arguments) -> int:
         if count > SHOWN:
             print(f"{count - SHOWN} more queries: use --out or --json")
     return 0
+
+
+def _projected(index: Any, path: str) -> Any:
+    """The index with its queries moved by a projection's file, once it is known to fit."""
+    from gapkern import Projection
+    from gapkern.gap import transforms
+
+    if index.shift is not None:
+        raise ValueError(f"project: expected an index without a shift, got one with {index.shift!r}")
+    projection = Projection.load(path)
+    transforms.fits_metric("project", projection, index.metric)
+    if projection.reduce:
+        raise ValueError("project: expected a projection that keeps the width, got one that reduces it")
+    if projection.n_features_in_ != index.d:
+        raise ValueError(f"project: expected D = {index.d} as the index, got D = {projection.n_features_in_} in {path}")
+    if None not in (index.model, projection.model) and index.model != projection.model:
+        raise ValueError(f"project: expected one of model {index.model}, got one of {projection.model}")
+    index.shift = projection
+    return index
 
 
 def _listed(distances: np.ndarray, ids: np.ndarray) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from gapkern import files, layout
 from gapkern.embeddings.folder import FORMAT, MANIFEST, VERSION, described, metadata_files, write_manifest
+from gapkern.gap import transforms
+from gapkern.gap.transforms import Transform
 from gapkern.prompts import read_json
 
 NOTE = layout.SHIFTED
@@ -21,20 +23,19 @@ NOTE = layout.SHIFTED
 def check_unmoved(path: str | os.PathLike, *, name: str = "embeddings") -> None:
     """Raises ValueError where a shift has moved embeddings already."""
     if moved := described(path, name=name).get("transforms"):
-        told = ", ".join(f"{entry.get('name')} of alpha {entry.get('alpha')}" for entry in moved)
+        told = ", ".join(map(_told, moved))
         raise ValueError(f"{name}: expected embeddings that no shift has moved, got {path}, moved by {told}")
 
 
-def transform(shift: Any, side: str) -> dict[str, Any]:
-    """What a manifest says of a shift that moved one side."""
-    return {
-        "name": "mean_shift",
-        "shift": files.fingerprint(shift.shift_vector_),
-        "alpha": shift.alpha,
-        "normalize": shift.normalize,
-        "moves": shift.moves,
-        "side": side,
-    }
+def _told(entry: dict[str, Any]) -> str:
+    if entry.get("name") == "projection":
+        return f"projection of {entry.get('components')} components"
+    return f"{entry.get('name')} of alpha {entry.get('alpha')}"
+
+
+def transform(shift: Transform, side: str) -> dict[str, Any]:
+    """What a manifest says of a shift or a projection that moved one side."""
+    return {**transforms.facts(shift), "side": side}
 
 
 class Target:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gapkern._rows import unit
+from gapkern._search import costs, search
 from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, Quantize, Replace
 from gapkern.ranks import Ranks, Rows
-from gapkern.retrieval import exact
 
 __all__ = ["fit", "normalized", "perturbed", "topk"]
 
@@ -58,11 +58,11 @@ def topk(queries: Tensor, gallery: Rows, k: int, ranks: Ranks) -> Tensor:
     best = queries.new_empty(len(queries), 0, dtype=torch.float64)
     found = queries.new_empty(len(queries), 0, dtype=torch.int64)
     for first, rows in ranks.each(gallery):
-        _, near = exact.search(queries, rows, min(k, len(rows)))
+        _, near = search(queries, rows, min(k, len(rows)))
         if len(rows) == gallery.total:
             return near
         asking = torch.arange(len(queries), device=near.device).repeat_interleave(near.shape[1])
-        cost = exact.costs(queries, rows, asking, near.flatten(), "l2").view_as(near)
+        cost = costs(queries, rows, asking, near.flatten(), "l2").view_as(near)
         # Earlier ranks hold lower rows: a stable sort leaves the lowest of equal ones in front.
         best, order = torch.cat([best, cost], 1).sort(dim=1, stable=True)
         found = torch.cat([found, near + first], 1).gather(1, order)[:, :k]

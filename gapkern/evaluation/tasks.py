@@ -14,13 +14,13 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
+from gapkern._search import costs
 from gapkern.embeddings.labels import in_range
 from gapkern.evaluation.sharded import fit, normalized, perturbed, topk
-from gapkern.gap import MeanShift
+from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.models import zero_shot_classifier
 from gapkern.perturb import Perturbation, check
 from gapkern.ranks import Ranks, Rows
-from gapkern.retrieval import exact
 
 TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
 Metrics = dict[str, float]
@@ -50,8 +50,8 @@ class Settings:
     """What each task is measured under.
 
     Args:
-        shift: None; a fitted `MeanShift` (its gallery: the texts); or components to fit one with here, such as "auto"
-            or "exact". With a shift everything is measured without it too.
+        shift: None; a fitted `MeanShift` or `Projection` of metric "l2" (its gallery: the texts); or components to fit
+            a shift with here, such as "auto" or "exact". With a shift everything is measured without it too.
         perturbations: of the gallery; everything is measured without any too.
         seeds: of random perturbations, whose metrics are averaged.
         label: what a record calls the shift.
@@ -60,7 +60,7 @@ class Settings:
         TypeError, ValueError: an argument of a wrong type or out of range.
     """
 
-    shift: MeanShift | str | int | float | None = None
+    shift: MeanShift | Projection | str | int | float | None = None
     perturbations: Sequence[Perturbation] = ()
     seeds: Sequence[int] = (0,)
     label: str | None = None
@@ -72,19 +72,25 @@ class Settings:
             raise ValueError("seeds: expected at least one, got none")
         for seed in self.seeds:
             _check.integer("seeds", seed, low=0, high=2**63 - 1)
-        if self.shift is not None and not isinstance(self.shift, MeanShift):
+        if isinstance(self.shift, MeanShift | Projection):
+            transforms.check("shift", self.shift)
+            transforms.fits_metric("shift", self.shift, "l2")
+        elif self.shift is not None:
             MeanShift(n_components=self.shift).check_parameters()  # says what is wrong with them
 
-    def fitted(self, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift:
-        if isinstance(self.shift, MeanShift):
+    def fitted(self, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift | Projection:
+        if isinstance(self.shift, MeanShift | Projection):
             return self.shift
         assert self.shift is not None
         return fit(self.shift, gallery, queries, ranks)
 
-    def describe(self, shifts: dict[str, MeanShift]) -> dict[str, Any]:
+    def describe(self, shifts: dict[str, Any]) -> dict[str, Any]:
         """What a record says of the shifts, by direction."""
         if not shifts:
             return {"name": "none"}
+        if isinstance(self.shift, Projection):
+            return {**transforms.facts(self.shift), "shift": self.label or "file", "offset": self.shift.offset_,
+                    "agreement": self.shift.agreement_}  # fmt: skip
         facts = [
             {"components": s.n_components_, "orthogonality": s.orthogonality_, "agreement": s.agreement_,
              "gap_norm": float(s.gap_vector_.norm())} for s in shifts.values()
@@ -95,9 +101,7 @@ class Settings:
                 "normalize": first.normalize}  # fmt: skip
         return head | (facts[0] if len(facts) == 1 else dict(zip(shifts, facts, strict=True)))
 
-    def outcomes(
-        self, shifts: dict[str, MeanShift], measure: Callable[..., tuple[Metrics, dict[str, Any]]]
-    ) -> list[Outcome]:
+    def outcomes(self, shifts: dict[str, Any], measure: Callable[..., tuple[Metrics, dict[str, Any]]]) -> list[Outcome]:
         """`measure(shifts, perturbation, seed)` for every setting, without shift first."""
         result = []
         for current in [{}, shifts] if shifts else [{}]:
@@ -115,12 +119,12 @@ class Settings:
         return result
 
 
-def _texts_to(shift: MeanShift | None, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+def _texts_to(shift: MeanShift | Projection | None, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Images and texts after a shift whose gallery is the texts."""
     return (images, texts) if shift is None else (shift.transform_queries(images), shift.transform(texts))
 
 
-def _images_to(shift: MeanShift | None, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+def _images_to(shift: MeanShift | Projection | None, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Images and texts after a shift whose gallery is the images."""
     return (images, texts) if shift is None else (shift.transform(images), shift.transform_queries(texts))
 
@@ -234,7 +238,8 @@ def retrieval(
     Returns:
         One `Outcome` per setting, of image_retrieval_recall@k (texts ask) and text_retrieval_recall@k (images ask).
         Images without a caption are in the gallery but do not ask. A shift is fitted for each direction, on its
-        gallery; a given one moves texts and images as it was fitted, in both.
+        gallery; a given one moves texts and images as it was fitted, in both; a given projection moves the images
+        where they ask.
     """
     ranks = ranks or Ranks()
     ks = [_check.integer("ks", k, low=1) for k in ks]
@@ -252,7 +257,7 @@ def retrieval(
     shifts = {}
     if settings.shift is not None:
         shifts["text_retrieval"] = settings.fitted(texts, images, ranks)
-        if not isinstance(settings.shift, MeanShift):
+        if not isinstance(settings.shift, MeanShift | Projection):
             shifts["image_retrieval"] = settings.fitted(images, texts, ranks)
 
     def measure(current, perturbation, seed):
@@ -264,7 +269,8 @@ def retrieval(
 
     def _both(current, perturbation, seed):
         to_texts = _texts_to(current.get("text_retrieval"), images.values, texts.values)
-        to_images = to_texts
+        # The hull is the texts': where texts ask, nothing is projected.
+        to_images = (images.values, texts.values) if isinstance(settings.shift, Projection) else to_texts
         if "image_retrieval" in current:
             to_images = _images_to(current["image_retrieval"], images.values, texts.values)
         gallery = perturbed(images.of(to_images[0]), perturbation, seed, ranks)
@@ -325,7 +331,7 @@ def multiple_choice(
         for first, rows in ranks.each(gallery):
             asking = question_of[first : first + len(rows)] - images.first
             column = ((asking >= 0) & (asking < len(queries))).nonzero()[:, 0]
-            cost = exact.costs(queries, rows, asking[column], column, "l2")
+            cost = costs(queries, rows, asking[column], column, "l2")
             here = torch.full_like(least, torch.inf).scatter_reduce(0, asking[column], cost, "amin")
             equal = column[cost == here[asking[column]]]
             lowest = torch.full_like(found, choices.total).scatter_reduce(0, asking[equal], equal + first, "amin")

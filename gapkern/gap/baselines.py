@@ -17,6 +17,7 @@ from gapkern._rows import squarable, unit, with_float64
 from gapkern.gap.estimator import Estimator, NotFittedError
 from gapkern.gap.meanshift import MeanShift
 from gapkern.gap.moments import Moments, principal
+from gapkern.gap.projection import Projection
 
 __all__ = [
     "BASELINES", "Baseline", "Center", "Coral", "Linear", "NaiveShift", "NoChange", "Procrustes", "Realign", "Whiten",
@@ -224,6 +225,7 @@ BASELINES: dict[str, Any] = {
     "none": NoChange,
     "mean_shift": NaiveShift,
     "projected_shift": MeanShift,
+    "projection": Projection,
     "linear": Linear,
     "center": Center,
     "realign": Realign,

@@ -12,8 +12,8 @@ from torch import Tensor
 from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._compare import same_fields
-from gapkern._nearest import nearest
 from gapkern._rows import unit, with_float64
+from gapkern._search import nearest
 from gapkern.gap import saved
 from gapkern.gap.moments import numerical_rank, principal
 from gapkern.gap.twosided import Side, TwoSided, components_of_variance, fewest, wanted_components
@@ -131,6 +131,11 @@ class MeanShift(TwoSided[Fit]):
     def n_features_in_(self) -> int:
         """D."""
         return len(self._fit().shift_vector)
+
+    @property
+    def n_features_out_(self) -> int:
+        """D."""
+        return self.n_features_in_
 
     @property
     def orthogonality_(self) -> float:

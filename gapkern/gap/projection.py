@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
-from gapkern._nearest import METRICS, best
 from gapkern._rows import unit, with_float64
+from gapkern._search import METRICS, best
 from gapkern.gap import saved
 from gapkern.gap.moments import batches, numerical_rank, principal
 from gapkern.gap.twosided import Side, TwoSided, components_of_variance, fewest, wanted_components

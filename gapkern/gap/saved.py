@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gapkern import files
 
-__all__ = ["FORMAT_VERSION", "blame", "read", "write"]
+__all__ = ["FORMAT_VERSION", "blame", "kind", "read", "write"]
 
 FORMAT_VERSION = 1
 _PLAIN_NAME = "moves"  # stored without quotes
@@ -24,6 +24,18 @@ def write(path: str | os.PathLike[str], kind: str, facts: dict[str, Any], tensor
     metadata |= {name: value if name == _PLAIN_NAME else repr(value) for name, value in facts.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     files.write(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def kind(path: str | os.PathLike[str]) -> str:
+    """The kind that a file says it has; "" where it is none of `write`'s."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("format", "")
+    except (SafetensorError, OSError):
+        return ""
+    return said.removeprefix("gapkern.") if said.startswith("gapkern.") else ""
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gapkern._nearest import distances
+from gapkern._search import cost_rows
 from gapkern.ops import derivatives
 
 
@@ -44,7 +44,7 @@ def _nearest(queries: Tensor, gallery: Tensor, centre: Tensor) -> tuple[Tensor, 
         raise RuntimeError("gallery: expected at least one row")
     row = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     best, second, slack = centre.new_full((3, len(queries)), torch.inf).unbind()
-    for rows, squared, room in distances(queries, gallery, centre=centre):
+    for rows, squared, room in cost_rows(queries, gallery, middle=centre):
         least = squared.topk(min(2, len(gallery)), dim=1, largest=False).values
         # argmin: which of two equal values topk returns first is not promised.
         row[rows], best[rows], slack[rows] = squared.argmin(1), least[:, 0], room

@@ -1,7 +1,6 @@
 """FAISS, imported when it is first needed, and its errors in our words."""
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,8 +104,7 @@ def train(index: Any, sample: np.ndarray, name: str) -> None:
         for rotation in opq:
             rotation.pq = None
     if len(sample) < wanted:
-        warnings.warn(
+        _check.warn(
             f"{name}: FAISS: clustering {len(sample)} points to {centroids} centroids: please provide at least "
-            f"{wanted} training points",
-            stacklevel=4,
+            f"{wanted} training points"
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
-from gapkern.gap import MeanShift
+from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval import families, intake, store, stored
 from gapkern.retrieval._faiss import errors, faiss, train
 from gapkern.retrieval.index import GapIndex
@@ -30,7 +30,7 @@ def build(
     out: str | os.PathLike,
     factory: str = "Flat",
     metric: str = "l2",
-    shift: MeanShift | None = None,
+    shift: MeanShift | Projection | None = None,
     *,
     ids: str | os.PathLike | None = None,
     model: str | None = None,
@@ -58,8 +58,8 @@ def build(
             writes, or whose disk is full.
     """
     rows = _Rows(gallery)
-    if isinstance(shift, MeanShift) and len(shift.shift_vector_) != rows.dims:
-        width = len(shift.shift_vector_)
+    transforms.check("shift", shift)
+    if shift is not None and (width := shift.n_features_in_) != rows.dims:
         raise ValueError(f"gallery: expected D = {width} as the shift, got ({len(rows)}, {rows.dims})")
     index = GapIndex(factory, metric, shift, model=model, d=rows.dims)
     names = intake.numbers(None if ids is None else _integers(ids), len(rows), 0)
@@ -110,7 +110,7 @@ def _build(folder: Path, plan, index: GapIndex, rows: "_Rows", names: np.ndarray
         raise RuntimeError(f"merging {len(blocks)} blocks gave {whole.ntotal} vectors of {len(rows)}")
     if index.shift is not None:
         data["shift"] = store.put(folder, "shift", index.shift.save)
-    facts = store.facts(index.factory, index.metric, whole, int(names.max()) + 1, index.model)
+    facts = store.facts(index.factory, index.metric, rows.dims, whole.ntotal, int(names.max()) + 1, index.model)
     store.commit(folder, {**facts, "plan": plan}, data)
     progress("merge", 1, 1)
 
@@ -151,10 +151,10 @@ def _integers(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"ids: expected a .npy file of integers, got {path} ({error})") from None
 
 
-def _shift_facts(shift: MeanShift | None) -> Any:
-    if shift is None:
-        return None
-    return [files.fingerprint(shift.shift_vector_), shift.alpha, shift.moves, shift.normalize]
+def _shift_facts(shift: transforms.Transform | None) -> Any:
+    if isinstance(shift, Projection):
+        return transforms.facts(shift)
+    return shift and [files.fingerprint(shift.shift_vector_), shift.alpha, shift.moves, shift.normalize]
 
 
 def _start(work: Path, plan: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def _start(work: Path, plan: dict[str, Any]) -> None:
     if known != plan:
         shutil.rmtree(work, ignore_errors=True)
         files.folder(work)
-        store.note(work / "plan.json", plan)
+        files.write_json(work / "plan.json", plan)
 
 
 def _train(index: GapIndex, rows: _Rows, sample: int) -> None:

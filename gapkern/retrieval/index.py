@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
-from gapkern.gap import MeanShift
+from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval import families, intake, lookup, store, stored
 from gapkern.retrieval._faiss import errors, faiss, no_gpu, train
 
@@ -25,7 +25,9 @@ class GapIndex:
         factory: "Flat" searches exactly, with equally near rows in the order of their ids; "IVF1024,SQ8", "OPQ16,PQ16",
             "HNSW32" and all others as FAISS does.
         metric: "l2", squared Euclidean distances, ascending; or "ip", inner products, descending.
-        shift: a fitted `MeanShift`, applied to what is added or, where it moves the queries, to what is searched for.
+        shift: a fitted `MeanShift`, applied to what is added or, where it moves the queries, to what is searched for;
+            or a fitted `Projection` of that metric, applied to what is searched for and, where it reduces, to what is
+            added, of which k numbers are stored then. One for "cosine" goes with "ip", and has rows scaled to length 1.
         model: what made the embeddings; kept with the index (default: the shift's).
         device: where codes are searched: "cuda", FAISS's first GPU; "cpu"; or "auto", a GPU where FAISS is built with
             them, sees one and knows the index there, unless files are mapped. A Flat index is searched where the
@@ -35,8 +37,8 @@ class GapIndex:
     Raises:
         ImportError: faiss-cpu is not installed.
         TypeError: an argument of a wrong type.
-        ValueError: a factory string that FAISS does not know or cannot serve; a shift of another model or width; "cuda"
-            without FAISS on a GPU.
+        ValueError: a factory string that FAISS does not know or cannot serve; a shift that is not fitted, or of another
+            model, width or metric; "cuda" without FAISS on a GPU.
 
     Example:
         >>> gallery = torch.eye(3)
@@ -47,13 +49,13 @@ class GapIndex:
     """
 
     def __init__(
-        self, factory: str = "Flat", metric: str = "l2", shift: MeanShift | None = None, *, model: str | None = None,
+        self, factory: str = "Flat", metric: str = "l2", shift: MeanShift | Projection | None = None, *,
+        model: str | None = None,
         device: str = "auto", d: int | None = None,
     ):  # fmt: skip
         if not isinstance(factory, str):
             raise TypeError(f"factory: expected a FAISS factory string, got {type(factory).__name__}")
-        if shift is not None and not isinstance(shift, MeanShift):
-            raise TypeError(f"shift: expected a gapkern.MeanShift, got {type(shift).__name__}")
+        transforms.check("shift", shift)
         faiss()
         self.factory = factory
         self.metric = _check.choice("metric", metric, ("l2", "ip"))
@@ -64,17 +66,16 @@ class GapIndex:
         self.model = model or (shift.model if shift is not None else None)
         if shift is not None and shift.model not in (None, self.model):
             raise ValueError(f"shift: expected one of model {self.model}, got one of {shift.model}")
-        if shift is not None and metric == "ip":
-            warnings.warn(
-                "metric='ip' gains nothing from a shift, which adds the same to every score of a query; use 'l2'",
-                stacklevel=2,
-            )
+        transforms.fits_metric("shift", shift, metric)
+        if isinstance(shift, MeanShift) and metric == "ip":
+            _check.warn("metric='ip' gains nothing from a shift, which adds the same to every score of a query; use "
+                        "'l2', or a Projection")  # fmt: skip
         self._index: Any = None
         self._codes: tuple[float, float] | None = None
         self._read_only = self._broken = False
         self._next = 0  # above all ids so far
         self._looked_up: lookup.Lookup | None = None
-        widths = {} if shift is None else {"shift": len(shift.shift_vector_)}
+        widths = {} if shift is None else {"shift": shift.n_features_in_}
         if d is not None:
             widths["d"] = _check.integer("d", d, low=1)
         if len(set(widths.values())) > 1:
@@ -98,7 +99,12 @@ class GapIndex:
 
     @property
     def d(self) -> int | None:
-        """Width of the rows, known once it was given or something was trained or added."""
+        """Width of the rows that are given, known once it was, or once something was trained or added.
+
+        A projection that reduces them has FAISS's index hold its k columns: `faiss_index.d`.
+        """
+        if self.shift is not None:
+            return self.shift.n_features_in_
         return int(self._index.d) if self._index is not None else None
 
     # As manifests have them.
@@ -141,7 +147,10 @@ class GapIndex:
             return len(faiss().serialize_index(self._index)) / self.ntotal - 8
 
     def _make(self, d: int) -> None:
-        self._index = families.make(self.factory, d, self.metric)
+        stored = d if self.shift is None else self.shift.n_features_out_
+        if not stored:
+            raise ValueError("shift: expected a projection that keeps a component or more to reduce rows, got k = 0")
+        self._index = families.make(self.factory, stored, self.metric)
         self._codes = families.code_range(self._index)
 
     def _rows(self, name: str, value: Any, *, empty: bool = False) -> Tensor:
@@ -236,6 +245,7 @@ class GapIndex:
                 "GapIndex: expected a whole index, got one that FAISS left half extended; load or build it anew"
             )
 
+    @isolated
     def remove_ids(self, ids: Any) -> int:
         """Removes vectors; ids that the index does not hold are passed over, as in FAISS. Returns how many it removed.
 
@@ -257,8 +267,10 @@ class GapIndex:
         self._looked_up = None
         return removed
 
+    @isolated
     def reconstruct(self, key: int) -> np.ndarray:
-        """The vector of an id as the index holds it, float32 (D,): shifted, and decoded where there are codes.
+        """The vector of an id as the index holds it, float32 (D,), (k,) where a projection reduces: shifted, and
+        decoded where there are codes.
 
         Distances are to this vector. Only a Flat index without a shift of the gallery gives back the row itself.
 
@@ -271,6 +283,7 @@ class GapIndex:
         """
         return self.reconstruct_batch([_check.integer("key", key, low=0)])[0]
 
+    @isolated
     def reconstruct_batch(self, keys: Any) -> np.ndarray:
         """`reconstruct` of several ids (N,): float32 (N, D)."""
         self._usable()
@@ -368,7 +381,7 @@ class GapIndex:
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of the index."""
-        return store.facts(self.factory, self.metric, self._index, self._next, self.model)
+        return store.facts(self.factory, self.metric, self.d, self.ntotal, self._next, self.model)
 
     @staticmethod
     def load(
@@ -385,9 +398,22 @@ class GapIndex:
             ValueError: no index, another format, a file that is missing, truncated or changed; one that does not fit
                 into memory.
         """
-        found = store.manifest(path)
+        while True:
+            found = store.manifest(path)
+            try:
+                return GapIndex._read(path, found, mmap, verify, device)
+            except (ValueError, OSError):
+                # Another run may have replaced the index meanwhile, and its files with it.
+                if store.manifest(path) == found:
+                    raise
+
+    @staticmethod
+    def _read(
+        path: str | os.PathLike, found: dict[str, Any], mmap: bool, verify: bool | None, device: str
+    ) -> "GapIndex":
+        """The index of a manifest."""
         paths = store.checked(path, found, verify, mmap)
-        shift = MeanShift.load(paths["shift"]) if "shift" in paths else None
+        shift = transforms.load(paths["shift"]) if "shift" in paths else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "metric='ip'")
             index = GapIndex(found["factory"], found["metric"], shift, model=found["model"], device=device)

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern.gap import MeanShift
+from gapkern._rows import unit
+from gapkern.gap import Projection
+from gapkern.gap.transforms import Transform
 
 # Four times the square of a norm stays below float32's largest number, with rounding to spare.
 LARGEST = math.sqrt(torch.finfo(torch.float32).max) / 4
@@ -17,10 +19,10 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def moved(
-    name: str, rows: Tensor, first: int, shift: MeanShift | None, *, side: str,
+    name: str, rows: Tensor, first: int, shift: Transform | None, *, side: str,
     codes: tuple[float, float] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Rows (n, D) as float32, moved by the shift, contiguous.
+    """Rows (n, D) as float32, moved by the shift, contiguous; a gallery of length 1 where a projection is for cosine.
 
     Args:
         first: the number of the first of them, for messages.
@@ -37,6 +39,8 @@ def moved(
         _all_of(~lost, name, f"values that float32 holds (from {TINY:.1e} on)", "a smaller one", first)
     _squares(name, rows, first)
     if shift is not None:
+        if side == "gallery" and isinstance(shift, Projection) and shift.metric == "cosine":
+            rows = unit(rows.double()).float()
         rows = shift.transform(rows) if side == "gallery" else shift.transform_queries(rows)
         _squares(name, rows, first)
     if codes is not None and side == "gallery":

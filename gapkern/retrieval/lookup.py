@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import _memory
-from gapkern.retrieval import exact, families, stored
+from gapkern import _memory, _search
+from gapkern.retrieval import families, stored
 from gapkern.retrieval._faiss import errors, faiss, no_gpu, on_gpu
 
 GPU_NEIGHBOURS = 2048  # the most that FAISS selects on a GPU
@@ -28,12 +28,12 @@ class Lookup:
         gallery, ids, order, reach = self._view(device)
         sign = 1 if self.metric == "l2" else -1
         if device.type != "cpu":
-            cost, rows = exact.search(queries.to(device), gallery, k, metric=self.metric, ids=order)
+            cost, rows = _search.search(queries.to(device), gallery, k, metric=self.metric, ids=order)
         else:
-            count = min(len(gallery), k + exact.SPARE)
+            count = min(len(gallery), k + _search.SPARE)
             values, rows = map(torch.from_numpy, families.flat_of(self.index).search(queries.numpy(), count))
-            margin = exact.slack(queries.norm(dim=1), reach, self.metric)
-            cost, rows = exact.settle(queries, gallery, sign * values, rows, margin, k, self.metric, order)
+            margin = _search.slack(queries.norm(dim=1), reach, self.metric)
+            cost, rows = _search.settle(queries, gallery, sign * values, rows, margin, k, self.metric, order)
         return (sign * cost).float(), ids[rows]
 
     def _view(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -46,7 +46,7 @@ class Lookup:
                 gallery = torch.from_numpy(array).to(device)
             ids = torch.from_numpy(stored.ids(self.index)).to(device)
             order = None if bool((ids[1:] > ids[:-1]).all()) else ids
-            self._views[device] = gallery, ids, order, exact.reach(gallery, torch.zeros_like(gallery[0]))
+            self._views[device] = gallery, ids, order, _search.reach(gallery, torch.zeros_like(gallery[0]))
         return self._views[device]
 
     def by_codes(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

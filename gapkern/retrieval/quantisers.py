@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
-from gapkern.gap import MeanShift
+from gapkern._rows import unit
+from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval._faiss import rotations
 from gapkern.retrieval.index import GapIndex
 from gapkern.retrieval.recalls import pairs, places
@@ -91,20 +92,23 @@ def compare_quantisers(
     gallery: Any,
     factories: Sequence[str] | None = None,
     *,
-    shift: MeanShift | None = None,
+    shift: MeanShift | Projection | None = None,
+    metric: str = "l2",
     positives: Any = None,
     k: int = 10,
     probes: int | None = None,
     sample: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantiserResult:
-    """Builds an L2 index of each kind on the gallery as it is and with the gap closed, and compares their answers.
+    """Builds an index of each kind on the gallery as it is and with the gap closed, and compares their answers.
 
     Args:
         queries: (Q, D).
         gallery: (G, D).
         factories: FAISS factory strings (default: `usual`: Flat, SQ8, SQ4, PQ, IVF-PQ, OPQ, RaBitQ).
-        shift: a fitted shift (default: `MeanShift()` fitted here).
+        shift: a fitted shift or projection (default: one fitted here, `MeanShift()` for "l2" and
+            `Projection(metric="ip")` for "ip").
+        metric: "l2" or "ip", as for `GapIndex`.
         positives: as for `recall`.
         k: neighbours that are looked at.
         probes: lists that are searched where there are inverted lists (default: an eighth of them).
@@ -130,11 +134,14 @@ def compare_quantisers(
     gallery = _check.matrix("gallery", gallery, rows="G").detach()
     _check.same_width(queries=queries, gallery=gallery)
     k = _check.integer("k", k, low=1, high=len(gallery))
-    truth = GapIndex().add(gallery).search(queries, k)[1]
+    _check.choice("metric", metric, ("l2", "ip"))
+    transforms.check("shift", shift)
+    transforms.fits_metric("shift", shift, metric)
+    if isinstance(shift, Projection) and shift.metric == "cosine":
+        gallery = unit(gallery.to(torch.promote_types(gallery.dtype, torch.float32)))
+    truth = GapIndex(metric=metric).add(gallery).search(queries, k)[1]
     if shift is None:
-        shift = MeanShift().fit(gallery, queries)
-    elif not shift.is_fitted:
-        raise ValueError(f"shift: expected a fitted MeanShift, got {shift!r}")
+        shift = (MeanShift() if metric == "l2" else Projection(metric="ip")).fit(gallery, queries)
     wanted = None if positives is None else pairs(positives, len(queries), len(gallery))
     count = len(gallery) if sample is None else min(len(gallery), _check.integer("sample", sample, low=1))
     learned = gallery
@@ -145,7 +152,7 @@ def compare_quantisers(
     for number, factory in enumerate(factories):
         for moved in (None, shift):
             try:
-                index = _learned(GapIndex(factory, shift=moved, d=gallery.shape[1]), learned).add(gallery)
+                index = _learned(GapIndex(factory, metric, moved, d=gallery.shape[1]), learned).add(gallery)
             except ValueError as error:
                 left_out[factory] = str(error)
                 break
@@ -153,7 +160,7 @@ def compare_quantisers(
         progress(number + 1, len(factories))
     if not rows:
         raise ValueError(f"factories: expected one that can be built here, got {left_out}")
-    return QuantiserResult(rows, left_out, shift.orthogonality_, len(gallery), len(queries), k)
+    return QuantiserResult(rows, left_out, transforms.closed(shift, queries), len(gallery), len(queries), k)
 
 
 def _learned(index: GapIndex, sample: Tensor) -> GapIndex:

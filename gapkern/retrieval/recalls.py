@@ -7,10 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check
+from gapkern import _check, _search
 from gapkern._ambient import isolated, product
-from gapkern._nearest import CHUNK, in_range
-from gapkern.retrieval import exact
 
 GROUP = 32  # costs whose least one is compared first
 QUERIES_AT_HAND = 2**14
@@ -116,7 +114,7 @@ def pairs(positives: Any, count: int, rows: int | None) -> tuple[Tensor, Tensor]
 
 
 def _finite(name: str, x: Tensor) -> None:
-    step = max(1, CHUNK // x.shape[1])
+    step = max(1, _search.CHUNK // x.shape[1])
     for first in range(0, len(x), step):
         if not bool(torch.isfinite(x[first : first + step]).all()):
             row = first + int((~torch.isfinite(x[first : first + step])).any(1).nonzero()[0])
@@ -157,21 +155,21 @@ def ranks_of_positives(
     Returns:
         For each query (Q,), and for each gallery row that is somebody's positive, in their order: int64.
     """
-    queries, gallery, _ = in_range(queries, gallery, metric)
-    cost = exact.costs(queries, gallery, asking, wanted, metric)
+    queries, gallery, _ = _search.in_range(queries, gallery, metric)
+    cost = _search.costs(queries, gallery, asking, wanted, metric)
     ours = _Side(cost, asking, wanted, len(queries), limit)
     theirs = _Side(cost, wanted, asking, len(gallery) if both else 0, limit)
-    middle = exact.centre(gallery, metric)
-    far_q, far_g = exact.reach(queries, middle), exact.reach(gallery, middle)
-    products = torch.empty(exact.QUERY_ROWS * exact.GALLERY_ROWS, dtype=torch.float32, device=queries.device)
+    middle = _search.centre(gallery, metric)
+    far_q, far_g = _search.reach(queries, middle), _search.reach(gallery, middle)
+    products = torch.empty(_search.QUERY_ROWS * _search.GALLERY_ROWS, dtype=torch.float32, device=queries.device)
     for first in range(0, len(queries), QUERIES_AT_HAND):
-        q, norms = exact.factors(queries[first : first + QUERIES_AT_HAND], middle, metric, side="queries")
-        ours.bounds(slice(first, first + len(q)), exact.slack(norms, far_g, metric))
-        for start in range(0, len(gallery), exact.GALLERY_ROWS):
-            g, norms = exact.factors(gallery[start : start + exact.GALLERY_ROWS], middle, metric, side="gallery")
-            theirs.bounds(slice(start, start + len(g)) if both else slice(0), exact.slack(norms, far_q, metric))
-            for at in range(0, len(q), exact.QUERY_ROWS):
-                rows = q[at : at + exact.QUERY_ROWS]
+        q, norms = _search.factors(queries[first : first + QUERIES_AT_HAND], middle, metric, side="queries")
+        ours.bounds(slice(first, first + len(q)), _search.slack(norms, far_g, metric))
+        for start in range(0, len(gallery), _search.GALLERY_ROWS):
+            g, norms = _search.factors(gallery[start : start + _search.GALLERY_ROWS], middle, metric, side="gallery")
+            theirs.bounds(slice(start, start + len(g)) if both else slice(0), _search.slack(norms, far_q, metric))
+            for at in range(0, len(q), _search.QUERY_ROWS):
+                rows = q[at : at + _search.QUERY_ROWS]
                 block = product(rows, g.T, out=products[: len(rows) * len(g)].view(len(rows), len(g)))
                 ours.count(block, first + at, start, queries, gallery, metric)
                 if both:
@@ -219,7 +217,7 @@ class _Side:
             high[before + certain >= self.limit] = -torch.inf
             before += certain.where(high == -torch.inf, 0)
             row, group = (least <= high[:, None]).nonzero(as_tuple=True)
-            for r, c in zip(row.split(CHUNK // GROUP), group.split(CHUNK // GROUP), strict=True):
+            for r, c in zip(row.split(_search.CHUNK // GROUP), group.split(_search.CHUNK // GROUP), strict=True):
                 columns = c[:, None] + groups * torch.arange(GROUP, device=c.device)
                 self._decide(
                     grouped[r, :, c], r[:, None].expand_as(columns), columns, first, start, asking, rivals, metric
@@ -237,6 +235,6 @@ class _Side:
         unsure = (cost <= self.high[row]) & ~certain & (column + start != self.best[row])
         row, column = row[unsure], column[unsure] + start
         if len(row):
-            true = exact.costs(asking, rivals, row, column, metric)
+            true = _search.costs(asking, rivals, row, column, metric)
             first_one = (true < self.least[row]) | ((true == self.least[row]) & (column < self.best[row]))
             self.before.index_add_(0, row, first_one.long())

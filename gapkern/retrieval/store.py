@@ -58,7 +58,7 @@ def put(folder: Path, kind: str, save: Callable[[Path], Any]) -> dict[str, Any]:
         name = f"{kind}-{found[:16]}{SUFFIXES[kind]}"
         os.replace(temporary, folder / name)
     except OSError as error:
-        raise _unwritten(temporary, error) from None
+        raise ValueError(f"path: cannot write {temporary}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return {"name": name, "bytes": (folder / name).stat().st_size, "sha256": found}
@@ -71,22 +71,7 @@ def keep(path: Path, save: Callable[[Path], Any]) -> None:
         save(temporary)
         files.sync(temporary)
 
-    try:
-        files.write(path, whole)
-    except OSError as error:
-        raise _unwritten(path, error) from None
-
-
-def note(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a manifest or a plan, as JSON."""
-    try:
-        files.write_json(path, value)
-    except OSError as error:
-        raise _unwritten(path, error) from None
-
-
-def _unwritten(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"path: cannot write to the folder {path.parent}: {error.strerror or error}")
+    files.write(path, whole)
 
 
 def write_index(index: Any, path: Path) -> None:
@@ -154,17 +139,17 @@ def copy(source: str | os.PathLike, target: Path) -> None:
         shutil.copyfileobj(old, new, 2**20)
 
 
-def facts(factory: str, metric: str, index: Any, following: int, model: str | None) -> dict[str, Any]:
-    """What a manifest says of an index; `following` is above all of its ids."""
+def facts(factory: str, metric: str, dims: int | None, count: int, following: int, model: str | None) -> dict[str, Any]:
+    """What a manifest says of an index of `count` rows that were given as (dims,); `following` is above all ids."""
     return {
-        "factory": factory, "metric": metric, "dims": int(index.d), "count": int(index.ntotal), "next": following,
+        "factory": factory, "metric": metric, "dims": dims, "count": count, "next": following,
         "model": model, "faiss": faiss().__version__,
     }  # fmt: skip
 
 
 def commit(folder: Path, facts: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]]) -> None:
     """Makes the data files the folder's index, and removes those of the one before."""
-    note(folder / MANIFEST, {"format": FORMAT, "version": FORMAT_VERSION, **facts, "files": data})
+    files.write_json(folder / MANIFEST, {"format": FORMAT, "version": FORMAT_VERSION, **facts, "files": data})
     current = {entry["name"] for entry in data.values()}
     for kind, suffix in SUFFIXES.items():
         for old in (*folder.glob(f"{kind}-*{suffix}"), *folder.glob(f".{kind}.tmp*")):

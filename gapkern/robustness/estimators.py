@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
-from gapkern._nearest import CHUNK, METRICS, best, lowest
+from gapkern._search import CHUNK, METRICS, best, lowest
 from gapkern.gap import MeanShift, Projection
 from gapkern.perturb import Gaussian, Perturbation, check, title
 from gapkern.robustness.laws import Distances, InnerProducts, Law
@@ -64,7 +64,7 @@ def _exact(task: Task, law: Law, trials: int, seed: int, tick: Tick) -> tuple[Te
     members = None if task.labels is None else _members(task)
     for rows, scores, slack in law.scores():
         # The scores are there already: no search of their own for the clean neighbours.
-        task.stays[rows], task.rivals[rows] = lowest(scores, slack, task.queries[rows], task.gallery, inner=law.inner)
+        task.stays[rows], task.rivals[rows] = lowest(scores, slack, task.queries[rows], task.gallery, law.metric)
         stays, agrees = task.stays[rows], task.agrees[rows]
         targets = torch.stack([stays, torch.where(agrees == stays, -1, agrees)], 1)
         if members is not None:

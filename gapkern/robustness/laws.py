@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gapkern._nearest import distances, inner_products
+from gapkern._search import cost_rows
 from gapkern.ops import robustness as _ops  # noqa: F401 - registers the operators
 
 __all__ = ["Distances", "InnerProducts", "Law"]
@@ -22,7 +22,7 @@ _DROWNED = 1e-4  # of a standard deviation: rounding that moves no chance
 class Law(Protocol):
     """How the scores of (Q, D) queries vary when every row of a (G, D) gallery has its own noise."""
 
-    inner: bool
+    metric: str
 
     def scores(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Clean scores (n, G) of some queries at a time, and (n,) what rounding may have moved them by."""
@@ -59,7 +59,7 @@ class Distances:
     Drawn as (||y - x|| / sqrt v + z)^2 + c with z ~ N(0, 1), c ~ chi-square(D - 1): two numbers for a row instead of D.
     """
 
-    inner = False
+    metric = "l2"
 
     def __init__(self, queries: Tensor, gallery: Tensor, variance: float) -> None:
         self.queries, self.gallery, self.variance, self.dims = queries, gallery, variance, gallery.shape[1]
@@ -68,7 +68,8 @@ class Distances:
         spread = 2 * self.variance * math.sqrt(self.dims)  # the least deviation between two noisy squared distances
         size = max(float(x.double().square().sum(1).max()) for x in (self.queries, self.gallery))
         drowned = torch.finfo(torch.float32).eps * 2 * size <= _DROWNED * spread
-        return distances(self.queries, self.gallery, torch.float32 if drowned else torch.float64)
+        work = torch.float32 if drowned else torch.float64
+        return cost_rows(self.queries, self.gallery, work=work)
 
     def chances(self, rows: slice, scores: Tensor, targets: Tensor) -> Tensor:
         chances: Tensor = torch.ops.gapkern.robustness_exact(scores, targets, self.variance, self.dims)
@@ -85,7 +86,7 @@ class Distances:
 class InnerProducts:
     """<y, x + e> is normal with mean <y, x> and variance v ||y||^2, independently over the rows."""
 
-    inner = True
+    metric = "ip"
 
     def __init__(self, queries: Tensor, gallery: Tensor, variance: float) -> None:
         self.queries, self.gallery, self.variance = queries, gallery, variance
@@ -95,8 +96,7 @@ class InnerProducts:
         size = float(self.gallery.double().norm(dim=1).max())
         drowned = torch.finfo(torch.float32).eps * 2 * size <= _DROWNED * math.sqrt(self.variance)
         work = torch.float32 if drowned else torch.float64
-        for rows, products, slack in inner_products(self.queries, self.gallery, work):
-            yield rows, products.neg_(), slack
+        return cost_rows(self.queries, self.gallery, "ip", work=work)
 
     def chances(self, rows: slice, scores: Tensor, targets: Tensor) -> Tensor:
         chances: Tensor = torch.ops.gapkern.robustness_exact_inner(-scores, targets, self.deviations[rows])

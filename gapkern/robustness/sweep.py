@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gapkern import _check, files
 from gapkern._ambient import isolated
-from gapkern.gap import MeanShift
+from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.perturb import Perturbation, check, title
 from gapkern.robustness.estimators import robustness
 from gapkern.robustness.journal import Journal
@@ -35,11 +35,11 @@ class SweepResult:
     Attributes:
         rows: dictionaries with the keys of `COLUMNS`; None where one does not apply. robustness_low and
             robustness_high bound its 95 % interval.
-        shift: the fitted `MeanShift` whose alpha was swept.
+        shift: the fitted `MeanShift` whose alpha was swept, or the `Projection`.
     """
 
     rows: list[dict[str, Any]]
-    shift: MeanShift = field(repr=False)
+    shift: MeanShift | Projection = field(repr=False)
 
     def series(self, value: str = "robustness") -> dict[str, tuple[list[float], list[float]]]:
         """For each perturbation, by its title: the alphas and the values there."""
@@ -88,7 +88,8 @@ def sweep(
     labels: Any = None,
     *,
     gallery_labels: Any = None,
-    shift: MeanShift | None = None,
+    shift: MeanShift | Projection | None = None,
+    metric: str = "l2",
     on: str = "gallery",
     when: str = "after",
     method: str = "auto",
@@ -102,10 +103,10 @@ def sweep(
     Args:
         queries: (Q, D).
         gallery: (G, D).
-        alphas: strengths of the shift; 0 leaves the gap, 1 closes it.
+        alphas: strengths of the shift; 0 leaves the gap, 1 closes it. Of a projection: 0, without it, and 1, with it.
         perturbations: one or several.
-        labels, gallery_labels, on, when, method, trials, seed: as for `robustness`.
-        shift: a fitted `MeanShift`; by default one is fitted here, with n_components="auto".
+        labels, gallery_labels, metric, on, when, method, trials, seed: as for `robustness`.
+        shift: a fitted `MeanShift` or `Projection`; by default a shift is fitted here, with n_components="auto".
         progress: show a progress bar.
         journal: a file that keeps each row as it is done. A later call with the same arguments takes up from there;
             remove the file once the result is kept elsewhere.
@@ -132,16 +133,20 @@ def sweep(
         )
     if shift is None:
         shift = MeanShift().fit(gallery, queries)
-    elif not isinstance(shift, MeanShift):
-        raise TypeError(f"shift: expected a MeanShift, got {type(shift).__name__}")
+    transforms.check("shift", shift)
+    transforms.fits_metric("shift", shift, metric)
+    if isinstance(shift, Projection) and not set(alphas) <= {0.0, 1.0}:
+        raise ValueError(f"alphas: expected 0, without, or 1, with a projection, got {alphas}")
     options: dict[str, Any] = {"on": on, "when": when, "method": method, "trials": trials, "seed": seed}
+    options |= {} if metric == "l2" else {"metric": metric}
     done = None
     if journal is not None:
         whole = _check.matrix("gallery", gallery)
         others = [base for base in (p.base(whole) for p in perturbations) if base is not whole]
-        arrays = (queries, whole, shift.shift_vector_, labels, gallery_labels, *others)
+        arrays = (queries, whole, labels, gallery_labels, *others)
         facts = [None if x is None else files.fingerprint(torch.as_tensor(x)) for x in arrays]
-        done = Journal(journal, {"arrays": facts, "moves": [shift.moves, shift.normalize], **options})
+        moved = {name: value for name, value in transforms.facts(shift).items() if name != "alpha"}
+        done = Journal(journal, {"arrays": facts, "moves": moved, **options})
     cases = [(alpha, perturbation) for alpha in alphas for perturbation in perturbations]
     if progress:
         from rich.progress import track
@@ -155,7 +160,7 @@ def sweep(
         row = None if done is None else done.get(key)
         if row is None:
             result = robustness(
-                queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=shift.at(alpha),
+                queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=_at(shift, alpha),
                 **options,
             )  # fmt: skip
             low, high = result.interval()
@@ -223,6 +228,12 @@ def best_alpha(
             left = high - golden * (high - low)
             at_left = at(left)
     return (low + high) / 2
+
+
+def _at(shift: MeanShift | Projection, alpha: float) -> MeanShift | Projection | None:
+    if isinstance(shift, MeanShift):
+        return shift.at(alpha)
+    return shift if alpha else None
 
 
 def _absent(value: Any) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern._nearest import best
 from gapkern._rows import squarable
+from gapkern._search import best
 from gapkern.gap import MeanShift, Projection
 from gapkern.perturb import Gaussian, Perturbation, Uniform
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._compare import same_fields
-from gapkern._nearest import distances
 from gapkern._rows import squarable
+from gapkern._search import cost_rows
 from gapkern.gap import MeanShift
 from gapkern.gap.moments import Moments, hull
 from gapkern.perturb import Gaussian, check
@@ -194,7 +194,7 @@ def preservation(
     found = torch.zeros(count, dtype=torch.int64)
     margin, reach = (torch.full((count,), math.inf, dtype=torch.float64) for _ in range(2))
     bound, slack = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
-    for rows, squared, _ in distances(y, x):
+    for rows, squared, _ in cost_rows(y, x):
         own = squared.argmin(1)
         least = squared.gather(1, own[:, None])
         found[rows] = own

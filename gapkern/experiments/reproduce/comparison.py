@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gapkern._nearest import nearest
+from gapkern._search import nearest
 from gapkern.experiments.reproduce import drawings
 from gapkern.experiments.reproduce.claims import KEPT, Claim, Context, Figure, Result, Table
 from gapkern.experiments.reproduce.embeddings import Embeddings, noise_that_keeps

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern._nearest import nearest
+from gapkern._search import nearest
 from gapkern._threads import one_thread
 from gapkern.dynamics import descend, isotropic_gaussians, tight_clusters
 from gapkern.experiments.reproduce.claims import Claim, Context, Figure, Result, Table, judge

@@ -1,0 +1,342 @@
+"""The projection where it is used: indexes, their files, quantisers, sweeps, evaluation and the command line."""
+
+import numpy as np
+import pytest
+import torch
+
+from gapkern import Gaussian, MeanShift, Projection, sweep
+from gapkern.cli import main
+from gapkern.embeddings import Embeddings, described, write_folder
+from gapkern.evaluation import classification, retrieval
+from gapkern.evaluation.tasks import Settings
+from gapkern.gap import transforms
+from gapkern.ranks import Rows
+from gapkern.robustness import robustness
+from tests.scenes import strict
+
+METRICS = {"l2": "l2", "ip": "ip", "cosine": "ip"}  # of a projection, and of the index that it is for
+
+
+def pairs(rows=40, dims=64, queries=80, seed=0, spread=1.0):
+    """A gallery that spans few of the dimensions, rows of different lengths; queries a gap and an offset away."""
+    generator = torch.Generator().manual_seed(seed)
+    gallery = torch.randn(rows, dims, generator=generator) * (0.5 + torch.rand(rows, 1, generator=generator))
+    gallery *= spread
+    near = torch.randint(rows, (queries,), generator=generator)
+    own = torch.randn(queries, dims, generator=generator)
+    return gallery, gallery[near] + 0.7 * own + torch.linspace(-1, 2, dims), near
+
+
+def order(queries, gallery, metric):
+    """All rows of each query, best first, by definition in float64."""
+    y, x = queries.double(), gallery.double()
+    if metric == "l2":
+        return (y[:, None] - x).square().sum(2).argsort(dim=1, stable=True)
+    x = x / x.norm(dim=1, keepdim=True) if metric == "cosine" else x
+    return (-(y @ x.T)).argsort(dim=1, stable=True)
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*line):
+        try:
+            status = main([str(part) for part in line])
+        except SystemExit as exit:
+            status = exit.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def stored(run):
+    gallery, queries, near = pairs()
+    for name, x in {"g": gallery, "q": queries, "near": near}.items():
+        np.save(f"{name}.npy", x.numpy())
+    return gallery, queries, near
+
+
+@pytest.mark.faiss
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16"])
+def test_an_index_finds_the_same_neighbours(factory, metric, reduce, tmp_path):
+    from gapkern.retrieval import GapIndex, disk
+
+    gallery, queries, _ = pairs(rows=200, dims=256)
+    projection = Projection("exact", metric, reduce=reduce).fit(gallery)
+    index = GapIndex(factory, METRICS[metric], projection).train(gallery).add(gallery)
+    index.set_parameters("nprobe=4" if index.nlist else "efSearch=200") if factory != "Flat" else None
+    assert (index.d, index.faiss_index.d) == (256, 199 if reduce else 256)
+    found = index.search(queries, 10)
+    if factory == "HNSW16":  # a graph misses some rows, and the same ones
+        unit = torch.nn.functional.normalize(gallery, dim=1) if metric == "cosine" else gallery
+        plain = GapIndex(factory, METRICS[metric]).add(unit).set_parameters("efSearch=200").search(queries, 10)[1]
+        assert float((found[1] == plain).double().mean()) > 0.99
+    else:
+        assert torch.equal(found[1], order(queries, gallery, metric)[:, :10])
+    index.save(tmp_path / "index")
+    loaded = GapIndex.load(tmp_path / "index")
+    assert isinstance(loaded.shift, Projection)
+    if index.nlist:
+        loaded.set_parameters("nprobe=4")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.search(queries, 10), found, strict=True)) or factory == "HNSW16"
+    np.save(tmp_path / "g.npy", gallery.numpy())
+    manifest = disk.build(tmp_path / "g.npy", tmp_path / "built", factory, METRICS[metric], projection)
+    assert (manifest["dims"], manifest["count"]) == (256, 200)
+    built = GapIndex.load(tmp_path / "built", mmap=True)
+    if factory == "Flat":
+        assert all(torch.equal(a, b) for a, b in zip(built.search(queries, 10), found, strict=True))
+
+
+@pytest.mark.faiss
+def test_an_index_stores_what_it_stored_without_a_projection():
+    from gapkern.retrieval import GapIndex
+    from gapkern.retrieval._faiss import faiss
+
+    gallery, queries, _ = pairs()
+    projection = Projection("exact").fit(gallery, queries)
+    plain, projected = (GapIndex("SQ8", shift=s).train(gallery).add(gallery) for s in (None, projection))
+    one, other = (faiss().serialize_index(index.faiss_index) for index in (plain, projected))
+    assert np.array_equal(one, other)
+    by_hand = plain.search(projection.transform_queries(queries), 5)
+    assert all(torch.equal(a, b) for a, b in zip(projected.search(queries, 5), by_hand, strict=True))
+
+
+@pytest.mark.faiss
+@pytest.mark.parametrize(("metric", "make", "message"), [
+    ("ip", lambda x: Projection("exact", "l2").fit(x), "shift: expected a projection of metric='ip', got one"),
+    ("l2", lambda x: Projection("exact", "ip").fit(x), "shift: expected a projection of metric='l2', got one"),
+    ("l2", lambda x: Projection("exact", "cosine").fit(x), "shift: expected a projection of metric='l2'"),
+    ("l2", lambda x: Projection(), "shift: expected a fitted Projection, got Projection"),
+    ("l2", lambda x: MeanShift(), "shift: expected a fitted MeanShift, got MeanShift"),
+    ("l2", lambda x: Projection("exact", reduce=True).fit(x[:1]), "shift: expected a projection that keeps"),
+])  # fmt: skip
+def test_a_projection_that_does_not_fit_the_index(metric, make, message):
+    from gapkern.retrieval import GapIndex
+
+    gallery, _, _ = pairs()
+    with pytest.raises(ValueError, match=message):
+        GapIndex("Flat", metric, make(gallery))
+    with pytest.raises(ValueError, match="d: expected D = 64 as the shift, got 5"):
+        GapIndex(shift=Projection("exact").fit(gallery), d=5)
+    with pytest.raises(TypeError, match="shift: expected a MeanShift or a Projection, got str"):
+        GapIndex(shift="exact")
+
+
+@pytest.mark.faiss
+@pytest.mark.filterwarnings("ignore:.*FAISS")
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_quantisers_gain_under_both_metrics(metric):
+    from gapkern.retrieval import compare_quantisers
+
+    gallery, queries, near = pairs(rows=120, dims=256, spread=0.2)
+    projection = Projection("exact", metric).fit(gallery, queries)
+    factories = ["Flat", "SQ8", "RaBitQ"]
+    result = compare_quantisers(queries, gallery, factories, shift=projection, metric=metric, positives=near)
+    rows = {(row["factory"], row["shift"]): row for row in result.rows}
+    assert all(rows["Flat", shift]["agreement"] == 1 for shift in (False, True))
+    assert rows["Flat", True]["recall@1"] == rows["Flat", False]["recall@1"]
+    for name in ("agreement", "overlap@10"):
+        assert rows["RaBitQ", True][name] > rows["RaBitQ", False][name]
+    gap = queries.double().mean(0) - gallery.double().mean(0)
+    hull = torch.linalg.qr((gallery[1:] - gallery[0]).double().T)[0]
+    assert result.orthogonality == pytest.approx(float((gap - hull @ (hull.T @ gap)).norm() / gap.norm()), abs=1e-6)
+    alone = compare_quantisers(queries, gallery, ["Flat"], metric="ip")
+    assert [row["agreement"] for row in alone.rows] == [1.0, pytest.approx(1.0, abs=0.01)]
+
+
+def test_a_sweep_without_and_with_a_projection(tmp_path):
+    gallery, queries, near = pairs(spread=0.2)
+    noise = Gaussian(0.05, "per_coordinate")
+    for metric in ("l2", "ip"):
+        projection = Projection("exact", metric).fit(gallery, queries)
+        result = sweep(
+            queries, gallery, [0, 1], noise, near, shift=projection, metric=metric, journal=tmp_path / metric
+        )
+        for row, shift in zip(result.rows, (None, projection), strict=True):
+            alone = robustness(queries, gallery, noise, labels=near, shift=shift, metric=metric)
+            assert (row["robustness"], row["clean_accuracy"]) == (alone.robustness, alone.clean_accuracy)
+        assert result.rows[1]["robustness"] > result.rows[0]["robustness"] + 0.03
+        assert result.rows[1]["clean_accuracy"] == result.rows[0]["clean_accuracy"]
+        again = sweep(queries, gallery, [0, 1], noise, near, shift=projection, metric=metric, journal=tmp_path / metric)
+        assert again.rows == result.rows
+    shifted = sweep(queries, gallery, [1], noise, near, shift=MeanShift(n_components="exact").fit(gallery, queries))
+    projected = sweep(queries, gallery, [1], noise, near, shift=Projection("exact").fit(gallery, queries))
+    assert projected.rows[0]["robustness"] > shifted.rows[0]["robustness"]
+    with pytest.raises(ValueError, match=r"alphas: expected 0, without, or 1, with a projection, got \[0.5\]"):
+        sweep(queries, gallery, [0.5], noise, shift=projection, metric="ip")
+    with pytest.raises(ValueError, match="shift: expected a projection of metric='l2', got one of metric='ip'"):
+        sweep(queries, gallery, [1], noise, shift=projection)
+
+
+def test_tasks_are_as_accurate_and_survive_more_noise():
+    gallery, queries, near = pairs()
+    rows, classes = Rows(queries, 0, len(queries)), gallery
+    unit = torch.nn.functional.normalize
+    projection = Projection("exact").fit(unit(gallery, dim=1), unit(queries, dim=1))
+    settings = Settings(projection, (Gaussian(0.3),), seeds=range(5), label="p")
+    plain, noisy, same, gained = classification(rows, near, classes, settings)
+    assert plain.metrics == same.metrics
+    assert gained.metrics["acc1"] > noisy.metrics["acc1"]
+    assert same.transform == {
+        **transforms.facts(projection), "shift": "p", "offset": projection.offset_, "agreement": 1.0,
+    }  # fmt: skip
+    found = retrieval(rows, Rows(gallery, 0, len(gallery)), near[: len(gallery)], (1, 5), settings)
+    # Where texts ask, nothing is projected; where images ask, no neighbour changes.
+    assert found[0].metrics == found[2].metrics
+    by_texts = [m for m in found[1].metrics if m.startswith("image_retrieval")]
+    assert all(found[1].metrics[m] == found[3].metrics[m] for m in by_texts)
+    with pytest.raises(ValueError, match="shift: expected a projection of metric='l2', got one of metric='ip'"):
+        Settings(Projection("exact", "ip").fit(gallery))
+
+
+@pytest.mark.faiss
+@pytest.mark.parametrize("metric", METRICS)
+def test_from_the_command_line(run, stored, metric):
+    gallery, queries, near = stored
+    line = ("project", "fit", "g.npy", "q.npy", "--out", "p.safetensors", "--components", "exact", "--metric", metric)
+    status, out, err = run(*line, "--json")
+    assert (status, err) == (0, "")
+    facts = strict(out)
+    assert (facts["components"], facts["dims"], facts["agreement"], facts["metric"]) == (39, 64, 1.0, metric)
+    projection = Projection.load("p.safetensors")
+    assert facts["offset"] == projection.offset_
+    assert "projection: p.safetensors" in run(*line)[1]
+
+    assert run("project", "apply", "p.safetensors", "q.npy", "--side", "queries", "--out", "moved.npy")[0] == 0
+    assert np.array_equal(np.load("moved.npy"), projection.transform_queries(queries.numpy()))
+    note = described("moved.npy")["transforms"]
+    assert note == [{**transforms.facts(projection), "side": "queries"}]
+    status, out, err = run("project", "apply", "p.safetensors", "moved.npy", "--side", "queries", "--out", "twice.npy")
+    assert (status, out) == (2, "")
+    assert "got moved.npy, moved by projection of 39 components" in err
+
+    by = METRICS[metric]
+    assert run("index", "g.npy", "--out", "index", "--metric", by, "--shift", "p.safetensors")[0] == 0
+    found = strict(run("search", "index", "q.npy", "--k", "5", "--json")[1])
+    assert found["ids"] == order(queries, gallery, metric)[:, :5].tolist()
+    compared = ("index", "g.npy", "--compare", "q.npy", "--metric", by, "--factory", "Flat", "SQ8", "--shift",
+                "p.safetensors", "--json")  # fmt: skip
+    assert [row["agreement"] for row in strict(run(*compared)[1])["rows"]][:2] == [1.0, 1.0]
+
+    swept = ("robust", "q.npy", "g.npy", "--gaussian", "0.5", "--labels", "near.npy", "--json")
+    without, with_it = strict(run(*swept, "--shift", "p.safetensors")[1])["rows"]
+    truth = robustness(queries, gallery, Gaussian(0.5), labels=near, shift=projection, metric=metric)
+    assert with_it["robustness"] == pytest.approx(truth.robustness, abs=1e-9)
+    assert (without["alpha"], with_it["alpha"]) == (0, 1)
+    assert with_it["robustness"] >= without["robustness"]
+    assert with_it["clean_accuracy"] == without["clean_accuracy"]
+    here = strict(run(*swept, "--project", "--components", "exact", "--metric", metric)[1])["rows"]
+    assert here[1]["robustness"] == pytest.approx(truth.robustness, abs=1e-9)
+    wrong = "ip" if metric == "l2" else "l2"
+    assert run(*swept, "--shift", "p.safetensors", "--metric", wrong)[0] == 2
+
+
+def test_eval_with_a_projections_file(run, stored):
+    gallery, queries, near = stored
+    unit = torch.nn.functional.normalize
+    np.save("g1.npy", unit(gallery, dim=1).numpy())
+    np.save("q1.npy", unit(queries, dim=1).numpy())
+    for metric in ("l2", "ip"):
+        line = ("g1.npy", "q1.npy", "--out", f"{metric}.safetensors", "--components", "exact", "--metric", metric)
+        assert run("project", "fit", *line)[0] == 0
+    line = ("eval", "--images", "q1.npy", "--texts", "g1.npy", "--labels", "near.npy", "--json")
+    plain, projected = strict(run(*line, "--shift", "l2.safetensors")[1])["results"]
+    expected = float((order(unit(queries, dim=1), unit(gallery, dim=1), "l2")[:, 0] == near).double().mean())
+    assert plain["metrics"]["acc1"] == projected["metrics"]["acc1"] == expected
+    assert (projected["transform"]["name"], projected["transform"]["shift"]) == ("projection", "l2")
+    status, out, err = run(*line, "--shift", "ip.safetensors")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "shift: expected a projection of metric='l2', got one of metric='ip'" in err
+
+
+def test_compare_has_none_the_shift_and_the_projection(run, stored):
+    line = ("shift", "compare", "g.npy", "q.npy", "--components", "exact", "20", "--labels", "near.npy")
+    found = strict(run(*line, "--json")[1])
+    gallery, queries, near = stored
+    assert found["clean_accuracy"] == float((order(queries, gallery, "l2")[:, 0] == near).double().mean())
+    for shift, projection in zip(found["rows"], found["projections"], strict=True):
+        assert shift["closed"] == pytest.approx(projection["closed"], abs=1e-9)
+        assert shift["k"] == projection["k"]
+    assert found["projections"][0]["agreement"] == found["rows"][0]["agreement"] == 1
+    after = order(Projection(20).fit(gallery).transform_queries(queries), gallery, "l2")[:, 0]
+    assert found["projections"][1]["accuracy"] == float((after == near).double().mean())
+    table = [text.split() for text in run(*line)[1].split("\n")]
+    assert [row[0] for row in table if row and row[0] in ("none", "shift", "projection")] == [
+        "none", "shift", "shift", "projection", "projection",
+    ]  # fmt: skip
+
+
+def test_a_folder_is_rotated_and_knows_by_what(run):
+    gallery, queries, _ = pairs()
+    write_folder("g", "text_emb", gallery.split(9), model="tiny/1")
+    write_folder("q", "img_emb", [queries], model="tiny/1")
+    assert run("project", "fit", "g", "q", "--out", "p.safetensors", "--components", "12", "--reduce")[0] == 0
+    projection = Projection.load("p.safetensors")
+    assert projection.model == "tiny/1"
+    for side, move in (("gallery", projection.transform), ("queries", projection.transform_queries)):
+        name, rows = side[0], gallery if side == "gallery" else queries
+        assert run("project", "apply", "p.safetensors", name, "--side", side, "--out", f"{name}12")[0] == 0
+        told = described(f"{name}12")
+        assert (told["dims"], told["rows"], told["model"]) == (12, len(rows), "tiny/1")
+        assert told["transforms"] == [{**transforms.facts(projection), "side": side}]
+        torch.testing.assert_close(Embeddings(f"{name}12")[:], move(rows), rtol=0, atol=1e-6)
+    status, out, _ = run("project", "apply", "p.safetensors", "g", "--side", "gallery", "--out", "g12")
+    assert "(5 of 5 shards were there already)" in out
+    status, _, err = run("shift", "fit", "g12", "q12", "--out", "s.safetensors")
+    assert status == 0
+    assert "gallery: a shift or a projection has moved these already" in err
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    (("project", "apply", "g.npy", "q.npy", "--side", "queries", "--out", "o.npy"), "path: expected a safetensors"),
+    (("project", "apply", "p.safetensors", "q.npy", "--out", "o.npy"), "--side"),
+    (("project", "apply", "p.safetensors", "near2.npy", "--side", "queries", "--out", "o.npy"), "expected D = 64"),
+    (("shift", "apply", "p.safetensors", "q.npy", "--out", "o.npy", "--alpha", "0.5"), "alpha: expected none"),
+    (("project", "fit", "g.npy", "q.npy", "--out", "o.txt"), "out: expected a name ending in .safetensors"),
+    (("project", "fit", "g.npy", "q.npy", "--out", "o.safetensors", "--components", "-1"), "n_components: expected"),
+    (("robust", "q.npy", "g.npy", "--gaussian", "1", "--project", "--shift", "p.safetensors"), "project: expected it"),
+    (("robust", "q.npy", "g.npy", "--gaussian", "1", "--project", "--alphas", "0.5"), "alphas: expected 0, without"),
+])  # fmt: skip
+def test_what_does_not_fit_is_one_line(run, stored, line, message):
+    gallery, queries, _ = stored
+    Projection("exact").fit(gallery, queries).save("p.safetensors")
+    np.save("near2.npy", np.ones((3, 5), np.float32))
+    status, out, err = run(*line)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+@pytest.mark.faiss
+@pytest.mark.parametrize(("name", "asks", "rows", "l2", "ip"), [
+    ("clip", 0, 50, (0.706, 0.760, 0.809), (0.753, 0.902)), ("clip", 1, 50, (0.731, 0.788, 0.837), (0.782, 0.913)),
+    ("videoclip", 1, 100, (0.635, 0.732, 0.789), (0.722, 0.836)),
+])  # fmt: skip
+def test_models_embeddings_keep_their_neighbours_and_survive_more_noise(real_data, name, asks, rows, l2, ip):
+    """Without, shifted, projected; by inner product without and projected."""
+    from gapkern.retrieval import GapIndex, recall
+
+    features = torch.from_numpy(real_data(name))
+    queries, gallery = features[asks].contiguous(), features[1 - asks][:rows].contiguous()
+    shift = MeanShift(n_components="exact").fit(gallery, queries)
+    noise = Gaussian(0.04)
+    found = [row["robustness"] for row in sweep(queries, gallery, [0, 1], noise, shift=shift).rows]
+    for metric in ("l2", "ip"):
+        projection = Projection("exact", metric).fit(gallery, queries)
+        plain, projected = (GapIndex("Flat", metric, s).add(gallery) for s in (None, projection))
+        assert torch.equal(projected.search(queries, 10)[1], plain.search(queries, 10)[1])
+        pairs = range(rows)
+        assert recall(queries[:rows], None, pairs, index=projected) == recall(queries[:rows], None, pairs, index=plain)
+        measured = [
+            r["robustness"] for r in sweep(queries, gallery, [0, 1], noise, shift=projection, metric=metric).rows
+        ]
+        if metric == "l2":
+            assert [*found, measured[1]] == pytest.approx(l2, abs=0.002)
+            assert measured[1] >= found[1]
+        else:
+            assert measured == pytest.approx(ip, abs=0.01)
