@@ -202,7 +202,7 @@ def test_two_meanings_are_refused(mixed, names, message):
     from gapkern import files
 
     run = mixed
-    MeanShift(components=2).fit(draw(1), draw(2)).save("s.safetensors")
+    MeanShift(n_components=2).fit(draw(1), draw(2)).save("s.safetensors")
     os.makedirs("f")
     for i, name in enumerate(names):
         os.makedirs(os.path.dirname(f"f/{name}"), exist_ok=True)

@@ -87,7 +87,7 @@ def _add_sides(parser) -> None:
 
 def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
-    from gapkern.embeddings import described
+    from gapkern.embeddings import described, folder
 
     if (ending := Path(arguments.out).suffix) not in ("", ".safetensors"):
         raise ValueError(f"out: expected a name ending in .safetensors, got one in {ending}")
@@ -113,7 +113,8 @@ def run_fit(arguments) -> int:
     if noise is not None:
         gallery, queries = shift.samples()
         shift = shift.at(round(best_alpha(queries, gallery, noise, shift=shift), 2))
-    shift.save(arguments.out)
+    made_from = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+    shift.save(arguments.out, made_from=made_from)
     facts = {
         "gap_norm": float(shift.gap_vector_.norm()),
         "orthogonality": shift.orthogonality_,
@@ -122,11 +123,13 @@ def run_fit(arguments) -> int:
         "alpha": shift.alpha,
         "moves": shift.moves,
         "model": model,
+        "inputs": made_from,
     }
     if arguments.json:
         common.print_json(facts)
     else:
-        common.table(["fitted shift", "value"], [[name, value] for name, value in facts.items() if value is not None])
+        shown = {name: value for name, value in facts.items() if value is not None and name != "inputs"}
+        common.table(["fitted shift", "value"], [[name, value] for name, value in shown.items()])
         if said:
             print(f"model: {model}, {said}")
         print(f"shift: {arguments.out}")
