@@ -424,6 +424,9 @@ def test_results_say_what_they_were_made_from(run):
     told = json.loads(out)
     assert told == json.loads(Path("gap.json").read_text())
     assert told["inputs"] == {"images": queries, "texts": gallery}
+    status, out, err = run("shift", "compare", "a", "y.npy", "--components", "0", "--labels", "labels.npy", "--json")
+    assert status == 0, err
+    assert json.loads(out)["inputs"] == {"gallery": gallery, "queries": queries, "labels": labels}
     assert told["centroid_distance"] == pytest.approx(float(np.linalg.norm(x.mean(0) - y.mean(0))), rel=1e-5)
     status, out, err = run("eval", "--images", "y.npy", "--texts", "a", "--labels", "labels.npy", "--json")
     assert status == 0, err
@@ -476,6 +479,18 @@ def test_devices_are_no_files(run, classes, device):
     status, out, err = run("gap", "whole/x.npy", "x.npy", "--json")
     assert status == 0, err
     assert np.isclose(json.loads(out)["centroid_distance"], 0)
+
+
+@pytest.mark.parametrize("value", ["1.0", True, [1.0], {"a": 1}])
+def test_metrics_are_numbers(run, value):
+    result = dict.fromkeys(("dataset", "model", "pretrained", "task", "language"), "x")
+    Path("result.json").write_text(json.dumps(result | {"metrics": {"acc1": value}}))
+    assert "expected numbers for metrics" in refused(run, "build", "result.json", "--out", "table.csv")
+    assert not Path("table.csv").exists()
+    Path("result.json").write_text(json.dumps(result | {"metrics": {"acc1": 0.25, "acc5": None}}))
+    assert run("build", "result.json", "--out", "table.csv")[0] == 0
+    with open("table.csv", encoding="utf-8", newline="") as file:
+        assert [(row["acc1"], row["acc5"]) for row in csv.DictReader(file)] == [("0.25", "")]
 
 
 def test_reading_images_draws_nothing_of_the_callers(run, pictures):

@@ -179,6 +179,8 @@ def _apply(arguments) -> int:
 def run_compare(arguments) -> int:
     from gapkern import MeanShift
     from gapkern._nearest import nearest
+    from gapkern.embeddings import folder
+    from gapkern.embeddings import labels as loader
 
     common.model(None, gallery=arguments.gallery, queries=arguments.queries)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
@@ -201,7 +203,9 @@ def run_compare(arguments) -> int:
             step("compare", i + 1, len(arguments.components))
     unmoved = None if labels is None else float((before.numpy() == labels).mean())
     if arguments.json:
-        common.print_json({"clean_accuracy": unmoved, "rows": rows})
+        sides = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+        inputs = sides | loader.made_from(arguments.labels)
+        common.print_json({"clean_accuracy": unmoved, "inputs": inputs, "rows": rows})
         return 0
     common.table(
         ["components", "k", "share of the gap closed", "neighbours kept", "accuracy"], [list(r.values()) for r in rows]

@@ -83,6 +83,9 @@ def read(file: str | os.PathLike) -> dict[str, Any]:
     if missing or not isinstance(found["metrics"], dict):
         got = f"without {missing[0]}" if missing else "whose metrics have no names"
         raise ValueError(f"files: expected a result with {', '.join(REQUIRED)}, got {file} {got}")
+    for name, value in found["metrics"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"files: expected numbers for metrics, got {value!r:.40} for {name} in {file}")
     return found
 
 
