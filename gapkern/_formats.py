@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import stat
 import tokenize
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,23 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def text(path: str | os.PathLike, name: str) -> str:
+    """`gapkern.files.read_text`."""
+    try:
+        # A pipe that nobody writes into is empty then, instead of waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{name}: expected a file, got {path}, which is a device")
+            os.set_blocking(file.fileno(), True)
+            return file.read().decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected text in UTF-8 in {path}, got {error}") from None
 
 
 def opened(file: Path, name: str) -> None:

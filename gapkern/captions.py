@@ -1,14 +1,17 @@
-"""Files of captions: COCO's, Karpathy's `dataset_*.json`, and plain JSON of images and their captions."""
+"""Files of captions: COCO's, Karpathy's `dataset_*.json`, open_clip's tables, and plain JSON of images and captions."""
 
+import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gapkern.prompts import check_text, read_json
+from gapkern.prompts import check_text, read_json, read_text
 
-FILES = ("image", "file_name", "filename", "image_path", "file")
-TEXTS = ("captions", "caption", "text", "texts")
+FILES = ("image", "file_name", "filename", "image_path", "file", "filepath", "image_name")
+TEXTS = ("captions", "caption", "text", "texts", "title")
+TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,16 @@ def read(path: str | os.PathLike, split: str = "test", *, name: str = "annotatio
     Args:
         path: JSON of one of these: COCO's captions (`images` with id and file_name, `annotations` with image_id and
             caption), whose images come in the order of their ids; Karpathy's (`images` with filename, split and
-            sentences), of which a split is taken; `{file: caption or captions}`; a list of `{image, caption}`.
+            sentences), of which a split is taken; `{file: caption or captions}`; a list of `{image, caption}`. Or
+            `.csv`, `.tsv`: columns of images and of captions, as open_clip's `filepath` and `title`, between tabs or
+            commas.
         split: of Karpathy's file; "train" takes "restval" too.
 
     Raises:
         ValueError: not such a file, no captions, an image that is not there or there twice, a caption that is no text.
     """
+    if os.fspath(path).lower().endswith(TABLES):
+        return _captions(_table(path, name), path, name)
     found = read_json(name, path)
     expected = f"{name}: expected COCO's captions (images: id, file_name; annotations: image_id, caption), got {path}"
     try:
@@ -56,6 +63,17 @@ def read(path: str | os.PathLike, split: str = "test", *, name: str = "annotatio
         raise ValueError(f"{expected}: {type(error).__name__} {error}") from None
     except _Contradiction as error:
         raise ValueError(f"{name}: {error} in {path}") from None
+    return _captions(pairs, path, name)
+
+
+class _Contradiction(Exception):
+    pass
+
+
+Pairs = list[tuple[str, list[tuple[Any, Any]]]]
+
+
+def _captions(pairs: Pairs, path: str | os.PathLike, name: str) -> Captions:
     pairs = [(file, texts) for file, texts in pairs if texts]
     if not pairs:
         raise ValueError(f"{name}: expected at least one caption, got none in {path}")
@@ -68,13 +86,6 @@ def read(path: str | os.PathLike, split: str = "test", *, name: str = "annotatio
     if len(set(keys)) < len(keys):
         keys = [f"{pairs[i][0]}#{n}" for n, i in enumerate(image_of)]
     return Captions([file for file, _ in pairs], texts, image_of, keys)
-
-
-class _Contradiction(Exception):
-    pass
-
-
-Pairs = list[tuple[str, list[tuple[Any, Any]]]]
 
 
 def _many(texts: Any) -> Sequence[Any]:
@@ -120,6 +131,31 @@ def _listed(found: list[Any]) -> Pairs:
         if file is None or told is None:
             raise KeyError("image" if file is None else "caption")
         merged.setdefault(_file(file), []).extend((None, text) for text in _many(told))
+    return list(merged.items())
+
+
+def _table(path: str | os.PathLike, name: str) -> Pairs:
+    text = read_text(name, path)
+    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
+    except csv.Error as error:
+        raise ValueError(f"{name}: expected a table of images and captions in {path}, got {error}") from None
+    head = [cell.strip().lower() for cell in rows[0]] if rows else []
+    places = [next((head.index(column) for column in names if column in head), None) for names in (FILES, TEXTS)]
+    file, told = places
+    if file is None or told is None:
+        raise ValueError(
+            f"{name}: expected columns of images ({', '.join(FILES)}) and of captions ({', '.join(TEXTS)}) in {path}, "
+            f"got {', '.join(map(repr, head[:5])) or 'none'}"
+        )
+    for i, row in enumerate(rows[1:]):
+        if len(row) != len(head) or not row[file]:
+            got = f"{len(row)}" if len(row) != len(head) else "no image"
+            raise ValueError(f"{name}: expected {len(head)} columns in {path}, got {got} in row {i}")
+    merged: dict[str, list[tuple[Any, Any]]] = {}
+    for row in rows[1:]:
+        merged.setdefault(row[file], []).append((None, row[told]))
     return list(merged.items())
 
 

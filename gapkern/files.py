@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,19 +151,7 @@ def read_text(path: str | os.PathLike, *, name: str = "path") -> str:
         >>> read_text(path)
         'one\\r\\ntwo'
     """
-    try:
-        # A pipe that nobody writes into is empty then, instead of waited for.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{name}: expected a file, got {path}, which is a device")
-            os.set_blocking(file.fileno(), True)
-            return file.read().decode("utf-8-sig")
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read {path}: {_formats.reason(error)}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected text in UTF-8 in {path}, got {error}") from None
+    return _formats.text(path, name)
 
 
 def read_json(path: str | os.PathLike, *, name: str = "path") -> Any:
@@ -339,11 +326,20 @@ def convert(
             yield done
 
 
-def _load(path: str | os.PathLike, name: str) -> Tensor:
+def parted(path: str | os.PathLike) -> tuple[str, str | None]:
+    """The file of `file[key]`, and the key; None where there is none.
+
+    Example:
+        >>> parted("x.npy[0]"), parted("x.npy")
+        (('x.npy', '0'), ('x.npy', None))
+    """
     text = os.fspath(path)
-    index = None
-    if text.endswith("]") and "[" in text:
-        text, _, index = text[:-1].rpartition("[")
+    file, _, key = text[:-1].rpartition("[") if text.endswith("]") and "[" in text else (text, "", None)
+    return file, key
+
+
+def _load(path: str | os.PathLike, name: str) -> Tensor:
+    text, index = parted(path)
     file = Path(text)
     if file.suffix == ".safetensors":
         array: Any = _formats.read_safetensors(file, index, name)

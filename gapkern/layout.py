@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
-from gapkern import _check
+from gapkern import _check, _formats
 
 FORMAT, VERSION = "gapkern.embeddings", 1
 MANIFEST, PROGRESS, SHIFTED = "manifest.json", ".progress", "shift.json"
@@ -128,11 +128,21 @@ def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
     return [str(p) for p in there]
 
 
+def is_shard(name: str) -> bool:
+    """Whether a name that a file tells is that of a shard beside it, and leads nowhere else.
+
+    Example:
+        >>> is_shard("img_emb_0.npy"), is_shard("../img_emb_0.npy"), is_shard(".npy")
+        (True, False, False)
+    """
+    return Path(name).name == name and Path(name).suffix in SUFFIXES and not name.startswith(".")
+
+
 def _is_shards(folder: Path) -> bool:
     """Whether the folder has a manifest of shards; of which it then holds nothing else."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(_formats.text(folder / MANIFEST, name="path"))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("format") == FORMAT
 

@@ -1,11 +1,14 @@
 """Class names and prompt templates from lines or CLIP_benchmark's JSON files, whose own can be named too."""
 
+import contextlib
 import importlib.util
-import json
 import os
 import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from gapkern import files, layout
 
 DEFAULT = ("a photo of a {c}.",)
 Templates = list[str] | dict[str, list[str]]
@@ -23,12 +26,18 @@ def read_json(name: str, path: str | os.PathLike) -> Any:
         for folder in (found.submodule_search_locations or []) if found else []:
             if (Path(folder) / "datasets" / file).exists():
                 file = Path(folder) / "datasets" / file
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON, got {path} ({error})") from None
+    with _there(name, path):
+        return files.read_json(file, name=name)
+
+
+def read_text(name: str, path: str | os.PathLike) -> str:
+    """What a UTF-8 file holds, without a byte-order mark.
+
+    Raises:
+        ValueError: no such file, not UTF-8.
+    """
+    with _there(name, path):
+        return files.read_text(path, name=name)
 
 
 def read_lines(name: str, path: str | os.PathLike) -> list[str]:
@@ -44,16 +53,18 @@ def read_lines(name: str, path: str | os.PathLike) -> list[str]:
         >>> read_lines("texts", file)
         ['a', '', 'b']
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: expected UTF-8 in {path}, got {error}") from None
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.removesuffix("\r") for line in read_text(name, path).split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()
     return lines
+
+
+@contextlib.contextmanager
+def _there(name: str, path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from None
 
 
 def check_text(name: str, value: Any, where: str) -> str:
@@ -75,7 +86,7 @@ def load_templates(path: str | os.PathLike, dataset: str) -> Templates:
     """Templates with {c} for the class, or each class's own prompts.
 
     The file holds one per line, or JSON: a list; or, by dataset, a list or a dictionary of prompts by class. A dataset
-    that it lacks takes those of imagenet1k, as in CLIP_benchmark.
+    that it lacks takes those of imagenet1k, as in CLIP_benchmark. `file[dataset]` names one.
 
     Raises:
         ValueError: not such a file, nothing for this dataset, a template without {c}.
@@ -87,6 +98,7 @@ def load_templates(path: str | os.PathLike, dataset: str) -> Templates:
         >>> load_templates(file, "digits")
         ['the digit {c}']
     """
+    path, dataset = _chosen(path, dataset)
     found = _read("templates", path)
     if isinstance(found, dict):
         chosen = next((found[key] for key in (*_keys(dataset), "imagenet1k") if key in found), None)
@@ -112,24 +124,35 @@ def check_templates(templates: Any) -> list[str]:
     return list(templates)
 
 
-def load_classnames(path: str | os.PathLike, dataset: str = "") -> list[str] | dict[str, str]:
+def load_classnames(
+    path: str | os.PathLike, dataset: str = "", fits: Callable[[Any], bool] = lambda names: False
+) -> list[str] | dict[str, str]:
     """Class names, or a mapping of what the classes are called where the images are to their names.
 
-    The file holds one per line, or JSON: a list, a mapping, or either by dataset. Without a dataset that is named, a
-    file of one takes that.
+    The file holds one per line, or JSON: a list, a mapping, or either by dataset. `file[dataset]` names one. Without
+    a dataset that is named, the only one is taken, or the only one whose names are those of the images.
+
+    Args:
+        fits: whether names can be those of the images.
 
     Raises:
-        ValueError: not such a file, or nothing for this dataset.
+        ValueError: not such a file, nothing for this dataset, or several that it may be.
     """
+    path, dataset = _chosen(path, dataset)
     found = _read("classnames", path)
     if isinstance(found, dict) and not all(isinstance(value, str) for value in found.values()):
-        chosen = next((found[key] for key in _keys(dataset) if key in found), None)
-        if chosen is None and not dataset and len(found) == 1:
-            chosen = next(iter(found.values()))
-        if chosen is None:
-            wanted = repr(dataset) if dataset else "a list, a mapping, or --dataset to choose by"
-            raise ValueError(f"classnames: expected {wanted} in {path}, got {_some(found)}")
-        found = chosen
+        among = [key for key in _keys(dataset) if key in found]
+        if not dataset:
+            among = list(found) if len(found) == 1 else [key for key, names in found.items() if fits(names)]
+        if not among or (not dataset and len(among) > 1):
+            wanted = repr(dataset) if dataset else f"a list or a mapping, or one data set chosen as {path}[NAME],"
+            raise ValueError(
+                f"classnames: expected {wanted} in {path}, got those of {_names(among or list(found))}"
+                + (", which all fit" if among else "")
+            )
+        if not dataset and len(found) > 1:
+            layout.note(f"classnames: those of {among[0]} in {path}")
+        found = found[among[0]]
     if isinstance(found, dict):
         _strings("classnames", list(found.values()))
         return found
@@ -161,6 +184,16 @@ def _read(name: str, path: str | os.PathLike) -> Any:
     if blank := [i + 1 for i, line in enumerate(lines) if not line.strip()]:
         raise ValueError(f"{name}: expected no blank line within {path}, got one in line {blank[0]}")
     return lines
+
+
+def _chosen(path: str | os.PathLike, dataset: str) -> tuple[str, str]:
+    """The file and the data set of `file[dataset]`."""
+    file, key = files.parted(path)
+    return (os.fspath(path), dataset) if key is None or os.path.exists(path) else (file, key)
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _keys(dataset: str) -> tuple[str, ...]:

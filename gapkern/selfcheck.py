@@ -184,5 +184,5 @@ def _run(name: str, function: Callable[[], tuple[bool, str]]) -> Check:
     try:
         return Check(name, *function())
     except Exception as error:  # whatever is broken here is what the doctor is asked for
-        lines = str(error).splitlines()
-        return Check(name, False, f"{type(error).__name__}: {lines[0] if lines else ''}")
+        said = str(error).partition("\n")[0]
+        return Check(name, False, f"{type(error).__name__}: {said}")

@@ -167,7 +167,7 @@ def peak_memory(code: str, *, setup: str) -> float:
     done = subprocess.run(
         [sys.executable, "-c", _PEAK.format(setup=setup, code=code)], capture_output=True, text=True, check=True
     )
-    return float(done.stdout.splitlines()[-1])
+    return float(done.stdout.split("\n")[-2])
 
 
 def clip_like(count: int, dims: int = 512, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

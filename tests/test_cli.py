@@ -1,5 +1,6 @@
 """The command line as its users type it."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -36,7 +37,10 @@ def test_gap(pair, capsys):
     status, out, _ = run(capsys, "gap", pair / "images.npy", pair / "texts.npy", "--json", "--out", pair / "gap.json")
     assert status == 0
     expected = gap_metrics(np.load(pair / "images.npy"), np.load(pair / "texts.npy"))
-    assert json.loads(out) == pytest.approx(expected, nan_ok=True)
+    found = json.loads(out)
+    inputs = {name: [hashlib.sha256((pair / f"{name}.npy").read_bytes()).hexdigest()] for name in ("images", "texts")}
+    assert {name: facts["sha256"] for name, facts in found.pop("inputs").items()} == inputs
+    assert found == pytest.approx(expected, nan_ok=True)
     assert json.loads((pair / "gap.json").read_text()) == json.loads(out)
     status, out, _ = run(capsys, "gap", pair / "images.npy", pair / "texts.npy")
     assert status == 0
@@ -140,7 +144,9 @@ def test_robust_writes_a_table_and_a_plot(pair, capsys):
     rows = json.loads(out)["rows"]
     assert [row["alpha"] for row in rows] == [0.0] * 4 + [0.5] * 4 + [1.0] * 4
     assert all(row["robustness"] == 1 for row in rows if row["perturbation"] == "replace")
-    assert {p.name for p in out_folder.iterdir()} == {"robustness.json", "robustness.csv", "robustness.png"}
+    assert {p.name for p in out_folder.iterdir()} == {
+        "inputs.json", "robustness.json", "robustness.csv", "robustness.png",
+    }  # fmt: skip
     assert json.loads((out_folder / "robustness.json").read_text()) == rows
 
 
@@ -172,7 +178,9 @@ def test_robust_goes_on_after_a_kill(pair, capsys):
     assert len(rows) == 80
     finished = [json.loads(line)[1] for line in journal.split("\n")[1:-1]]
     assert all(row in rows for row in finished), "with the seconds they took then"
-    assert sorted(p.name for p in (pair / "out").iterdir()) == ["robustness.csv", "robustness.json", "robustness.png"]
+    assert sorted(p.name for p in (pair / "out").iterdir()) == [
+        "inputs.json", "robustness.csv", "robustness.json", "robustness.png",
+    ]  # fmt: skip
 
 
 def test_robust_takes_a_fitted_shift_and_labels_from_a_file(pair, capsys):

@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.open_clip, pytest.mark.faiss]
 
 KINDS = (
     "npy", "safetensors", "fit", "shift", "note", "journal", "replace", "manifest", "shard", "parquet", "folder",
-    "result", "captions", "classnames", "templates", "words", "image", "weights",
+    "faiss", "ivf", "index", "ids", "labels", "eval", "result", "captions", "classnames", "templates", "words", "image",
+    "tar", "weights",
 )  # fmt: skip
 
 

@@ -231,7 +231,7 @@ def test_lines_end_with_line_feeds_alone(tmp_path):
         (tmp_path / "p.txt").write_bytes(("\ufeff" + end.join(f"{{c}}{text}" for text in odd) + end).encode())
         assert prompts.load_templates(tmp_path / "p.txt", "") == [f"{{c}}{text}" for text in odd]
     (tmp_path / "t.txt").write_bytes(b"a\xff\n")
-    with pytest.raises(ValueError, match="texts: expected UTF-8 in"):
+    with pytest.raises(ValueError, match="texts: expected text in UTF-8 in"):
         sources.texts(tmp_path / "t.txt")
     (tmp_path / "n.txt").write_text("a\n\nb\n")
     with pytest.raises(ValueError, match=r"classnames: expected no blank line within .*, got one in line 2"):

@@ -21,16 +21,16 @@ def add(verbs) -> None:
     parser.add_argument("--pretrained", help="open_clip's tag, or a local checkpoint")
     parser.add_argument("--images", nargs="+", help="a folder of images or of webdataset tars, or tars")
     parser.add_argument("--texts", help="a file of texts, one per line")
-    parser.add_argument("--captions", help="JSON of captions: COCO's, Karpathy's (of --split), or {file: captions}; "
-                        "they find their images by name, and image_of.npy says each one's row")  # fmt: skip
+    parser.add_argument("--captions", help="captions: COCO's or Karpathy's JSON (of --split), {file: captions}, or "
+                        ".csv, .tsv; they find their images by name, and image_of.npy says each one's row")  # fmt: skip
     parser.add_argument("--dataset", help="instead of --images: a data set by name, as for 'gapkern eval', such as "
                         "cifar10, imagefolder or mscoco_captions (with --annotation_file)")  # fmt: skip
     parser.add_argument("--root", default=".", help="where the data set lies (default: %(default)s)")
     parser.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
     parser.add_argument("--annotation_file", help="captions of the data set (COCO's JSON)")
     parser.add_argument("--classnames", help="class names, JSON or one per line, in any order where the images lie in "
-                        "folders of these names; or a JSON object {folder: name}: classes.npy is written, their "
-                        "vectors")  # fmt: skip
+                        "folders of these names; a JSON object {folder: name}; of a file of many data sets' "
+                        "FILE[NAME]: classes.npy is written, their vectors")  # fmt: skip
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop",
                         help="at an image that cannot be read; skip leaves it out (default: %(default)s)")  # fmt: skip
     parser.add_argument("--templates", help="JSON or one per line, with {c} for the class (default: a photo of a {c}.)")
@@ -106,7 +106,10 @@ def _sources(arguments) -> dict[str, Any]:
     if arguments.templates and not arguments.classnames:
         raise ValueError("templates: expected --classnames beside them, got none")
     if arguments.classnames:
-        given["classnames"] = prompts.load_classnames(arguments.classnames, arguments.dataset or "")
+        if given["images"] is not None:
+            given["images"] = sources.images(given["images"])
+        fits = getattr(given["images"], "fits", lambda names: False)
+        given["classnames"] = prompts.load_classnames(arguments.classnames, arguments.dataset or "", fits)
     if arguments.templates:
         given["templates"] = prompts.load_templates(arguments.templates, arguments.dataset or "")
     return given

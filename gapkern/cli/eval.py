@@ -196,7 +196,7 @@ def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, A
         names = prompts.load_classnames(arguments.custom_classname_file, dataset)
     if arguments.images is not None:
         told: dict[str, Any] = {"model_id": inputs.model_of(arguments.images, arguments.texts),
-                                "inputs": inputs.made_from(arguments.images, arguments.texts)}  # fmt: skip
+                                "inputs": _made_from(arguments, ranks)}  # fmt: skip
         if shift is not None:
             for name in ("images", "texts"):
                 check_unmoved(layout.place(getattr(arguments, name), inputs.KINDS[name], name=name), name=name)
@@ -218,6 +218,12 @@ def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, A
         dumped = {"classnames": names or getattr(data, "classes", None), "templates": templates}
     kept = {key: value for key, value in dumped.items() if getattr(arguments, f"dump_{key}") and value}
     return given, {key: value for key, value in told.items() if value} | kept
+
+
+def _made_from(arguments, ranks) -> dict[str, Any]:
+    from gapkern.evaluation import inputs
+
+    return inputs.made_from(arguments.images, arguments.texts, arguments.labels) if ranks.rank == 0 else {}
 
 
 def _encoder(arguments, facts, ranks, step) -> Any:

@@ -22,6 +22,7 @@ def add(verbs) -> None:
 
 def run(arguments) -> int:
     from gapkern import gap_metrics
+    from gapkern.embeddings.folder import made_from
     from gapkern.embeddings.labels import Side, check_paired
 
     sides = {"images": "img_emb", "texts": "text_emb"}
@@ -30,10 +31,12 @@ def run(arguments) -> int:
     images, texts = (files.load_embeddings(path, name=name) for name, path in places.items())
     check_paired(Side(places["images"], len(images), "images"), Side(places["texts"], len(texts), "texts"))
     metrics = gap_metrics(images, texts, logit_scale=arguments.logit_scale)
+    if arguments.out or arguments.json:
+        told = metrics | {"inputs": {name: made_from(path, name=name) for name, path in places.items()}}
     if arguments.out:
-        files.write_json(arguments.out, metrics)
+        files.write_json(arguments.out, told)
     if arguments.json:
-        common.print_json(metrics)
+        common.print_json(told)
     else:
         common.table(["metric", "value"], [[name, value] for name, value in metrics.items()])
     return 0

@@ -90,7 +90,10 @@ def show(arguments: argparse.Namespace, what: str, facts: dict[str, Any], said: 
     if arguments.json:
         common.print_json(facts)
         return
-    common.table([f"fitted {what}", "value"], [[name, value] for name, value in facts.items() if value is not None])
+    common.table(
+        [f"fitted {what}", "value"],
+        [[name, value] for name, value in facts.items() if value is not None and name != "inputs"],
+    )
     if said:
         print(f"model: {facts['model']}, {said}")
     print(f"{what}: {arguments.out}")

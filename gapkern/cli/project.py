@@ -31,13 +31,15 @@ def add(verbs) -> None:
 
 def run_fit(arguments) -> int:
     from gapkern import Projection
+    from gapkern.embeddings import folder
 
     model, said = moves.fitting(arguments)
     projection = Projection(
         arguments.components, arguments.metric, arguments.agreement, arguments.reduce, model
     ).check_parameters()
     moves.learn(projection, arguments)
-    projection.save(arguments.out)
+    made_from = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+    projection.save(arguments.out, made_from=made_from)
     facts = {
         "offset": projection.offset_,
         "components": projection.n_components_,
@@ -46,6 +48,7 @@ def run_fit(arguments) -> int:
         "metric": projection.metric,
         "reduce": projection.reduce,
         "model": model,
+        "inputs": made_from,
     }
     moves.show(arguments, "projection", facts, said)
     if projection.n_components_ == projection.n_features_in_ and not arguments.json:

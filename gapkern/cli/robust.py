@@ -7,7 +7,7 @@ from gapkern._lock import locked
 from gapkern.cli import common
 from gapkern.cli.moves import components
 
-JOURNAL = "unfinished.jsonl"
+JOURNAL, INPUTS = "unfinished.jsonl", "inputs.json"
 
 
 def add(verbs) -> None:
@@ -38,8 +38,8 @@ def add(verbs) -> None:
     parser.add_argument("--method", default="auto", help="auto, exact, projected or sample (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=100, help="draws for what is sampled (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for robustness.json, robustness.csv and robustness.png; the same "
-                        "command again goes on where it was interrupted")  # fmt: skip
+    parser.add_argument("--out", help="folder for robustness.json, .csv and .png, and inputs.json, which says what "
+                        "of; the same command again goes on where it was interrupted")  # fmt: skip
     common.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -57,6 +57,8 @@ def _run(arguments, out: Path | None) -> int:
     import sys
 
     from gapkern import MeanShift, Projection, Replace, sweep
+    from gapkern.embeddings import folder
+    from gapkern.embeddings import labels as loader
     from gapkern.embeddings.folder import agreed
     from gapkern.gap import transforms
     from gapkern.perturb import title
@@ -90,15 +92,22 @@ def _run(arguments, out: Path | None) -> int:
         method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=sys.stderr.isatty(),
         journal=out and out / JOURNAL,
     )  # fmt: skip
+    inputs = {name: folder.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}
+    inputs |= {f"replace {i}": folder.made_from(path, name="replace") for i, path in enumerate(arguments.replace)}
+    inputs |= loader.made_from(arguments.labels)
+    inputs["shift"] = transforms.facts(shift) | {"fitted_here": not (arguments.shift or arguments.project)}
     if out is not None:
+        # Last: results that a kill left without it are nobody's.
+        (out / INPUTS).unlink(missing_ok=True)
         result.to_json(out / "robustness.json")
         result.to_csv(out / "robustness.csv")
         result.plot(out / "robustness.png")
+        files.write_json(out / INPUTS, inputs)
         (out / JOURNAL).unlink()
     share = transforms.closed(shift, queries)
     if arguments.json:
         facts = {"components": shift.n_components_, "orthogonality": share}
-        common.print_json(facts | {"rows": result.rows})
+        common.print_json(facts | {"inputs": inputs, "rows": result.rows})
         return 0
     common.table(
         ["perturbation", "α", "robustness", "agreement", "accuracy", "clean accuracy", "method"],
@@ -108,5 +117,5 @@ def _run(arguments, out: Path | None) -> int:
     what = "projection" if isinstance(shift, Projection) else "shift"
     print(f"{what}: k = {shift.n_components_} components kept, {share:.1%} of the gap can be closed")
     if out is not None:
-        print(f"written: {out}/robustness.json, .csv, .png")
+        print(f"written: {out}/robustness.json, .csv, .png and inputs.json")
     return 0

@@ -52,6 +52,7 @@ def add(verbs) -> None:
 
 def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
+    from gapkern.embeddings import folder
 
     model, said = moves.fitting(arguments)
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
@@ -64,7 +65,8 @@ def run_fit(arguments) -> int:
     if noise is not None:
         gallery, queries = shift.samples()
         shift = shift.at(round(best_alpha(queries, gallery, noise, shift=shift), 2))
-    shift.save(arguments.out)
+    made_from = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+    shift.save(arguments.out, made_from=made_from)
     facts = {
         "gap_norm": float(shift.gap_vector_.norm()),
         "orthogonality": shift.orthogonality_,
@@ -73,6 +75,7 @@ def run_fit(arguments) -> int:
         "alpha": shift.alpha,
         "moves": shift.moves,
         "model": model,
+        "inputs": made_from,
     }
     moves.show(arguments, "shift", facts, said)
     return 0
@@ -81,6 +84,8 @@ def run_fit(arguments) -> int:
 def run_compare(arguments) -> int:
     from gapkern import MeanShift, Projection
     from gapkern._search import nearest
+    from gapkern.embeddings import folder
+    from gapkern.embeddings import labels as loader
     from gapkern.gap import transforms
 
     common.model(None, gallery=arguments.gallery, queries=arguments.queries)
@@ -104,7 +109,11 @@ def run_compare(arguments) -> int:
             step("compare", i + 1, len(wanted))
     unmoved = None if labels is None else float((before.numpy() == labels).mean())
     if arguments.json:
-        common.print_json({"clean_accuracy": unmoved, "rows": found[MeanShift], "projections": found[Projection]})
+        sides = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+        common.print_json({
+            "clean_accuracy": unmoved, "inputs": sides | loader.made_from(arguments.labels),
+            "rows": found[MeanShift], "projections": found[Projection],
+        })  # fmt: skip
         return 0
     named = {"shift": found[MeanShift], "projection": found[Projection]}
     common.table(

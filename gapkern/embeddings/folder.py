@@ -12,7 +12,6 @@ rows is called "as stored".
 
 import bisect
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,11 +43,9 @@ def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] |
     """
     file = Path(path) / MANIFEST
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = files.read_json(file, name=name)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON in {file}, got {error}") from None
     got = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
     if got != (FORMAT, VERSION):
         raise ValueError(f"{name}: expected {FORMAT} of version {VERSION}, got {got[0]!r}, {got[1]!r} in {file}")
@@ -57,15 +54,26 @@ def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] |
         raise ValueError(f"{name}: expected {', '.join(fields)} with each shard's hash in {file}, got {list(found)}")
     odd = [key for key, kind in FACTS.items() if not isinstance(found.get(key), kind | None)]
     odd += [key for key, fields in PARTS.items() if not all(_has(entry, fields) for entry in found.get(key) or [])]
-    odd += [] if odd or all(map(_is_span, found.get("spans") or [])) else ["spans"]
+    odd += [] if odd or is_spans(found.get("spans") or []) else ["spans"]
     if odd:
         key = odd[0]
         raise ValueError(f"{name}: expected {key} as embed writes it in {file}, got {str(found[key])[:40]!r}")
     return found
 
 
-def _is_span(ends: Any) -> bool:
-    return isinstance(ends, list) and len(ends) in (0, 2) and all(isinstance(key, str) for key in ends)
+def is_spans(value: Any) -> bool:
+    """Whether these are first and last keys of shards."""
+    return isinstance(value, list) and all(
+        isinstance(ends, list) and len(ends) in (0, 2) and all(isinstance(key, str) for key in ends) for ends in value
+    )
+
+
+def is_note(value: Any, shard: str, metadata: str) -> bool:
+    """Whether this is what `embed` notes of the shard of that name, whose metadata is a file of that name."""
+    if not _has(value, PARTS["sources"]):
+        return False
+    entries = [(value.get("shard"), ENTRY, shard), (value.get("metadata"), PARTS["metadata"], metadata)]
+    return all(entry is None or (_has(entry, fields) and entry["name"] == name) for entry, fields, name in entries)
 
 
 def _has(entry: Any, fields: Mapping[str, type]) -> bool:
@@ -83,13 +91,40 @@ def described(path: str | os.PathLike, kind: str | None = None, *, name: str = "
         return manifest(found, name=name) or {}
     note = Path(f"{found}.json")
     try:
-        told = json.loads(note.read_text(encoding="utf-8"))
+        told = files.read_json(note, name=name)
     except (OSError, ValueError):
         return {}
     # A file that has been written anew since is not the one that was described.
     if not isinstance(told, dict) or told.get("format") != FORMAT or told.get("bytes") != found.stat().st_size:
         return {}
     return told if told.get("sha256") == files.digest(found) else {}
+
+
+def kind_of(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> str | None:
+    """ "img_emb" or "text_emb", as the manifest or the folder's name says; None where neither does."""
+    told = described(path, kind, name=name).get("kind") or place(path, kind, name=name).name
+    return told if told in KINDS else None
+
+
+def made_from(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
+    """What a result says of embeddings that it was made from.
+
+    Returns:
+        "sha256" of their files in the rows' order; where they are known, "order" (the hash of the rows' keys) and
+        "transforms" that have moved them; "key" where a file holds several matrices.
+
+    Raises:
+        ValueError: see `described`; a file is absent.
+    """
+    told = described(path, kind, name=name)
+    parts = [files.parted(shard) for shard in files.shards(place(path, kind, name=name), name=name)]
+    facts = {
+        "sha256": [files.digest(file) for file, _ in parts],
+        "key": parts[0][1],
+        "order": told.get("order"),
+        "transforms": told.get("transforms"),
+    }
+    return {key: value for key, value in facts.items() if value}
 
 
 def model_of(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> str | None:

@@ -2,7 +2,6 @@
 
 import fcntl
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import files, models
+from gapkern import _formats, files, models
 from gapkern.embeddings import folder as folders
 from gapkern.embeddings import keys, loading
 from gapkern.layout import PROGRESS
@@ -78,10 +77,13 @@ class Job:
         try:
             return exchange(*values)
         except RuntimeError as error:
-            raise RankLost(f"rank {self.ranks.rank}: lost another rank ({str(error).splitlines()[0]})") from None
+            raise RankLost(f"rank {self.ranks.rank}: lost another rank ({_formats.reason(error)})") from None
 
     def _name(self, shard: int) -> str:
         return f"{self.kind}_{shard}.npy"
+
+    def _told(self, shard: int) -> str:
+        return f"{self.beside.name}/metadata_{shard}.parquet"
 
     def _prepare(self, resume: bool) -> tuple[Any, list[tuple[int, int]]]:
         """Makes the folder ready, alone: refuses another run's, removes what a killed run left half done.
@@ -110,7 +112,7 @@ class Job:
         if not resume:
             self._clear()
         found = folders.manifest(self.folder, name="out")
-        known = json.loads(plan.read_text()) if found is None and plan.exists() else found
+        known = self._plan(plan) if found is None and plan.exists() else found
         if known is None and (there := [p.name for p in self.folder.iterdir() if p.suffix in (".npy", ".safetensors")]):
             raise ValueError(
                 f"out: expected a folder of this command or an empty one, got {self.folder} with {there[0]}"
@@ -130,6 +132,15 @@ class Job:
         for old in (*self.folder.glob(".*.tmp*"), *self.beside.glob(".*.tmp*"), *self.notes.glob(".*.tmp*")):
             old.unlink(missing_ok=True)
         return spans
+
+    def _plan(self, path: Path) -> dict[str, Any]:
+        """What a run that was killed had begun."""
+        known = files.read_json(path, name="out")
+        if not isinstance(known, dict) or not folders.is_spans(known.get("spans") or []):
+            raise ValueError(
+                f"out: expected a plan as embed writes it in {path} (resume=False or --no_resume begins anew)"
+            )
+        return known
 
     def _same(self, known: dict[str, Any]) -> None:
         """Raises ValueError where a folder was begun with other arguments, or for other rows altogether."""
@@ -186,7 +197,7 @@ class Job:
         told = {entry["name"]: entry for entry in found.get("metadata") or []}
         for shard, fact in enumerate(found.get("sources") or []):
             note = self.notes / f"{shard}.json"
-            metadata = told.get(f"{self.beside.name}/metadata_{shard}.parquet")
+            metadata = told.get(self._told(shard))
             if not note.exists():
                 files.write_json(note, {"shard": entries.get(self._name(shard)), "metadata": metadata, **fact})
 
@@ -200,8 +211,12 @@ class Job:
             old.unlink(missing_ok=True)
 
     def _note(self, shard: int) -> dict[str, Any] | None:
-        note = self.notes / f"{shard}.json"
-        return json.loads(note.read_text()) if note.exists() else None
+        """What is noted of a shard; None where nothing is that can be read, and the shard is done again."""
+        try:
+            note = files.read_json(self.notes / f"{shard}.json")
+        except (OSError, ValueError):
+            return None
+        return note if folders.is_note(note, self._name(shard), self._told(shard)) else None
 
     def _finished(self, shard: int) -> bool:
         note = self._note(shard)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import layout
+from gapkern import _formats, files, layout
 from gapkern.embeddings import keys, sides
 from gapkern.embeddings.folder import Embeddings, described
 from gapkern.prompts import read_json, read_lines
 
 KINDS = {"images": "img_emb", "texts": "text_emb"}
-KEYS = ("key", "image", "image_path", "file_name", "filename", "path", "id")
+KEYS = ("key", "image", "image_path", "file_name", "filename", "filepath", "path", "id")
 VALUES = ("label", "labels", "class", "target", "cls", "answer")
 
 
@@ -93,6 +93,14 @@ def load(
             of = keys.classes_of(facts["names"], list(names), argument=name)
             found = torch.tensor(of)[in_range(name, found, len(of), "classes")]
     return in_range(name, found, count, what)
+
+
+def made_from(text: str | None) -> dict[str, Any]:
+    """What a result says of the labels that it was made from: the file's hash, or the word or number that was given."""
+    if text is None:
+        return {}
+    file = files.parted(text)[0]
+    return {"labels": {"sha256": [files.digest(file)]} if os.path.isfile(file) else text}
 
 
 def in_range(name: str, values: Tensor, count: int, what: str) -> Tensor:
@@ -209,34 +217,20 @@ def array(name: str, path: str) -> Tensor:
         ValueError: no such file, or none of these.
     """
     text, _, key = path[:-1].rpartition("[") if path.endswith("]") else (path, "", "")
-    try:
-        if text.endswith(".safetensors"):
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                with safe_open(text, "pt") as opened:
-                    there = list(opened.keys())
-                    if not there or (key or there[0]) not in there or (not key and len(there) > 1):
-                        raise ValueError(f"{name}: expected one of {', '.join(there)} as file[key], got {path}")
-                    return opened.get_tensor(key or there[0])
-            except SafetensorError as error:
-                raise ValueError(f"{name}: expected a .safetensors file, got {text}: {error}") from None
-        if not text.endswith(".npy"):
-            raise ValueError(f"{name}: expected a .npy or .safetensors file, got {path}")
-        found = np.load(text, allow_pickle=False)
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read {text}: {error.strerror or error}") from None
-    except Exception as error:  # NumPy's headers are Python, and fail as such
-        reason = str(error).partition("\n")[0]
-        if reason.startswith(f"{name}: "):
-            raise
-        raise ValueError(f"{name}: expected a .npy file, got {text}: {reason}") from None
+    if text.endswith(".safetensors"):
+        return _formats.read_safetensors(Path(text), key or None, name)
+    if not text.endswith(".npy"):
+        raise ValueError(f"{name}: expected a .npy or .safetensors file, got {path}")
+    found = files.load_array(text, name=name)
     if found.dtype.kind not in "iufcb":
         return _array(found.tolist(), None, name)
     found = found.astype(found.dtype.newbyteorder("="))
     if found.dtype.kind == "u" and found.size and int(found.max()) < 2**63:
         found = found.astype(np.int64)
-    return torch.from_numpy(found)
+    try:
+        return torch.from_numpy(found)
+    except TypeError:
+        raise ValueError(f"{name}: expected numbers of at most 64 bits, got {found.dtype} in {path}") from None
 
 
 def _npz(path: str, key: str, name: str) -> Tensor:

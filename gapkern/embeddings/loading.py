@@ -91,6 +91,11 @@ def batches(
                 f"({type(error).__name__}: {error})"
             ) from None
     loader = torch.utils.data.DataLoader(
-        rows, batch_sampler=[list(span) for span in spans], num_workers=workers, collate_fn=_collate, pin_memory=pin
+        rows,
+        batch_sampler=[list(span) for span in spans],
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the workers' seeds else come from the caller's
     )
     yield from loader

@@ -15,7 +15,6 @@ from gapkern import files, layout
 from gapkern.embeddings.folder import FORMAT, MANIFEST, VERSION, described, metadata_files, write_manifest
 from gapkern.gap import transforms
 from gapkern.gap.transforms import Transform
-from gapkern.prompts import read_json
 
 NOTE = layout.SHIFTED
 
@@ -82,10 +81,12 @@ class Target:
         """Reads the note of a run before; removes its shards that the source no longer has."""
         note, other = self.out / NOTE, f"out: expected an empty folder or one of the same shift, got {self.out}, which"
         if note.exists():
-            told = read_json("out", note)
+            told = files.read_json(note, name="out")
             self.known = told.pop("shards", {}) if isinstance(told, dict) else {}
             if told != self.facts or not isinstance(self.known, dict):
                 raise ValueError(f"{other} holds another's")
+            if odd := [name for name in self.known if not layout.is_shard(name)]:
+                raise ValueError(f"out: expected the names of shards in {note}, got {odd[0]!r}")
         ours = {NOTE, MANIFEST, "metadata", *self.known, *(names if note.exists() else ())}
         if foreign := sorted(p.name for p in self.out.iterdir() if p.name not in ours and not p.name.startswith(".")):
             raise ValueError(f"{other} holds other files ({foreign[0]})")
@@ -120,7 +121,7 @@ class Target:
         }
         if not self.folder:
             source = self.pairs[0][0]
-            return self._describe(facts | {"made_from": [files.digest(_without_key(source))]})
+            return self._describe(facts | {"made_from": [files.digest(files.parted(source)[0])]})
         entries: list[dict[str, Any]] = []
         for source, _ in self.pairs:
             target = self.out / Path(source).name
@@ -165,7 +166,3 @@ class Target:
 
 def _same(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
-
-
-def _without_key(path: str) -> str:
-    return path.rpartition("[")[0] if path.endswith("]") and "[" in path else path

@@ -5,7 +5,6 @@ into. A file whose rows are no longer there goes when the embeddings do.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,11 +30,9 @@ def read(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """
     file = Path(folder) / NAME
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = files.read_json(file, name="rows")
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"rows: expected JSON in {file}, got {error}") from None
     entries = found.get("files") if isinstance(found, dict) else None
     known = isinstance(entries, dict) and all(map(_known, entries.values()))
     if not known or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
@@ -96,6 +93,21 @@ def relabelled(out: Path, classnames: Sequence[str]) -> list[int] | None:
     return keys.classes_of(entry["names"], list(classnames), empty=[])
 
 
+def _labels(out: Path, classes: int) -> np.ndarray:
+    """labels.npy as `settle` wrote it: numbers of classes."""
+    found = files.load_array(out / LABELS, name="labels")
+    if (
+        found.ndim != 1
+        or found.dtype.kind not in "iu"
+        or (len(found) and not 0 <= found.min() <= found.max() < classes)
+    ):
+        raise ValueError(
+            f"labels: expected a number of the {classes} classes for each row in {out / LABELS}, got "
+            f"{found.dtype} {found.shape}"
+        )
+    return found
+
+
 def settle(out: Path, now: Settled) -> None:
     """Writes the files beside the embeddings that `out` holds now, and removes those of rows or names before."""
     entries = {name: entry for name, entry in read(out).items() if (out / name).is_file()}
@@ -116,7 +128,7 @@ def settle(out: Path, now: Settled) -> None:
             put(LABELS, np.asarray(now.labels, dtype=np.int64), order=orders["img_emb"], names=names)
     elif now.classnames is not None and (to := relabelled(out, now.classnames)) is not None:
         before = entries[LABELS]
-        labels = np.asarray(to, dtype=np.int64)[np.load(out / LABELS, allow_pickle=False)]
+        labels = np.asarray(to, dtype=np.int64)[_labels(out, len(to))]
         put(LABELS, labels, order=before["order"], names=list(now.classnames))
     if now.vectors is not None and now.classnames is not None:
         names = list(now.classnames)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import layout
+from gapkern.captions import TABLES
+from gapkern.captions import read as read_captions
 from gapkern.embeddings import keys, pictures, tars
 from gapkern.prompts import check_text, read_json, read_lines
 
@@ -87,6 +89,14 @@ class Images:
         if self.labels is not None:
             found["label"] = [self.labels[i] for i in rows]
         return found
+
+    def fits(self, classnames: Any) -> bool:
+        """Whether names can be those of the images' classes."""
+        try:
+            with layout.notes():
+                return self.classes is not None and bool(keys.classes_of(self.classes, classnames, empty=self.empty))
+        except ValueError:
+            return False
 
     def named(self, classnames: Any) -> tuple["Images", list[str] | None]:
         """These images with labels into `classnames`, and the names in that order: see `keys.classes_of`.
@@ -188,7 +198,7 @@ def images(source: Any) -> Images:
 
 
 def texts(source: Any, split: str = "test") -> Texts:
-    """Texts of a file, one per line; of captions in JSON (`gapkern.captions`); or a list of strings.
+    """Texts of a file, one per line; of captions in JSON, `.csv` or `.tsv` (`gapkern.captions`); a list of strings.
 
     Raises:
         ValueError: no such file, or no text in it.
@@ -199,6 +209,8 @@ def texts(source: Any, split: str = "test") -> Texts:
         found = Texts(list(source))
         if wrong := [i for i, text in enumerate(found.texts) if not isinstance(text, str)]:
             raise TypeError(f"texts: expected strings, got {type(found.texts[wrong[0]]).__name__} in row {wrong[0]}")
+    elif os.fspath(source).lower().endswith(TABLES):
+        return captions(source, split)
     elif os.fspath(source).endswith(".json"):
         told = read_json("texts", source)
         if not (isinstance(told, list) and told and all(isinstance(text, str) for text in told)):
@@ -215,9 +227,7 @@ def texts(source: Any, split: str = "test") -> Texts:
 
 def captions(annotation_file: str | os.PathLike, split: str = "test") -> Texts:
     """Captions, image by image, and each one's image among those with captions: see `gapkern.captions`."""
-    from gapkern.captions import read
-
-    found = read(annotation_file, split)
+    found = read_captions(annotation_file, split)
     return Texts(found.texts, found.image_of, found.images, found.keys)
 
 

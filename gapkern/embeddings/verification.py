@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gapkern import files, layout
+from gapkern import _formats, files, layout
 from gapkern.embeddings import sides
 from gapkern.embeddings.folder import Embeddings, manifest, metadata_files
-from gapkern.layout import KINDS
+from gapkern.layout import KINDS, MANIFEST
 
 
 def verify(path: str | os.PathLike) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def unreadable(shard: Path) -> str | None:
                 shape, _, dtype = read(file)
                 there = os.fstat(file.fileno()).st_size - file.tell()
         except ValueError as error:
-            return f"expected a .npy file, got {str(error).splitlines()[0]}"
+            return f"expected a .npy file, got {_formats.reason(error)}"
         if dtype.hasobject:
             return "expected numbers, got pickled objects, which are not loaded"
         needed = int(np.prod(shape)) * dtype.itemsize
@@ -187,6 +187,9 @@ def _metadata(folder: Path, shards: list[Path], counts: list[int], known: Any, p
             problems.append(f"{file}: missing, the manifest has it")
         elif (got := files.digest(file)) != entry["sha256"]:
             problems.append(f"{file}: expected SHA-256 {entry['sha256'][:16]}..., got {got[:16]}...: changed")
+    told = [entry["name"] for entry in (known or {}).get("metadata") or []]
+    if (known or {}).get("has_metadata") and len(told) != len(shards):
+        problems.append(f"{folder / MANIFEST}: expected the metadata of {len(shards)} shards, got {len(told)}")
     if not parts:
         return False
     try:
@@ -206,7 +209,7 @@ def _metadata(folder: Path, shards: list[Path], counts: list[int], known: Any, p
         try:
             got = read_metadata(part).num_rows
         except (ArrowException, OSError) as error:
-            problems.append(f"{part}: expected Parquet, got {str(error).splitlines()[0]}")
+            problems.append(f"{part}: expected Parquet, got {_formats.reason(error)}")
             continue
         if count and got != count:
             problems.append(

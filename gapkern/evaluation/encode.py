@@ -72,7 +72,7 @@ class Encoder:
             done += len(batch)
             self.tick(stage, done, max(stop - start, done))
         values = torch.cat(parts)[mine.start - start : mine.stop - start]
-        return Rows(_check.finite(stage, values), mine.start, count)
+        return Rows(_check.finite(stage, values, mine.start), mine.start, count)
 
 
 def from_model(

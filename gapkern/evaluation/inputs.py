@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, datasets, embeddings, prompts
-from gapkern.embeddings import Embeddings, keys, sides
+from gapkern.embeddings import Embeddings, folder, keys, sides
 from gapkern.embeddings import labels as loader
 from gapkern.embeddings.folder import agreed
 from gapkern.embeddings.labels import Side, array
@@ -36,7 +36,7 @@ def own_rows(name: str, path: str, ranks: Ranks) -> Rows:
     """This rank's rows of a file or folder of embeddings, which must be as its manifest says; others' are not read."""
     stored = Embeddings(path, KINDS[name], name=name)
     mine = ranks.share(len(stored))
-    values = _check.finite(name, stored[mine].float())
+    values = _check.finite(name, stored[mine].float(), mine.start)
     return Rows(values.to(ranks.device), mine.start, len(stored))
 
 
@@ -46,8 +46,8 @@ def model_of(images: str, texts: str) -> str | None:
     Raises:
         ValueError: two models made them.
     """
-    given = {"images": images, "texts": texts}
-    return agreed({name: embeddings.model_of(path, KINDS[name], name=name) for name, path in given.items()})
+    paths = given(images, texts)
+    return agreed({name: embeddings.model_of(path, KINDS[name], name=name) for name, path in paths.items()})
 
 
 def integers(name: str, value: Tensor, count: int, what: str) -> Tensor:
@@ -173,15 +173,25 @@ def whole(rows: Rows, ranks: Ranks) -> Tensor:
     return torch.cat(parts) if parts else rows.values
 
 
-def made_from(images: str, texts: str) -> dict[str, dict[str, Any]]:
-    """What a record says of stored embeddings: the hashes and the order of their rows, and what was done to them."""
-    result = {}
-    for name, path in {"images": images, "texts": texts}.items():
-        told = embeddings.described(path, KINDS[name], name=name)
-        hashes = [entry["sha256"] for entry in told.get("shards", [])] or [told.get("sha256")]
-        facts = {"sha256": hashes, "order": told.get("order"), "transforms": told.get("transforms")}
-        result[name] = {key: value for key, value in facts.items() if value and value != [None]}
-    return {name: facts for name, facts in result.items() if facts}
+def made_from(images: str, texts: str, labels: str | None = None) -> dict[str, dict[str, Any]]:
+    """What a record says of the files that it was made from: see `embeddings.folder.made_from`."""
+    found = {name: folder.made_from(path, KINDS[name], name=name) for name, path in given(images, texts).items()}
+    return found | loader.made_from(labels)
+
+
+def given(images: str, texts: str) -> dict[str, str]:
+    """Both sides' paths by argument.
+
+    Raises:
+        ValueError: the images are known to be texts, and the texts to be images.
+    """
+    paths = {"images": images, "texts": texts}
+    kinds = {name: folder.kind_of(path, KINDS[name], name=name) for name, path in paths.items()}
+    if (kinds["images"], kinds["texts"]) == ("text_emb", "img_emb"):
+        raise ValueError(
+            f"images and texts: expected img_emb and text_emb, got them the wrong way round: {images}, {texts}"
+        )
+    return paths
 
 
 def same_model(shift: Any, *known: str | None) -> None:

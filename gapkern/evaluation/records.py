@@ -1,7 +1,6 @@
 """Result files: one JSON per setting with CLIP_benchmark's keys and ours beside them, and one CSV of many."""
 
 import csv
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -77,15 +76,16 @@ def read(file: str | os.PathLike) -> dict[str, Any]:
         ValueError: not one.
     """
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        found = files.read_json(file, name="files")
     except OSError as error:
         raise ValueError(f"files: cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"files: expected JSON, got {file} ({error})") from None
     missing = [key for key in REQUIRED if not isinstance(found, dict) or key not in found]
     if missing or not isinstance(found["metrics"], dict):
         got = f"without {missing[0]}" if missing else "whose metrics have no names"
         raise ValueError(f"files: expected a result with {', '.join(REQUIRED)}, got {file} {got}")
+    for name, value in found["metrics"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"files: expected numbers for metrics, got {value!r:.40} for {name} in {file}")
     return found
 
 

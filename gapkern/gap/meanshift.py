@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -171,11 +172,15 @@ class MeanShift(TwoSided[Fit]):
         other._sides, other._found, other._asked = self._sides, found, self._asked
         return other
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; a file of that name is replaced only once the new one is complete."""
+    def save(self, path: str | os.PathLike[str], *, made_from: Mapping[str, Any] | None = None) -> None:
+        """Writes a safetensors file; a file of that name is replaced only once the new one is complete.
+
+        Args:
+            made_from: what the file says of the embeddings that the shift was fitted to: plain data.
+        """
         self.check_parameters()
         found = self._fit("save")
-        facts = {
+        facts: dict[str, Any] = {
             "alpha": float(self.alpha),
             "components": wanted_components(self.n_components),
             "moves": str(self.moves),
@@ -186,6 +191,8 @@ class MeanShift(TwoSided[Fit]):
             "orthogonality_": found.orthogonality,
             "agreement_": found.agreement,
         }
+        if made_from is not None:
+            facts["made_from"] = dict(made_from)
         saved.write(path, "MeanShift", facts, {"gap_vector": found.gap_vector, "shift_vector": found.shift_vector})
 
     @staticmethod

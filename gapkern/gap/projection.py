@@ -9,7 +9,7 @@ nothing. The mean shift (Chowers et al., CVPR 2026, Section 4) is the best trans
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -181,11 +181,15 @@ class Projection(TwoSided[Fit]):
         matrix = self._checked("queries", queries, len(fit.mean), model)
         return _like(queries, _mapped(matrix, fit, self.metric, bool(self.reduce), matrix.dtype))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; a file of that name is replaced only once the new one is complete."""
+    def save(self, path: str | os.PathLike[str], *, made_from: Mapping[str, Any] | None = None) -> None:
+        """Writes a safetensors file; a file of that name is replaced only once the new one is complete.
+
+        Args:
+            made_from: what the file says of the embeddings that the projection was fitted to: plain data.
+        """
         self.check_parameters()
         fit = self._fit("save")
-        facts = {
+        facts: dict[str, Any] = {
             "n_components": wanted_components(self.n_components),
             "metric": str(self.metric),
             "agreement": float(self.agreement),
@@ -194,6 +198,8 @@ class Projection(TwoSided[Fit]):
             "offset_": fit.offset,
             "agreement_": fit.agreement,
         }
+        if made_from is not None:
+            facts["made_from"] = dict(made_from)
         saved.write(path, "Projection", facts, {"mean": fit.mean, "basis": fit.basis})
 
     @staticmethod

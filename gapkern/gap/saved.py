@@ -4,11 +4,12 @@ import ast
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gapkern import files
+from gapkern import _formats, files
 
 __all__ = ["FORMAT_VERSION", "blame", "kind", "read", "write"]
 
@@ -46,12 +47,11 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     """
     from safetensors import SafetensorError, safe_open
 
+    _formats.opened(Path(path), "path")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"path: expected a file, got {path}, which does not exist") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: expected a safetensors file, got {path} ({error})") from None
     if metadata.get("format") != f"gapkern.{kind}" or metadata.get("version") != str(FORMAT_VERSION):

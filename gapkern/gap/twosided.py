@@ -42,8 +42,10 @@ class Side:
         if x is None:
             return self
         moments, sample = self.moments.copy(), self.sample.copy()
+        first = 0
         for rows in batches(x.detach()):
-            rows = squarable(name, _check.finite(name, rows))
+            rows = squarable(name, _check.finite(name, rows, first))
+            first += len(rows)
             moments.update(rows)
             sample.update(rows)
         return Side(moments, sample)

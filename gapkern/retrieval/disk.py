@@ -4,7 +4,6 @@ DIR/unfinished/ holds the plan, the trained index and one finished index for eac
 whole or absent, and each depends on nothing but the plan. Merged, they become DIR's index in one step.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern.embeddings.folder import described
 from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval import families, intake, store, stored
 from gapkern.retrieval._faiss import errors, faiss, train
@@ -68,7 +68,7 @@ def build(
     with store.claimed(out) as folder:
         plan = {
             "factory": factory, "metric": metric, "model": index.model, "shift": _shift_facts(shift),
-            "gallery": rows.facts(), "sample": sample,
+            "gallery": rows.facts(), "order": described(gallery, name="gallery").get("order"), "sample": sample,
             "ids": None if ids is None else files.fingerprint(torch.from_numpy(names)[:, None]),
             "block": size, "faiss": faiss().__version__,
         }  # fmt: skip
@@ -128,7 +128,7 @@ class _Rows:
     def facts(self) -> list[list[Any]]:
         """Of each shard its name, rows and the SHA-256 of its file: times and sizes do not tell other bytes."""
         return [
-            [os.path.basename(shard), count, files.digest(shard.rpartition("[")[0] if shard.endswith("]") else shard)]
+            [os.path.basename(shard), count, files.digest(files.parted(shard)[0])]
             for shard, count in zip(self.shards, self.counts, strict=True)
         ]
 
@@ -145,10 +145,7 @@ class _Rows:
 
 
 def _integers(path: str | os.PathLike) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"ids: expected a .npy file of integers, got {path} ({error})") from None
+    return np.array(files.load_array(path, name="ids"))
 
 
 def _shift_facts(shift: transforms.Transform | None) -> Any:
@@ -160,7 +157,7 @@ def _shift_facts(shift: transforms.Transform | None) -> Any:
 def _start(work: Path, plan: dict[str, Any]) -> None:
     """Keeps the work of an earlier run with the same plan, and clears away any other."""
     try:
-        known = json.loads((work / "plan.json").read_text())
+        known = files.read_json(work / "plan.json")
     except (OSError, ValueError):
         known = None
     if known != plan:

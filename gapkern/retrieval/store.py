@@ -3,7 +3,6 @@
 The manifest is replaced last and at once, so that a run which is killed leaves the index of before or the new one.
 """
 
-import json
 import os
 import re
 import shutil
@@ -165,15 +164,13 @@ def manifest(folder: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
-        found = json.loads(path.read_text())
+        found = files.read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"path: expected a folder with an index, got {folder}, which has no {MANIFEST}") from None
-    except ValueError as error:
-        raise ValueError(f"path: expected JSON in {path}, got {error}") from None
     got = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
     if got != (FORMAT, FORMAT_VERSION):
         raise ValueError(f"path: expected a {FORMAT} of version {FORMAT_VERSION}, got {got[0]!r}, {got[1]!r} in {path}")
-    if (field := next((f for f in FIELDS if not _whole(f, found.get(f))), None)) is not None:
+    if (field := next((f for f in FIELDS if f not in found or not _whole(f, found[f])), None)) is not None:
         raise ValueError(f"path: expected the {field} of an index in {path}, got {found.get(field)!r}")
     return found
 

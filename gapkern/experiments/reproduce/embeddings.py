@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check, _formats, files
+from gapkern.embeddings import labels as loader
+from gapkern.embeddings.folder import made_from
 from gapkern.experiments import digits
 from gapkern.gap import MeanShift
 from gapkern.perturb import Gaussian
@@ -163,7 +164,8 @@ def from_files(queries: str, gallery: str, *, labels: str | None = None, paraphr
     Args:
         queries: (Q, D), images.
         gallery: (G, D), texts.
-        labels: a .npy of right gallery rows (Q,), or None: row i belongs to row i where Q = G, else nothing is known.
+        labels: right gallery rows (Q,) as `embeddings.labels.load` reads them, or None: row i belongs to row i where
+            Q = G, which is checked where both are known by name; else nothing is known.
         paraphrases: files (G, D), the gallery in other words.
 
     Raises:
@@ -177,11 +179,15 @@ def from_files(queries: str, gallery: str, *, labels: str | None = None, paraphr
             raise ValueError(
                 f"paraphrase: expected shape {tuple(y.shape)} as {gallery}, got {tuple(other.shape)} in {path}"
             )
-    right = _labels(labels, len(x), len(y))
+    right = _labels(labels, loader.Side(queries, len(x), "queries"), loader.Side(gallery, len(y), "gallery"))
     name = " / ".join(dict.fromkeys(Path(path.split("[")[0]).stem for path in (queries, gallery)))
     facts = {
         "kind": "files", "name": name, "queries": files.fingerprint(x), "gallery": files.fingerprint(y),
         "labels": None if right is None else files.fingerprint(right),
+        "inputs": {
+            "queries": made_from(queries, name="embeddings"), "gallery": made_from(gallery, name="embeddings"),
+            **loader.made_from(labels),
+        },
         "paraphrases": {path: files.fingerprint(other) for path, other in others.items()},
     }  # fmt: skip
 
@@ -198,15 +204,11 @@ def from_files(queries: str, gallery: str, *, labels: str | None = None, paraphr
     return Source(facts, load)
 
 
-def _labels(path: str | None, queries: int, gallery: int) -> Tensor | None:
-    if path is None:
-        return torch.arange(queries) if queries == gallery else None
-    array = files.load_array(path, name="labels")
-    if array.shape != (queries,) or array.dtype.kind not in "iu":
-        raise ValueError(f"labels: expected integers of shape ({queries},), got {array.dtype} {array.shape} in {path}")
-    if queries and (array.min() < 0 or array.max() >= gallery):
-        raise ValueError(f"labels: expected gallery rows in [0, {gallery}), got {array.min()} to {array.max()}")
-    return torch.from_numpy(array.astype(np.int64))
+def _labels(path: str | None, queries: loader.Side, gallery: loader.Side) -> Tensor | None:
+    if path is None and queries.count == gallery.count:
+        loader.check_paired(queries, gallery)
+        return torch.arange(queries.count)
+    return loader.load(path, queries, gallery.count, "gallery rows", to=gallery)
 
 
 def from_model(model: str, pretrained: str | None, dataset: str, quick: bool, folder: Path) -> Source:
@@ -259,7 +261,7 @@ def _embed(model: str, pretrained: str | None, dataset: str, quick: bool, progre
             network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained)
         images = datasets.ImageFolder(dataset, transform=preprocess)
     except (RuntimeError, FileNotFoundError, OSError) as error:
-        raise ValueError(f"model or dataset: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"model or dataset: {_formats.reason(error)}") from None
     network.eval()
     tokenizer = open_clip.get_tokenizer(model)
     names = [name.replace("_", " ") for name in images.classes]
