@@ -120,7 +120,8 @@ def measure() -> dict[str, Any]:
         # The regular expression alone would take ten times as long on a million lines.
         elif any(code in line for code in _COUNTED) and (found := _INSTRUCTION.match(line)):
             counts[arch, symbol, found[1]] += 1
-    for (arch, symbol, code), count in counts.items():
+    codes = list(_COUNTED)
+    for (arch, symbol, code), count in sorted(counts.items(), key=lambda entry: codes.index(entry[0][2])):
         kernels[arch][symbols[symbol]][_COUNTED[code]] = count
     ptx = _cuobjdump("--dump-ptx")
     return {

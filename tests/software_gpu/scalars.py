@@ -280,6 +280,7 @@ def _table():
     for to, source in (("s32", "f32"), ("s32", "f64"), ("s64", "f64")):
         yield Scalar(f"cvt.rzi.{to}.{source}", to, (source,), _truncate(TYPES[to]))
     yield Scalar("cvt.rpi.f64.f64", "f64", ("f64",), np.ceil)
+    yield Scalar("cvt.rmi.f64.f64", "f64", ("f64",), np.floor)
     for name, of in (("bf16x2", _bfloat), ("f16x2", _half)):
         packed = lambda a, b, of=of: of(a) << np.uint32(16) | of(b)  # noqa: E731
         yield Scalar(f"cvt.rn.{name}.f32", "b32", ("f32", "f32"), packed)
