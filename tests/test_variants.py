@@ -202,7 +202,7 @@ def test_sets_of_class_names(run, classes):
     assert "expected 'such'" in embed(run, "--images", "data", "--classnames", "many.json[such]", out="no", status=2)
     Path("many.json").write_text(json.dumps({**many, "again": ["one", "three", "seven"]}))
     message = embed(run, "--images", "data", "--classnames", "many.json", out="no", status=2)
-    assert "digits, again, which all fit" in message
+    assert "'digits', 'again', which all fit" in message
     Path("many.json").write_text(json.dumps({"a": ["one"], "b": ["two"]}))
     assert "many.json[NAME]" in embed(run, "--images", "data", "--classnames", "many.json", out="no", status=2)
     assert not Path("no").exists()
