@@ -231,7 +231,13 @@ def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        ValueError: it is a device or a pipe, which may have no end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"path: expected a file, got {path}, which is none")
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

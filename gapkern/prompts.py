@@ -147,7 +147,7 @@ def load_classnames(
         if not among or (not dataset and len(among) > 1):
             wanted = repr(dataset) if dataset else f"a list or a mapping, or one data set chosen as {path}[NAME],"
             raise ValueError(
-                f"classnames: expected {wanted} in {path}, got those of {_names(among or list(found))}"
+                f"classnames: expected {wanted} in {path}, got {_names(among or list(found))}"
                 + (", which all fit" if among else "")
             )
         if not dataset and len(found) > 1:
@@ -193,7 +193,7 @@ def _chosen(path: str | os.PathLike, dataset: str) -> tuple[str, str]:
 
 
 def _names(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _keys(dataset: str) -> tuple[str, ...]:

@@ -302,7 +302,10 @@ def test_what_is_wrong_is_said(pair, tmp_path, capsys):
         (("--embeddings", images, texts, images), "embeddings: expected one or two files, got 3"),
         (("--embeddings", images, tmp_path / "wide.npy"), "expected D = 32"),
         (("--embeddings", images), "[0] of shape (60, 32)"),
-        (("--embeddings", images, texts, "--labels", tmp_path / "labels.npy"), "expected gallery rows in [0, 60)"),
+        (
+            ("--embeddings", images, texts, "--labels", tmp_path / "labels.npy"),
+            "labels: expected values in [0, 60), gallery rows, got 60 in row",
+        ),
         (("--embeddings", images, texts, "--paraphrase", tmp_path / "wide.npy"), "paraphrase: expected shape (60, 32)"),
         (("--labels", tmp_path / "labels.npy"), "expected --embeddings beside them"),
         (("--model", "ViT-B-32"), "model, dataset: expected both or neither"),

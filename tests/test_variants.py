@@ -202,7 +202,7 @@ def test_sets_of_class_names(run, classes):
     assert "expected 'such'" in embed(run, "--images", "data", "--classnames", "many.json[such]", out="no", status=2)
     Path("many.json").write_text(json.dumps({**many, "again": ["one", "three", "seven"]}))
     message = embed(run, "--images", "data", "--classnames", "many.json", out="no", status=2)
-    assert "digits, again, which all fit" in message
+    assert "'digits', 'again', which all fit" in message
     Path("many.json").write_text(json.dumps({"a": ["one"], "b": ["two"]}))
     assert "many.json[NAME]" in embed(run, "--images", "data", "--classnames", "many.json", out="no", status=2)
     assert not Path("no").exists()
@@ -463,6 +463,22 @@ def test_devices_are_no_files(run, classes, device):
             Path("names.json").write_text(json.dumps(["one", "seven", "three"]))
             embed(run, "--images", "data", *more, option, link, status=2)
     assert not Path("out").exists()
+    for name in ("one/9.png", "shard.tar"):
+        Path("images", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("images", name).symlink_to(Path(device).absolute())
+        assert "a device or a pipe" in embed(run, "--images", "images", status=2)
+        assert "a device or a pipe" in embed(run, "--images", Path("images", name), status=2)
+        Path("images", name).unlink()
+    coded.picture(Path("images/one/1.png"), 1)
+    Path("images/one/2.png").symlink_to(Path(device).absolute())
+    embed(run, "--images", "images", "--on-error", "skip", out="skipped")
+    assert values("skipped") == [1]
+    # What a manifest names is read only where it is a file.
+    manifest = Path("skipped/img_emb/manifest.json")
+    told = json.loads(manifest.read_text())
+    told["metadata"][0]["name"] = str(Path(device).absolute())
+    manifest.write_text(json.dumps(told))
+    refused(run, "embed", "--verify", "skipped")
     np.save("x.npy", numbers(4))
     for suffix in (".npy", ".json", ".csv", ".safetensors", ".npz"):
         link = Path(f"labels{suffix}")

@@ -98,8 +98,11 @@ class Files:
     paths: Sequence[str]
 
     def __call__(self, i: int) -> bytes:
+        path = self.root / self.paths[i]
+        if path.exists() and not path.is_file():
+            raise ValueError(f"images: cannot read {text(self.paths[i])} (a device or a pipe)")
         try:
-            return (self.root / self.paths[i]).read_bytes()
+            return path.read_bytes()
         except OSError as error:
             raise ValueError(f"images: cannot read {text(self.paths[i])} ({error.strerror})") from None
 

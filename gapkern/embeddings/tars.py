@@ -58,6 +58,8 @@ def _titles(paths: list[Path]) -> list[str]:
 
 
 def _members(path: Path) -> list[tarfile.TarInfo]:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"images: expected a folder or an uncompressed .tar, got {path}, which is a device or a pipe")
     try:
         with tarfile.open(path, "r:") as opened:
             members = list(opened)
