@@ -54,7 +54,7 @@ def make(folder: Path) -> None:
     Path("shards").mkdir()
     for i, part in enumerate(np.split(texts, SHARDS)):
         np.save(f"shards/text_emb_{i}.npy", part)
-    MeanShift(components=4).fit(texts, images).save("shift.safetensors")
+    MeanShift(n_components=4).fit(texts, images).save("shift.safetensors")
     torch.manual_seed(0)
     state = open_clip.model.CLIP(**MODEL).state_dict()
     Path("model").mkdir()

@@ -110,7 +110,7 @@ def test_reconstruct_gives_the_shifted_row():
     from gapkern.testing import clip_like
 
     images, texts = clip_like(300, 16)
-    shift = MeanShift(components=4).fit(texts, images)
+    shift = MeanShift(n_components=4).fit(texts, images)
     index = GapIndex(shift=shift).add(texts)
     assert np.array_equal(index.reconstruct(7), shift.transform(texts)[7].numpy())
     distances, _ = index.search(images[:1], 300)

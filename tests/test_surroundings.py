@@ -27,7 +27,7 @@ def made(tmp_path_factory):
     texts = draw.standard_normal((30, 16)).astype(np.float32)
     np.save(folder / "texts.npy", texts)
     np.save(folder / "images.npy", texts + 0.05 * draw.standard_normal((30, 16)).astype(np.float32) + 1)
-    MeanShift(components=4).fit(texts, np.load(folder / "images.npy")).save(folder / "shift.safetensors")
+    MeanShift(n_components=4).fit(texts, np.load(folder / "images.npy")).save(folder / "shift.safetensors")
     return folder
 
 
@@ -204,7 +204,7 @@ def test_the_row_that_is_named_is_the_files(pair, capsys):
     ):
         assert main(["shift", *words]) == 2
         assert re.search(where, capsys.readouterr().err)
-    MeanShift(components=0).fit(np.eye(4, 64), np.ones((4, 64))).save("s.safetensors")
+    MeanShift(n_components=0).fit(np.eye(4, 64), np.ones((4, 64))).save("s.safetensors")
     for source, where in (("x.npy", "row 70000 of x.npy"), ("shards", "row 10 of shards/a_1.npy")):
         assert main(["shift", "apply", "s.safetensors", source, "--out", "moved.npy"]) == 2
         assert f"embeddings: expected finite values, got NaN or infinity, first in {where}" in capsys.readouterr().err
