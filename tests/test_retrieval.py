@@ -172,7 +172,7 @@ def test_more_neighbours_than_vectors_and_no_queries():
     (lambda i: GapIndex().search(torch.eye(4), 1), ValueError, "expected vectors to search, got none"),
     (lambda i: GapIndex().save("x"), ValueError, "train or add before save"),
     (lambda i: GapIndex(metric="cosine"), ValueError, "metric: expected one of 'l2', 'ip'"),
-    (lambda i: GapIndex(shift=3), TypeError, r"shift: expected a gapkern\.MeanShift, got int"),
+    (lambda i: GapIndex(shift=3), TypeError, r"shift: expected a MeanShift or a Projection, got int"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(act, error, message):
     index = GapIndex().add(torch.eye(4))

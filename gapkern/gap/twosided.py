@@ -42,12 +42,12 @@ class Side:
         if x is None:
             return self
         moments, sample = self.moments.copy(), self.sample.copy()
-        first = 0
+        done = 0
         for rows in batches(x.detach()):
-            rows = squarable(name, _check.finite(name, rows, first))
-            first += len(rows)
+            rows = squarable(name, _check.finite(name, rows, done))
             moments.update(rows)
             sample.update(rows)
+            done += len(rows)
         return Side(moments, sample)
 
     def with_side(self, other: "Side") -> "Side":
