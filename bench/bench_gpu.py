@@ -321,6 +321,7 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
             x, shift, "gaussian", 0.1, 1, 2, 3, True, "after"),
         "perturb_quantize": lambda: ops.perturb_quantize(x, x.amin(0), x.amax(0), 32),
         "robustness_exact": lambda: ops.robustness_exact(squared, targets, 0.01, 36),
+        "robustness_exact_inner": lambda: ops.robustness_exact_inner(squared, targets, squared[:, 0].double()),
         "robustness_nearest": lambda: ops.robustness_nearest(x, y, y.mean(0))[:3],
         "meanshift_gram": lambda: ops.meanshift_gram(x, shift),
     }  # fmt: skip

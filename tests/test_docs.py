@@ -33,6 +33,7 @@ def test_there_is_something_to_test():
         "index.md",
         "science.md",
         "kernels.md",
+        "architecture.md",
         "faq.md",
         "api.md",
         "rows.md",

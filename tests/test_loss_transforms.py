@@ -205,6 +205,8 @@ def test_every_operator_has_its_rules():
     names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("gapkern::")}
     assert {"contrastive_lse", "ranks_gather", "distill_cross", "robustness_nearest"} <= names
     for name in names:
+        if not any("Tensor" in str(a.type) for a in getattr(OPS, name).default._schema.arguments):
+            continue  # of no tensor there is nothing to differentiate
         for key in ("Autograd", "FuncTorchBatched"):
             registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"gapkern::{name}", key) or (
                 key == "Autograd" and torch._C._dispatch_has_kernel_for_dispatch_key(f"gapkern::{name}", "AutogradCPU")

@@ -17,10 +17,10 @@ from gapkern import MeanShift, files, layout, models
 from gapkern.cli import main
 from gapkern.embeddings import Embeddings, keys, verify, write_folder
 from tests import coded
-from tests.test_rows import NUMBERS, embed, measured, refused
 
 pytest.importorskip("PIL")
 pytest.importorskip("pyarrow")
+from tests.test_rows import NUMBERS, embed, measured, refused
 
 
 @pytest.fixture(autouse=True)
@@ -417,7 +417,10 @@ def test_results_say_what_they_were_made_from(run):
     assert status == 0, err
     wanted = {
         "queries": queries, "gallery": gallery, "labels": labels,
-        "shift": {"shift": files.fingerprint(shift.shift_vector_), "fitted_here": False},
+        "shift": {
+            "name": "mean_shift", "shift": files.fingerprint(shift.shift_vector_), "alpha": 1.0, "normalize": False,
+            "moves": "gallery", "fitted_here": False,
+        },
     }  # fmt: skip
     assert json.loads(out)["inputs"] == json.loads(Path("swept/inputs.json").read_text()) == wanted
     status, out, _ = run("gap", "y.npy", "a", "--json", "--out", "gap.json")

@@ -28,9 +28,14 @@ def write(path: str | os.PathLike[str], kind: str, facts: dict[str, Any], tensor
 
 
 def kind(path: str | os.PathLike[str]) -> str:
-    """The kind that a file says it has; "" where it is none of `write`'s."""
+    """The kind that a file says it has; "" where it is none of `write`'s.
+
+    Raises:
+        ValueError: not a regular file.
+    """
     from safetensors import SafetensorError, safe_open
 
+    _formats.opened(Path(path), "path")
     try:
         with safe_open(path, "pt") as file:
             said = (file.metadata() or {}).get("format", "")
