@@ -149,7 +149,9 @@ def test_command_line(folder, capsys, monkeypatch):
     compare = ["index", "texts", "--compare", "images.npy", "--factory", "Flat", "SQ4", "--labels", "paired"]
     assert cli.main([*compare, "--out", "table"]) == 0
     assert "SQ4" in capsys.readouterr().out
-    assert {p.name for p in (folder / "table").iterdir()} == {"quantisers.json", "quantisers.csv", "quantisers.png"}
+    assert {p.name for p in (folder / "table").iterdir()} == {
+        "quantisers.json", "quantisers.csv", "quantisers.png", "inputs.json",
+    }  # fmt: skip
     assert cli.main(["search", "index", "images.npy", "--out", "r.txt"]) == 2
     assert "expected a name ending in .npz, .parquet or .json, got r.txt" in capsys.readouterr().err
 

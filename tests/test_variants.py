@@ -423,6 +423,20 @@ def test_results_say_what_they_were_made_from(run):
         },
     }  # fmt: skip
     assert json.loads(out)["inputs"] == json.loads(Path("swept/inputs.json").read_text()) == wanted
+    status, out, _ = run(
+        "index", "a", "--compare", "y.npy", "--factory", "SQ8", "--labels", "labels.npy", "--json", "--out", "kinds"
+    )
+    assert status == 0
+    found = json.loads(out)["inputs"]
+    assert found == json.loads(Path("kinds/inputs.json").read_text())
+    assert (found["gallery"], found["compare"], found["labels"]) == (gallery, queries, labels)
+    assert run("index", "a", "--out", "built")[0] == 0
+    status, out, _ = run("search", "built", "y.npy", "--k", "1", "--json", "--out", "found.json")
+    assert status == 0
+    assert json.loads(out) == json.loads(Path("found.json").read_text())
+    assert json.loads(out)["inputs"] == {
+        "index": {"sha256": files.digest("built/manifest.json")}, "queries": queries,
+    }  # fmt: skip
     status, out, _ = run("gap", "y.npy", "a", "--json", "--out", "gap.json")
     told = json.loads(out)
     assert told == json.loads(Path("gap.json").read_text())

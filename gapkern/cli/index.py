@@ -68,6 +68,8 @@ def run(arguments) -> int:
 
 
 def _compare(arguments, shift) -> int:
+    from gapkern.embeddings import folder
+    from gapkern.embeddings import labels as loader
     from gapkern.retrieval import compare_quantisers
 
     common.model(arguments.model, gallery=arguments.gallery, queries=arguments.compare)
@@ -82,12 +84,16 @@ def _compare(arguments, shift) -> int:
             queries, gallery, arguments.factory, shift=shift, metric=arguments.metric, positives=positives,
             k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
         )  # fmt: skip
+    inputs = {name: folder.made_from(path, name=name)
+              for name, path in (("gallery", arguments.gallery), ("compare", arguments.compare))}  # fmt: skip
+    inputs |= loader.made_from(arguments.labels)
     if out is not None:
         result.to_json(out / "quantisers.json")
+        files.write_json(out / "inputs.json", inputs)
         result.to_csv(out / "quantisers.csv")
         result.plot(out / "quantisers.png")
     if arguments.json:
-        common.print_json(result.to_dict())
+        common.print_json({"inputs": inputs, **result.to_dict()})
         return 0
     common.table(list(result.rows[0]), [list(row.values()) for row in result.rows])
     for factory, reason in result.left_out.items():

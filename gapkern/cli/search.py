@@ -66,10 +66,11 @@ def run(arguments) -> int:
             step("search", done, count)
     distances = np.concatenate([d.numpy() for d, _ in parts])
     ids = np.concatenate([i.numpy() for _, i in parts])
+    inputs = _inputs(arguments) if arguments.json or (out is not None and out.suffix == ".json") else {}
     if out is not None:
-        _write(out, distances, ids)
+        _write(out, distances, ids, inputs)
     if arguments.json:
-        common.print_json(_listed(distances, ids))
+        common.print_json({"inputs": inputs, **_listed(distances, ids)})
     elif out is not None:
         print(f"written: {out} ({count} queries, k = {arguments.k})")
     else:
@@ -100,6 +101,20 @@ def _projected(index: Any, path: str) -> Any:
     return index
 
 
+def _inputs(arguments: Any) -> dict[str, Any]:
+    """What the answer was made from: the files' hashes; an index's are those of its manifest, which has the others'."""
+    from gapkern.embeddings import folder
+    from gapkern.retrieval.store import MANIFEST
+
+    inputs = {
+        "index": {"sha256": files.digest(Path(arguments.index) / MANIFEST)},
+        "queries": folder.made_from(arguments.queries, name="queries"),
+    }
+    if arguments.project:
+        inputs["project"] = {"sha256": files.digest(arguments.project)}
+    return inputs
+
+
 def _listed(distances: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
     """As JSON has it: of a neighbour that is missing, null."""
     found = [[int(i) if i >= 0 else None for i in row] for row in ids]
@@ -107,10 +122,10 @@ def _listed(distances: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
     return {"ids": found, "distances": near}
 
 
-def _write(out: Path, distances: np.ndarray, ids: np.ndarray) -> None:
+def _write(out: Path, distances: np.ndarray, ids: np.ndarray, inputs: dict[str, Any]) -> None:
     """In .npz a missing neighbour is id -1 at the largest distance, as in FAISS; a .parquet has no row for it."""
     if out.suffix == ".json":
-        files.write_json(out, _listed(distances, ids))
+        files.write_json(out, {"inputs": inputs, **_listed(distances, ids)})
     elif out.suffix == ".npz":
         with files.replacing(out) as temporary, open(temporary, "wb") as file:
             np.savez(file, distances=distances, ids=ids)
