@@ -410,6 +410,11 @@ def test_every_instruction_set_agrees_with_the_references(isa):
     assert run.stdout == "ok\n", run.stderr
 
 
+linux = pytest.mark.skipif(
+    sys.platform != "linux" or "GAPKERN_SANITIZED" in os.environ,
+    reason="/proc, and memory as it is without a sanitizer's shadow",
+)
+
 _MEMORY_SETUP = """
 import torch
 from gapkern import contrastive_loss
@@ -420,7 +425,7 @@ x, y = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@linux
 @pytest.mark.parametrize(
     ("loss", "options"), [("contrastive_loss", ', memory="recompute"'), ("sigmoid_loss", ", -10.0")]
 )
@@ -430,7 +435,7 @@ def test_no_n_by_m_matrix_is_ever_formed(loss, options):
     assert mebibytes < whole / 3, f"{mebibytes:.0f} MiB more, where one N x M matrix has {whole:.0f}"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@linux
 def test_the_memory_probe_sees_an_n_by_m_matrix():
     setup = _MEMORY_SETUP.format(loss="contrastive_loss", options="")
     assert peak_memory("(x @ y.T).sum().backward()", setup=setup) > 250
