@@ -43,7 +43,7 @@ def notes() -> Iterator[list[str]]:
 
 
 def note(text: str) -> None:
-    """Says something once to whoever collects `notes`."""
+    """Says something once to the caller that collects `notes`."""
     said = _notes.get()
     if said is not None and text not in said:
         said.append(text)

@@ -126,7 +126,7 @@ def guarded(name: str, work: Callable[[], Any], debug: bool = False) -> int:
         _say(f"{name}: interrupted")
         status = 130
     except BrokenPipeError:
-        status = 0  # whoever read the output has enough
+        status = 0  # the reader of the output has closed it
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and flushed(name):
             return 2  # it was what was printed

@@ -191,9 +191,9 @@ class MeanShift(TwoSided[Fit]):
             "orthogonality_": found.orthogonality,
             "agreement_": found.agreement,
         }
-        if made_from is not None:
-            facts["made_from"] = dict(made_from)
-        saved.write(path, "MeanShift", facts, {"gap_vector": found.gap_vector, "shift_vector": found.shift_vector})
+        saved.write(
+            path, "MeanShift", facts, {"gap_vector": found.gap_vector, "shift_vector": found.shift_vector}, made_from
+        )
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "MeanShift":

@@ -194,13 +194,11 @@ class Projection(TwoSided[Fit]):
             "metric": str(self.metric),
             "agreement": float(self.agreement),
             "reduce": bool(self.reduce),
-            "model": self.model,
+            "model": None if self.model is None else str(self.model),
             "offset_": fit.offset,
             "agreement_": fit.agreement,
         }
-        if made_from is not None:
-            facts["made_from"] = dict(made_from)
-        saved.write(path, "Projection", facts, {"mean": fit.mean, "basis": fit.basis})
+        saved.write(path, "Projection", facts, {"mean": fit.mean, "basis": fit.basis}, made_from)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Projection":

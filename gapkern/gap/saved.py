@@ -2,7 +2,7 @@
 
 import ast
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,16 @@ FORMAT_VERSION = 1
 _PLAIN_NAME = "moves"  # stored without quotes
 
 
-def write(path: str | os.PathLike[str], kind: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    kind: str,
+    facts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    made_from: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the file of a `kind`; one of that name is replaced only once the new one is complete."""
+    if made_from is not None:
+        facts = {**facts, "made_from": dict(made_from)}
     from safetensors.torch import save_file
 
     metadata = {"format": f"gapkern.{kind}", "version": str(FORMAT_VERSION)}

@@ -1,4 +1,4 @@
-"""What projecting the queries buys in an index that exists, whoever built it; and the projection that buys it.
+"""What projecting the queries buys in an index that exists, of any origin; and the projection that buys it.
 
 The index is only read. Queries that were held out of the fit are searched for in it as they are and projected, and both
 answers are compared with an exact search of the rows.
