@@ -127,9 +127,12 @@ class CMakeBuild(build_ext):
         cmake = find_tool("cmake")
         configure = [
             cmake,
-            "-S", str(ROOT),
-            "-B", str(build),
-            "-G", "Ninja",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={package}",
@@ -139,7 +142,7 @@ class CMakeBuild(build_ext):
             f"-DGAPKERN_CUDA={cuda}",
             f"-DGAPKERN_SANITIZE={sanitize}",
             f"-DGAPKERN_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
-        ]  # fmt: skip
+        ]
         self.prepare(build, configure)
         self.step(configure, build)
         self.step([cmake, "--build", str(build), "--parallel", str(parallel)], build)

@@ -173,8 +173,12 @@ def memory(mode: str) -> list[dict]:
     rows = []
     for n in MEMORY if mode == "full" else MEMORY[:1]:
         row = {"N": n, "D": 512}
-        for name, loss in (("open_clip", "theirs"), ("eager, one logit matrix", "eager"),
-                           ("gapkern, recompute", "ours('recompute')"), ("gapkern, keep", "ours('keep')")):  # fmt: skip
+        for name, loss in (
+            ("open_clip", "theirs"),
+            ("eager, one logit matrix", "eager"),
+            ("gapkern, recompute", "ours('recompute')"),
+            ("gapkern, keep", "ours('keep')"),
+        ):
             if n > LOGITS_UP_TO and name != "gapkern, recompute":
                 continue
             peak = peak_memory("loss(x, y, scale).backward()", setup=_SETUP.format(n=n, loss=loss))

@@ -220,15 +220,31 @@ def rowwise(device: str, quick: bool) -> Iterator[Case]:
         pairs: list[tuple[str, int, Callable, Callable]] = [
             ("column sum", size, lambda x=x: x.sum(0, dtype=torch.float64), lambda x=x: ops.meanshift_sum(x)),
             ("shift", 2 * size, lambda x=x, s=shift: x + s, lambda x=x, s=shift64: ops.meanshift_apply(x, s, False)),
-            ("shift + normalize", 2 * size, lambda x=x, s=shift: normal(x + s),
-             lambda x=x, s=shift64: ops.meanshift_apply(x, s, True)),
-            ("gaussian noise", 2 * size, lambda x=x: x + 0.1 * torch.randn_like(x),
-             lambda x=x: ops.perturb_noise(x, "gaussian", 0.1, 1, 0, 0)),
-            ("shift + normalize + noise", 2 * size, lambda x=x, s=shift: normal(x + s) + 0.1 * torch.randn_like(x),
-             lambda x=x, s=shift64: ops.perturb_noisy_gallery(x, s, "gaussian", 0.1, 1, 0, 0, True, "after")),
-            ("quantize", 2 * size, lambda x=x: perturb_reference.quantize(x, *cells, 32),
-             lambda x=x: ops.perturb_quantize(x, *cells, 32)),
-        ]  # fmt: skip
+            (
+                "shift + normalize",
+                2 * size,
+                lambda x=x, s=shift: normal(x + s),
+                lambda x=x, s=shift64: ops.meanshift_apply(x, s, True),
+            ),
+            (
+                "gaussian noise",
+                2 * size,
+                lambda x=x: x + 0.1 * torch.randn_like(x),
+                lambda x=x: ops.perturb_noise(x, "gaussian", 0.1, 1, 0, 0),
+            ),
+            (
+                "shift + normalize + noise",
+                2 * size,
+                lambda x=x, s=shift: normal(x + s) + 0.1 * torch.randn_like(x),
+                lambda x=x, s=shift64: ops.perturb_noisy_gallery(x, s, "gaussian", 0.1, 1, 0, 0, True, "after"),
+            ),
+            (
+                "quantize",
+                2 * size,
+                lambda x=x: perturb_reference.quantize(x, *cells, 32),
+                lambda x=x: ops.perturb_quantize(x, *cells, 32),
+            ),
+        ]
         for name, traffic, plain, ours in pairs:
 
             def check(results, name=name, x=x, close=close):
@@ -244,8 +260,10 @@ def rowwise(device: str, quick: bool) -> Iterator[Case]:
             yield Case(about, both, check, "PyTorch", traffic)
 
         mean = x.mean(0, dtype=torch.float64)
-        gram = [Contender("PyTorch", lambda x=x, m=mean: _gram(x, m), "baseline"),
-                Contender("gapkern", lambda x=x, m=mean: ops.meanshift_gram(x, m))]  # fmt: skip
+        gram = [
+            Contender("PyTorch", lambda x=x, m=mean: _gram(x, m), "baseline"),
+            Contender("gapkern", lambda x=x, m=mean: ops.meanshift_gram(x, m)),
+        ]
 
         def same(results):
             _near({name: [value] for name, value in results.items()}, "gapkern", "PyTorch", 1e-10)
@@ -308,23 +326,24 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
     squared = (torch.cdist(x.cpu().double(), y.cpu().double()) ** 2).to(device)
     targets = torch.arange(77, device=device).reshape(77, 1)
     found = {
-        "contrastive_chunk_lse": lambda: [v.double().logsumexp(0) if v.dim() > 1 else v for v in
-                                          ops.contrastive_chunk_lse(t, none, none, scale, 0)],
+        "contrastive_chunk_lse": lambda: [
+            v.double().logsumexp(0) if v.dim() > 1 else v for v in ops.contrastive_chunk_lse(t, none, none, scale, 0)
+        ],
         "contrastive_chunk_gradient": lambda: ops.contrastive_chunk_gradient(
-            t, none, none, scale, row, col, grad, grad, -grad, 0, x)[0],
+            t, none, none, scale, row, col, grad, grad, -grad, 0, x
+        )[0],
         "contrastive_chunk_sigmoid": lambda: ops.contrastive_chunk_sigmoid(t, scale, bias, 0, x)[1],
         "meanshift_sum": lambda: ops.meanshift_sum(x),
         "meanshift_apply": lambda: ops.meanshift_apply(x, shift, True),
         "perturb_bits": lambda: ops.perturb_bits(x, 1, 2, 3),
         "perturb_noise": lambda: ops.perturb_noise(x, "gaussian", 0.1, 1, 2, 3),
-        "perturb_noisy_gallery": lambda: ops.perturb_noisy_gallery(
-            x, shift, "gaussian", 0.1, 1, 2, 3, True, "after"),
+        "perturb_noisy_gallery": lambda: ops.perturb_noisy_gallery(x, shift, "gaussian", 0.1, 1, 2, 3, True, "after"),
         "perturb_quantize": lambda: ops.perturb_quantize(x, x.amin(0), x.amax(0), 32),
         "robustness_exact": lambda: ops.robustness_exact(squared, targets, 0.01, 36),
         "robustness_exact_inner": lambda: ops.robustness_exact_inner(squared, targets, squared[:, 0].double()),
         "robustness_nearest": lambda: ops.robustness_nearest(x, y, y.mean(0))[:3],
         "meanshift_gram": lambda: ops.meanshift_gram(x, shift),
-    }  # fmt: skip
+    }
     on_hopper = not hopper.hindrance(torch.device(device), torch.bfloat16, 8)
     return {**found, **_steps_on_hopper(device)} if device == "cpu" or on_hopper else found
 
@@ -348,11 +367,25 @@ def _steps_on_hopper(device: str) -> dict[str, Callable[[], Any]]:
         "contrastive_sm90_positive": lambda: ops.contrastive_sm90_positive(x, y, 0),
         "contrastive_sm90_weights": lambda: ops.contrastive_sm90_weights(lse, lse, grad, grad, control),
         "contrastive_sm90_gradient": lambda: ops.contrastive_sm90_gradient(
-            x, y, scale, control, together, *weights, none, ops.contrastive_sm90_positive(x, y, 0), lse, lse,
-            grad, grad, grad, 0)[:, :77],
-        "contrastive_sm90_sigmoid": lambda: [v[:, :77] for v in ops.contrastive_sm90_sigmoid(
-            x, y, scale, bias, numbers, numbers)],
-    }  # fmt: skip
+            x,
+            y,
+            scale,
+            control,
+            together,
+            *weights,
+            none,
+            ops.contrastive_sm90_positive(x, y, 0),
+            lse,
+            lse,
+            grad,
+            grad,
+            grad,
+            0,
+        )[:, :77],
+        "contrastive_sm90_sigmoid": lambda: [
+            v[:, :77] for v in ops.contrastive_sm90_sigmoid(x, y, scale, bias, numbers, numbers)
+        ],
+    }
 
 
 def smoke(device: str) -> None:

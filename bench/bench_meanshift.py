@@ -31,19 +31,27 @@ def cases(mode: str):
 
             yield Case(
                 {"operation": "shift + normalize" if normalize else "shift", "N": n, "D": d, "dtype": str(dtype)[6:]},
-                [Contender("PyTorch", plain, "baseline"), Contender("gapkern", ours),
-                 Contender("limit: clone", x.clone, "limit"),
-                 Contender("limit: copy into warm memory", lambda x=x, warm=warm: warm.copy_(x), "limit")],
-                check, "PyTorch", 2 * size,
-            )  # fmt: skip
+                [
+                    Contender("PyTorch", plain, "baseline"),
+                    Contender("gapkern", ours),
+                    Contender("limit: clone", x.clone, "limit"),
+                    Contender("limit: copy into warm memory", lambda x=x, warm=warm: warm.copy_(x), "limit"),
+                ],
+                check,
+                "PyTorch",
+                2 * size,
+            )
         yield Case(
             {"operation": "column sum", "N": n, "D": d, "dtype": str(dtype)[6:]},
-            [Contender("PyTorch, float64", lambda x=x: x.sum(0, dtype=torch.float64), "baseline"),
-             Contender("PyTorch, own dtype", lambda x=x: x.sum(0), "baseline"),
-             Contender("gapkern, float64", lambda x=x: torch.ops.gapkern.meanshift_sum(x))],
+            [
+                Contender("PyTorch, float64", lambda x=x: x.sum(0, dtype=torch.float64), "baseline"),
+                Contender("PyTorch, own dtype", lambda x=x: x.sum(0), "baseline"),
+                Contender("gapkern, float64", lambda x=x: torch.ops.gapkern.meanshift_sum(x)),
+            ],
             lambda results: torch.testing.assert_close(results["gapkern, float64"], results["PyTorch, float64"]),
-            "PyTorch, float64", size,
-        )  # fmt: skip
+            "PyTorch, float64",
+            size,
+        )
 
 
 def run(mode: str) -> dict:

@@ -15,20 +15,27 @@ def cases(mode: str):
     for law, draw in (("gaussian", torch.randn_like), ("uniform", torch.rand_like)):
         yield Case(
             {"operation": law, "N": n, "D": d},
-            [Contender("PyTorch", lambda draw=draw: x + 0.1 * draw(x), "baseline"),
-             Contender("gapkern", lambda law=law: torch.ops.gapkern.perturb_noise(x, law, 0.1, 1, 0, 0)),
-             Contender("limit: clone", x.clone, "limit")],
-            lambda results: None, "PyTorch", 2 * 4 * x.numel(),
-        )  # fmt: skip
+            [
+                Contender("PyTorch", lambda draw=draw: x + 0.1 * draw(x), "baseline"),
+                Contender("gapkern", lambda law=law: torch.ops.gapkern.perturb_noise(x, law, 0.1, 1, 0, 0)),
+                Contender("limit: clone", x.clone, "limit"),
+            ],
+            lambda results: None,
+            "PyTorch",
+            2 * 4 * x.numel(),
+        )
     low, high = x.amin(0), x.amax(0)
     yield Case(
         {"operation": "quantize", "N": n, "D": d},
-        [Contender("PyTorch", lambda: reference.quantize(x, low, high, 32), "baseline"),
-         Contender("gapkern", lambda: torch.ops.gapkern.perturb_quantize(x, low, high, 32)),
-         Contender("limit: clone", x.clone, "limit")],
+        [
+            Contender("PyTorch", lambda: reference.quantize(x, low, high, 32), "baseline"),
+            Contender("gapkern", lambda: torch.ops.gapkern.perturb_quantize(x, low, high, 32)),
+            Contender("limit: clone", x.clone, "limit"),
+        ],
         lambda results: torch.testing.assert_close(results["gapkern"], results["PyTorch"]),
-        "PyTorch", 2 * 4 * x.numel(),
-    )  # fmt: skip
+        "PyTorch",
+        2 * 4 * x.numel(),
+    )
 
 
 def run(mode: str) -> dict:

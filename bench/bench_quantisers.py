@@ -41,6 +41,9 @@ def run(mode: str) -> dict:
         for row in found.rows:
             numbers = "".join(f"{row[key]:9.3f}" for key in ("agreement", f"overlap@{K}", f"recall@{K}"))
             side = "closed" if row["shift"] else "open"
-            print(f"  {row['factory']:<14} {side:<7} {numbers} {row['bytes_per_vector']:7.0f} B "
-                  f"{row['queries_per_second']:9.0f} queries/s", flush=True)  # fmt: skip
+            print(
+                f"  {row['factory']:<14} {side:<7} {numbers} {row['bytes_per_vector']:7.0f} B "
+                f"{row['queries_per_second']:9.0f} queries/s",
+                flush=True,
+            )
     return {**harness.facts("quantisers"), "cases": cases}

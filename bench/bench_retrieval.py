@@ -70,10 +70,11 @@ def cases(mode: str):
                     assert not isinstance(result, dict) or abs(result[key] - value) <= 1e-3, (name, key, value, result)
 
         contenders = [
-            Contender("FAISS, two flat searches", lambda a=queries, b=gallery, c=belongs: faiss_recall(a, b, c),
-                      "baseline"),
+            Contender(
+                "FAISS, two flat searches", lambda a=queries, b=gallery, c=belongs: faiss_recall(a, b, c), "baseline"
+            ),
             Contender("gapkern", lambda a=queries, b=gallery, c=belongs: recall(a, b, c, KS)),
-        ]  # fmt: skip
+        ]
         if theirs and texts <= FITS:
             contenders.append(
                 Contender(

@@ -47,11 +47,14 @@ def cases(mode: str):
 
         yield Case(
             {"gallery": name, "Q": q, "G": g, "D": DIMS, "trials": TRIALS},
-            [Contender("PyTorch, 100 trials", lambda a=queries, b=gallery: _sampled(a, b), "baseline"),
-             Contender("gapkern, exact", exact),
-             Contender("limit: one clean search", lambda a=queries, b=gallery: nearest(a, b), "limit")],
-            check, "PyTorch, 100 trials",
-        )  # fmt: skip
+            [
+                Contender("PyTorch, 100 trials", lambda a=queries, b=gallery: _sampled(a, b), "baseline"),
+                Contender("gapkern, exact", exact),
+                Contender("limit: one clean search", lambda a=queries, b=gallery: nearest(a, b), "limit"),
+            ],
+            check,
+            "PyTorch, 100 trials",
+        )
 
 
 def run(mode: str) -> dict:

@@ -30,8 +30,15 @@ def _over_batch(result, figure_class):
         for i, name in enumerate(cases[0]["results"]):
             ratios = [case["results"]["open_clip"]["median"] / case["results"][name]["median"] for case in cases]
             limit = cases[0]["results"][name]["role"] == "limit"
-            ax.plot(batches, ratios, label=name, color="0.4" if limit else COLOURS[i % len(COLOURS)],
-                    linestyle=":" if limit else "-", marker=MARKERS[i % len(MARKERS)], markersize=4)  # fmt: skip
+            ax.plot(
+                batches,
+                ratios,
+                label=name,
+                color="0.4" if limit else COLOURS[i % len(COLOURS)],
+                linestyle=":" if limit else "-",
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+            )
         ax.set_xscale("log", base=2)
         ax.set_xlabel("batch size")
         ax.set_title(which, fontsize=10)

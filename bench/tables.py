@@ -124,8 +124,15 @@ def quantisers() -> str:
             speed = (before["queries_per_second"] + after["queries_per_second"]) / 2
             gallery, size = f"{case['data']}, {case['G']:,} x {case['D']}", f"{after['bytes_per_vector']:.0f}"
             rows.append([gallery, name, size, *both, f"{float(f'{speed:.2g}'):,.0f}"])
-    header = ["gallery", "index", "bytes a row", "first neighbour kept", f"of {k} neighbours kept", f"recall@{k}",
-              "queries/s"]  # fmt: skip
+    header = [
+        "gallery",
+        "index",
+        "bytes a row",
+        "first neighbour kept",
+        f"of {k} neighbours kept",
+        f"recall@{k}",
+        "queries/s",
+    ]
     table = _table(header, rows)
     return f"{table}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
 

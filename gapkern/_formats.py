@@ -17,8 +17,18 @@ import torch
 from torch import Tensor
 
 # What readers of foreign bytes raise, beside what they mean to.
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, OverflowError,
-              RecursionError, tokenize.TokenError)  # fmt: skip
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    SyntaxError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    tokenize.TokenError,
+)
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 

@@ -280,9 +280,16 @@ def search(
 
 
 def settle(
-    queries: Tensor, gallery: Tensor, values: Tensor, rows: Tensor, margin: Tensor, k: int, metric: str,
-    ids: Tensor | None = None, middle: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    queries: Tensor,
+    gallery: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    margin: Tensor,
+    k: int,
+    metric: str,
+    ids: Tensor | None = None,
+    middle: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The first k of each query's candidates, near-ties re-ranked in float64 and equal ones by the lowest id.
 
     Args:
@@ -297,9 +304,7 @@ def settle(
     beyond = near & (values[:, -1] - values[:, k - 1] <= margin) if count < len(gallery) else torch.zeros_like(near)
     close = (near & ~beyond).nonzero()[:, 0]
     for some in close.split(max(1, CHUNK // count)):
-        exact = costs(
-            queries, gallery, some.repeat_interleave(count), rows[some].flatten(), metric
-        ).view(-1, count)  # fmt: skip
+        exact = costs(queries, gallery, some.repeat_interleave(count), rows[some].flatten(), metric).view(-1, count)
         names = rows[some] if ids is None else ids[rows[some]]
         order = names.argsort(1)
         order = order.gather(1, exact.gather(1, order).argsort(dim=1, stable=True))[:, :k]

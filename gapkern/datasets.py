@@ -137,8 +137,12 @@ def folders(root: Path, split: str, annotations: str | None) -> Labelled:
         raise ValueError(f"{expected} ({error})") from None
     if found.labels is None or found.classes is None:
         raise ValueError(f"{expected}, got images beside folders")
-    return Labelled(ImageFiles(place, list(found.names)), list(found.labels),
-                    [c.replace("_", " ") for c in found.classes], list(found.names))  # fmt: skip
+    return Labelled(
+        ImageFiles(place, list(found.names)),
+        list(found.labels),
+        [c.replace("_", " ") for c in found.classes],
+        list(found.names),
+    )
 
 
 def coco_captions(root: Path, split: str, annotations: str | None) -> Captioned:

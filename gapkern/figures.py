@@ -31,8 +31,16 @@ def _legend(figure: Any, ax: Any, columns: int) -> None:
 
 def _alpha_axis(ax: Any) -> None:
     ax.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
-    ax.annotate("gap closed", (1.0, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, color="0.4",
-                ha="right", va="bottom")  # fmt: skip
+    ax.annotate(
+        "gap closed",
+        (1.0, 0.02),
+        xycoords=("data", "axes fraction"),
+        rotation=90,
+        fontsize=8,
+        color="0.4",
+        ha="right",
+        va="bottom",
+    )
     ax.set_xlabel("α, the share of the gap that is closed")
 
 
@@ -58,8 +66,14 @@ def sweep(result: Any) -> Any:
             )
             for i, ((alphas, low), (_, high)) in enumerate(bounds):
                 ax.fill_between(alphas, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.12, linewidth=0)
-        ax.set_title({"robustness": "Nearest neighbour survives", "agreement": "… and is the original one",
-                      "accuracy": "Nearest neighbour is right"}[name], fontsize=10)  # fmt: skip
+        ax.set_title(
+            {
+                "robustness": "Nearest neighbour survives",
+                "agreement": "… and is the original one",
+                "accuracy": "Nearest neighbour is right",
+            }[name],
+            fontsize=10,
+        )
     if labelled:
         alphas, clean = next(iter(result.series("clean_accuracy").values()))
         axes[-1].plot(alphas, clean, color="black", linewidth=1.2, label="unperturbed")
@@ -86,8 +100,15 @@ def modalities(
     room = 0.06 * (high - low)
     for ax, stars, heading in zip(axes, (before, after), ("As trained (α = 0)", "Gap closed (α = 1)"), strict=True):
         ax.scatter(*dots.T, c=colours[classes % 10], s=8, alpha=0.5, linewidths=0, label="images")
-        ax.scatter(*stars.T, marker="*", s=170, c=colours[np.arange(len(texts)) % 10], edgecolors="black", zorder=3,
-                   label="class prompts")  # fmt: skip
+        ax.scatter(
+            *stars.T,
+            marker="*",
+            s=170,
+            c=colours[np.arange(len(texts)) % 10],
+            edgecolors="black",
+            zorder=3,
+            label="class prompts",
+        )
         for name, place in zip(names, stars, strict=True):
             ax.annotate(name, place, xytext=(6, 3), textcoords="offset points", fontsize=8)
         if ax is axes[0]:
@@ -133,8 +154,10 @@ def templates(rows: Sequence[Mapping[str, Any]], *, tall: bool = False) -> Any:
     """Accuracy when a caption template takes the place of the first one: with the gap, and with the gap closed."""
     figure, (ax,) = _figure(1, width=5.2 if tall else 9.0, height=0.34 * len(rows) + 1.3)
     places = np.arange(len(rows))[::-1]
-    for offset, key, label, colour in ((0.18, "open", "gap as trained (α = 0)", COLOURS[7]),
-                                       (-0.18, "closed", "gap closed (α = 1)", COLOURS[0])):  # fmt: skip
+    for offset, key, label, colour in (
+        (0.18, "open", "gap as trained (α = 0)", COLOURS[7]),
+        (-0.18, "closed", "gap closed (α = 1)", COLOURS[0]),
+    ):
         ax.barh(places + offset, [row[key] for row in rows], height=0.34, label=label, color=colour)
     ax.set_yticks(places, [f"{row['template']}{'' if row['seen'] else '  (unseen)'}" for row in rows], fontsize=8)
     lowest = min(min(row["open"], row["closed"]) for row in rows)
@@ -150,11 +173,18 @@ def trajectory(path: Any, *, tall: bool = False) -> Any:
     panels = (
         ("loss and gradient", {"loss": "contrastive loss", "gradient_norm": "gradient norm"}, True),
         ("gap norm  ‖μ(texts) − μ(images)‖", {"gap_norm": "gap norm"}, False),
-        ("variance within modalities", {"variance_along_images": "images, along g", "variance_along_texts":
-         "texts, along g", "variance_across_images": "images, across g", "variance_across_texts": "texts, across g"},
-         True),
+        (
+            "variance within modalities",
+            {
+                "variance_along_images": "images, along g",
+                "variance_along_texts": "texts, along g",
+                "variance_across_images": "images, across g",
+                "variance_across_texts": "texts, across g",
+            },
+            True,
+        ),
         ("max |S − 1|", {"residual_images": "images", "residual_texts": "texts"}, True),
-    )  # fmt: skip
+    )
     for ax, (heading, names, logarithmic) in zip(axes, panels, strict=True):
         for i, (name, label) in enumerate(names.items()):
             steps, values = path.series(name)

@@ -101,9 +101,12 @@ def zero_shot_classifier(prompts: Tensor) -> Tensor:
 
 
 def load(
-    model: str, pretrained: str | os.PathLike | None = None, *, device: str | torch.device = "auto",
+    model: str,
+    pretrained: str | os.PathLike | None = None,
+    *,
+    device: str | torch.device = "auto",
     precision: str = "auto",
-) -> Model:  # fmt: skip
+) -> Model:
     """Loads a model of open_clip.
 
     Args:

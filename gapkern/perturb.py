@@ -13,8 +13,16 @@ from gapkern._rows import with_float64
 from gapkern.ops import perturb as _ops  # noqa: F401 - registers the operators
 
 __all__ = [
-    "Chain", "Gaussian", "Perturbation", "Quantize", "Replace", "Uniform", "check", "perturb", "title",
-]  # fmt: skip
+    "Chain",
+    "Gaussian",
+    "Perturbation",
+    "Quantize",
+    "Replace",
+    "Uniform",
+    "check",
+    "perturb",
+    "title",
+]
 
 _NEXT_STREAM = 0x9E3779B97F4A7C15
 

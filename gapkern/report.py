@@ -153,10 +153,14 @@ def sortable(headings: Sequence[str], rows: Iterable[Sequence[tuple[str, Any]]])
     """
     head = "".join(f'<th scope="col"><button type="button">{html.escape(h)}</button></th>' for h in headings)
     body = "".join(
-        "<tr>" + "".join(f'<td data-label="{html.escape(h)}" data-sort="{html.escape(str(key))}">{cell}</td>'
-                         for h, (cell, key) in zip(headings, row, strict=True)) + "</tr>"
+        "<tr>"
+        + "".join(
+            f'<td data-label="{html.escape(h)}" data-sort="{html.escape(str(key))}">{cell}</td>'
+            for h, (cell, key) in zip(headings, row, strict=True)
+        )
+        + "</tr>"
         for row in rows
-    )  # fmt: skip
+    )
     return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 

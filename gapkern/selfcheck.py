@@ -41,8 +41,11 @@ def _contrastive() -> tuple[bool, str]:
     ours = torch.autograd.grad(loss, (x, y))
     expected = contrastive_reference.contrastive_loss(x.double(), y.double(), 10.0)
     theirs = torch.autograd.grad(expected, (x, y))
-    return _near(torch.cat([loss.reshape(1), *(g.flatten() for g in ours)]),
-                 torch.cat([expected.reshape(1), *(g.flatten() for g in theirs)]), 1e-5)  # fmt: skip
+    return _near(
+        torch.cat([loss.reshape(1), *(g.flatten() for g in ours)]),
+        torch.cat([expected.reshape(1), *(g.flatten() for g in theirs)]),
+        1e-5,
+    )
 
 
 def _contrastive_bfloat16() -> tuple[bool, str]:

@@ -29,12 +29,22 @@ MODEL = {
     "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 COMMANDS = {
-    "embed": ["embed", "--model", "local-dir:model", "--texts", "words.txt", "--num_workers", "0", "--shard_rows", "50",
-              "--out"],
+    "embed": [
+        "embed",
+        "--model",
+        "local-dir:model",
+        "--texts",
+        "words.txt",
+        "--num_workers",
+        "0",
+        "--shard_rows",
+        "50",
+        "--out",
+    ],
     "shift": ["shift", "apply", "shift.safetensors", "shards", "--out"],
     "index": ["index", "shards", "--factory", "IVF8,Flat", "--block", "500", "--out"],
     "robust": ["robust", "images.npy", "texts.npy", "--gaussian", "0.1", "0.2", "0.3", "--alphas", "0:1:20", "--out"],
-}  # fmt: skip
+}
 
 
 def make(folder: Path) -> None:
@@ -162,8 +172,11 @@ def main() -> int:
                 if problem:
                     failed += 1
                     print(f"FAILED {verb}, {name}: {problem}", flush=True)
-            print(f"{verb}: {arguments.kills} kills within {seconds:.1f} s, {arguments.disks} full disks of up to "
-                  f"{2 * size} bytes", flush=True)  # fmt: skip
+            print(
+                f"{verb}: {arguments.kills} kills within {seconds:.1f} s, {arguments.disks} full disks of up to "
+                f"{2 * size} bytes",
+                flush=True,
+            )
     print(f"seed {arguments.seed}: {failed} failed")
     return 1 if failed else 0
 

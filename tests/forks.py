@@ -96,8 +96,9 @@ def _child(words: list[str], folder: Path, log: Path, largest: int | None) -> No
         os.chdir(folder)
         for number, name in ((0, os.devnull), (1, f"{log}.out"), (2, f"{log}.err")):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), number)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), encoding="utf-8", line_buffering=n == 2)
-                                  for n in (1, 2))  # fmt: skip
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.FileIO(n, "w"), encoding="utf-8", line_buffering=n == 2) for n in (1, 2)
+        )
         if largest is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         from gapkern.cli import main

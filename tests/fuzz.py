@@ -202,46 +202,104 @@ def anything(folder: Path, outcome: Outcome) -> str | None:
 
 EMBED = ["embed", "--model", "local-dir:model", "--num_workers", "0", "--out", "new"]
 KINDS = {
-    "npy": Kind(["gap", "images.npy", "texts.npy", "--json", "--out", "gap.json"], "images.npy",
-                gap_of("images.npy", "texts.npy"), ("gap.json",), 14),
-    "safetensors": Kind(["gap", "images.safetensors", "texts.npy", "--json"], "images.safetensors",
-                        gap_of("images.safetensors", "texts.npy"), (), 12),
-    "fit": Kind(["shift", "fit", "texts.npy", "images.npy", "--out", "fitted.safetensors", "--json", "--components",
-                 "4"], "texts.npy", gap_of("images.npy", "texts.npy"), ("fitted.safetensors",), 8),
-    "labels": Kind(["shift", "compare", "texts.npy", "images.npy", "--components", "0", "--labels", "labels.npy",
-                    "--json"], "labels.npy", labelled, (), 8),
-    "shift": Kind(["shift", "apply", "shift.safetensors", "texts.npy", "--out", "moved.npy"], "shift.safetensors",
-                  moved, ("moved.npy",), 10),
-    "note": Kind(["shift", "apply", "shift.safetensors", "emb/text_emb", "--out", "shifted"], "shifted/*.json",
-                 anything, (), 4),
-    "journal": Kind(["robust", "images.npy", "texts.npy", "--gaussian", ".1", "--alphas", "0,1", "--out", "swept"],
-                    "swept/unfinished.jsonl", swept, (), 2),
-    "replace": Kind(["robust", "images.npy", "texts.npy", "--replace", "other.npy", "--alphas", "0", "--json"],
-                    "other.npy", anything, (), 4),
-    "manifest": Kind(["embed", "--verify", "emb"], "emb/*/manifest.json",
-                     unchanged("emb/*/manifest.json", ("rows", "dims", "dtype", "shards", "metadata")), (), 8),
+    "npy": Kind(
+        ["gap", "images.npy", "texts.npy", "--json", "--out", "gap.json"],
+        "images.npy",
+        gap_of("images.npy", "texts.npy"),
+        ("gap.json",),
+        14,
+    ),
+    "safetensors": Kind(
+        ["gap", "images.safetensors", "texts.npy", "--json"],
+        "images.safetensors",
+        gap_of("images.safetensors", "texts.npy"),
+        (),
+        12,
+    ),
+    "fit": Kind(
+        ["shift", "fit", "texts.npy", "images.npy", "--out", "fitted.safetensors", "--json", "--components", "4"],
+        "texts.npy",
+        gap_of("images.npy", "texts.npy"),
+        ("fitted.safetensors",),
+        8,
+    ),
+    "labels": Kind(
+        ["shift", "compare", "texts.npy", "images.npy", "--components", "0", "--labels", "labels.npy", "--json"],
+        "labels.npy",
+        labelled,
+        (),
+        8,
+    ),
+    "shift": Kind(
+        ["shift", "apply", "shift.safetensors", "texts.npy", "--out", "moved.npy"],
+        "shift.safetensors",
+        moved,
+        ("moved.npy",),
+        10,
+    ),
+    "note": Kind(
+        ["shift", "apply", "shift.safetensors", "emb/text_emb", "--out", "shifted"], "shifted/*.json", anything, (), 4
+    ),
+    "journal": Kind(
+        ["robust", "images.npy", "texts.npy", "--gaussian", ".1", "--alphas", "0,1", "--out", "swept"],
+        "swept/unfinished.jsonl",
+        swept,
+        (),
+        2,
+    ),
+    "replace": Kind(
+        ["robust", "images.npy", "texts.npy", "--replace", "other.npy", "--alphas", "0", "--json"],
+        "other.npy",
+        anything,
+        (),
+        4,
+    ),
+    "manifest": Kind(
+        ["embed", "--verify", "emb"],
+        "emb/*/manifest.json",
+        unchanged("emb/*/manifest.json", ("rows", "dims", "dtype", "shards", "metadata")),
+        (),
+        8,
+    ),
     "shard": Kind(["embed", "--verify", "emb"], "emb/*/*.npy", unchanged("emb/*/*.npy"), (), 6),
     "parquet": Kind(["embed", "--verify", "emb"], "emb/*/*.parquet", unchanged("emb/*/*.parquet"), (), 6),
     "folder": Kind(["gap", "emb/img_emb", "pairs.npy", "--json"], "emb/img_emb/manifest.json", anything, (), 4),
     "faiss": Kind(["search", "index", "images.npy", "--k", "3", "--json"], "index/*.faiss", searched, (), 8),
-    "ivf": Kind(["search", "ivf", "images.npy", "--k", "3", "--parameters", "nprobe=4", "--json"], "ivf/*", searched,
-                (), 8),
+    "ivf": Kind(
+        ["search", "ivf", "images.npy", "--k", "3", "--parameters", "nprobe=4", "--json"], "ivf/*", searched, (), 8
+    ),
     "index": Kind(["search", "index", "images.npy", "--k", "3", "--json"], "index/manifest.json", searched, (), 8),
     "ids": Kind(["index", "texts.npy", "--out", "named", "--ids", "labels.npy"], "labels.npy", anything, (), 4),
     "result": Kind(["build", "result.json", "--out", "results.csv"], "result.json", built, (), 8),
-    "eval": Kind(["eval", "--images", "images.npy", "--texts", "texts.npy", "--labels", "labels.npy", "--json"],
-                 "labels.npy", anything, (), 6),
+    "eval": Kind(
+        ["eval", "--images", "images.npy", "--texts", "texts.npy", "--labels", "labels.npy", "--json"],
+        "labels.npy",
+        anything,
+        (),
+        6,
+    ),
     "captions": Kind([*EMBED, "--captions", "captions.json"], "captions.json", anything, (), 3),
-    "classnames": Kind([*EMBED, "--classnames", "classnames.json"], "classnames.json", classes, ("new/classes.npy",),
-                       3),
-    "templates": Kind([*EMBED, "--classnames", "classnames.json", "--templates", "templates.json"], "templates.json",
-                      classes, ("new/classes.npy",), 3),
+    "classnames": Kind(
+        [*EMBED, "--classnames", "classnames.json"], "classnames.json", classes, ("new/classes.npy",), 3
+    ),
+    "templates": Kind(
+        [*EMBED, "--classnames", "classnames.json", "--templates", "templates.json"],
+        "templates.json",
+        classes,
+        ("new/classes.npy",),
+        3,
+    ),
     "words": Kind([*EMBED, "--texts", "words.txt"], "words.txt", anything, (), 2),
-    "image": Kind([*EMBED, "--images", "pics"], "pics/3.*",
-                  embedded("img_emb", lambda folder: len(list((folder / "pics").iterdir())), lambda folder: 3), (), 8),
+    "image": Kind(
+        [*EMBED, "--images", "pics"],
+        "pics/3.*",
+        embedded("img_emb", lambda folder: len(list((folder / "pics").iterdir())), lambda folder: 3),
+        (),
+        8,
+    ),
     "tar": Kind([*EMBED, "--images", "pics.tar"], "pics.tar", embedded("img_emb", members), (), 8),
     "weights": Kind([*EMBED, "--texts", "words.txt"], "model/*", anything, (), 2),
-}  # fmt: skip
+}
 
 
 def make(folder: Path) -> None:
@@ -400,17 +458,21 @@ def main() -> int:
             problem, outcome, words, folder = fuzzer.case(name)
             statuses[outcome.status] = statuses.get(outcome.status, 0) + 1
             if problem or arguments.show:
-                print(f"{'FAILED' if problem else 'passed'} {name} ({outcome.seconds:.1f} s): "
-                      f"{problem or outcome.status}\n  {words!r}\n  {outcome.err.strip()[-1500:]!r}",
-                      flush=True)  # fmt: skip
+                print(
+                    f"{'FAILED' if problem else 'passed'} {name} ({outcome.seconds:.1f} s): "
+                    f"{problem or outcome.status}\n  {words!r}\n  {outcome.err.strip()[-1500:]!r}",
+                    flush=True,
+                )
             if problem:
                 failed += 1
                 if arguments.keep:
                     kept = Path(arguments.keep) / name.replace(":", "-")
                     shutil.rmtree(kept, ignore_errors=True)
                     shutil.copytree(folder, kept, symlinks=True, ignore=lambda path, found: ["pipe.npy"])
-    print(f"{len(chosen)} cases in {time.monotonic() - started:.0f} s, seed {arguments.seed}: {statuses[0]} answered, "
-          f"{statuses[2]} refused, {failed} failed")  # fmt: skip
+    print(
+        f"{len(chosen)} cases in {time.monotonic() - started:.0f} s, seed {arguments.seed}: {statuses[0]} answered, "
+        f"{statuses[2]} refused, {failed} failed"
+    )
     return 1 if failed else 0
 
 

@@ -28,8 +28,11 @@ SHARED_MEMORY = 232_448  # bytes, of a Hopper block
 SPARE_REGISTERS = 8
 # Static exponentials a kernel must have, or a multiple where the compiler made copies of the loop. The tiles of
 # contrastive/kernels.cuh have 32 elements a thread and form two exponentials for each; sigmoid_tiles one.
-EXPONENTIALS = {"contrastive::lse_tiles<float": 64, "contrastive::lse_gradient<float": 64,
-                "contrastive::sigmoid_tiles<float": 32}  # fmt: skip
+EXPONENTIALS = {
+    "contrastive::lse_tiles<float": 64,
+    "contrastive::lse_gradient<float": 64,
+    "contrastive::sigmoid_tiles<float": 32,
+}
 
 _COUNTED = {"LDL": "local_loads", "STL": "local_stores", "MUFU.EX2": "exponentials", "HGMMA": "hgmma"}
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(LDL|STL|MUFU\.EX2|HGMMA)\b")

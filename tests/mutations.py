@@ -6,9 +6,24 @@ from pathlib import Path
 from typing import Any
 
 HOSTILE_JSON: list[Any] = [
-    None, True, -1, 0, 10**30, 1e308, "", "\ud800", "a\nb", "é" * 300, [], {}, [[]], [None], {"": None}, "../../x",
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1e308,
+    "",
+    "\ud800",
+    "a\nb",
+    "é" * 300,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    "../../x",
     "\u2028",
-]  # fmt: skip
+]
 
 
 def mutated(data: bytes, suffix: str, others: list[bytes], rng: random.Random) -> bytes:
@@ -106,14 +121,56 @@ def command_line(words: list[str], folder: Path, rng: random.Random) -> list[str
     """A command line that works, with some of its words replaced, left out, doubled or joined by hostile ones."""
     words = list(words)
     hostile = [
-        "", " ", "-1", "0", "1e400", "nan", "inf", "-inf", "1000000000", "99999999999999999999", "1.5", "x" * 300, "\n",
-        "[0]", "α", "\udcff\udcfe", "--", "--out", "--json", "--k", "/dev/null", "/dev/full", "/", "/proc/self/mem",
-        "/dev/stdin", ".", "..", "a:b", "0:1:0", "best:", "best:nan", "Flat", "IVF0,Flat", "IVF99999999999,Flat",
-        "HNSW0", "PQ0", "PQ7x99", "{c}",
-        str(folder), str(folder / "pipe.npy"), str(folder / "folder.npy"), str(folder / "no" / "such.npy"),
-        str(folder / "link.npy"), str(folder / "loop.npy"), str(folder / "ints.npy"), str(folder / "nan.npy"),
-        str(folder / "locked"), str(folder / "images.npy") + "[0]", str(folder / "ü\udcff.npy"),
-    ]  # fmt: skip
+        "",
+        " ",
+        "-1",
+        "0",
+        "1e400",
+        "nan",
+        "inf",
+        "-inf",
+        "1000000000",
+        "99999999999999999999",
+        "1.5",
+        "x" * 300,
+        "\n",
+        "[0]",
+        "α",
+        "\udcff\udcfe",
+        "--",
+        "--out",
+        "--json",
+        "--k",
+        "/dev/null",
+        "/dev/full",
+        "/",
+        "/proc/self/mem",
+        "/dev/stdin",
+        ".",
+        "..",
+        "a:b",
+        "0:1:0",
+        "best:",
+        "best:nan",
+        "Flat",
+        "IVF0,Flat",
+        "IVF99999999999,Flat",
+        "HNSW0",
+        "PQ0",
+        "PQ7x99",
+        "{c}",
+        str(folder),
+        str(folder / "pipe.npy"),
+        str(folder / "folder.npy"),
+        str(folder / "no" / "such.npy"),
+        str(folder / "link.npy"),
+        str(folder / "loop.npy"),
+        str(folder / "ints.npy"),
+        str(folder / "nan.npy"),
+        str(folder / "locked"),
+        str(folder / "images.npy") + "[0]",
+        str(folder / "ü\udcff.npy"),
+    ]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         place = rng.randrange(1, len(words) + 1)
         way = rng.randrange(8)

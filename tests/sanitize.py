@@ -57,9 +57,13 @@ def main(sanitizers: list[str], arguments: list[str]) -> int:
         site = build(sanitizer)
         # Safe path: the checkout's own package would come before it, here and in the processes that tests start.
         environment = {
-            **os.environ, **OPTIONS[sanitizer], "LD_PRELOAD": runtime(sanitizer), "PYTHONPATH": str(site),
-            "PYTHONSAFEPATH": "1", "GAPKERN_SANITIZED": sanitizer,
-        }  # fmt: skip
+            **os.environ,
+            **OPTIONS[sanitizer],
+            "LD_PRELOAD": runtime(sanitizer),
+            "PYTHONPATH": str(site),
+            "PYTHONSAFEPATH": "1",
+            "GAPKERN_SANITIZED": sanitizer,
+        }
         tests = [f"tests/{name}" for name in TESTS[sanitizer]]
         print(f"{sanitizer}: {' '.join(tests)}", flush=True)
         # A sanitizer's report goes past pytest, which ends with it.

@@ -130,16 +130,23 @@ ENTRIES = {
     "best_alpha": lambda x, y: best_alpha(x, y, Gaussian(0.5), shift=MeanShift().fit(y, x), tolerance=0.3),
     "assess": lambda x, y: assess(x, y, 2.0),
     "theory": lambda x, y: [
-        leading_gradient(x, y, 2.0), freeze(x, y, 2.0), orthogonality(x, y), preservation(x, y, MeanShift().fit(y, x)),
+        leading_gradient(x, y, 2.0),
+        freeze(x, y, 2.0),
+        orthogonality(x, y),
+        preservation(x, y, MeanShift().fit(y, x)),
         robustness_curve(x, y, Gaussian(0.5), alphas=[0, 1]),
     ],
-    "dynamics": lambda x, y: [evaluate(x, y, 2.0), measure(x, y), tight_clusters(5, 3, 0.1, 1.0),
-                              isotropic_gaussians(5, 3, 1.0)],
+    "dynamics": lambda x, y: [
+        evaluate(x, y, 2.0),
+        measure(x, y),
+        tight_clusters(5, 3, 0.1, 1.0),
+        isotropic_gaussians(5, 3, 1.0),
+    ],
     "descend": descents,
     "recall": lambda x, y: recall(x, y, [[i, (i + 1) % 48] for i in range(48)], metric="l2"),
     "evaluation": tasks,
     "index": pytest.param(indexes, marks=faiss),
-}  # fmt: skip
+}
 
 
 def plain(value):
@@ -186,16 +193,27 @@ def surroundings():
 
     return (
         [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")],
-        torch.is_autocast_cache_enabled(), torch.get_default_dtype(), torch.get_default_device(),
-        torch.is_inference_mode_enabled(), torch.is_grad_enabled(), precision(),
-        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.fp32_precision, torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads(), in_a_new_thread(),
-        torch.random.get_rng_state().numpy().tobytes(), repr(np.random.get_state()),  # noqa: NPY002
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+        precision(),
+        torch.backends.mkldnn.matmul.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.get_num_threads(),
+        in_a_new_thread(),
+        torch.random.get_rng_state().numpy().tobytes(),
+        repr(np.random.get_state()),  # noqa: NPY002
         np.geterr(),
-        locale.setlocale(locale.LC_ALL), logging.root.manager.disable, list(warnings.filters),
+        locale.setlocale(locale.LC_ALL),
+        logging.root.manager.disable,
+        list(warnings.filters),
         torch.overrides._len_torch_function_stack(),
-    )  # fmt: skip
+    )
 
 
 def in_a_new_thread():
@@ -295,10 +313,15 @@ def clean(name, entry):
     return _clean[name]
 
 
-each_entry = pytest.mark.parametrize(("name", "entry"), [
-    pytest.param(name, *e.values, id=name, marks=e.marks) if hasattr(e, "values") else pytest.param(name, e, id=name)
-    for name, e in ENTRIES.items()
-])  # fmt: skip
+each_entry = pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        pytest.param(name, *e.values, id=name, marks=e.marks)
+        if hasattr(e, "values")
+        else pytest.param(name, e, id=name)
+        for name, e in ENTRIES.items()
+    ],
+)
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -49,16 +49,21 @@ def test_a_contender_that_raises_is_recorded_and_the_others_are_timed(monkeypatc
     (case,) = list(bench_gpu.run("sigmoid", "cpu", True, 60, tmp_path))[:1]
     results = case["results"]
     assert results["open_clip"] == {
-        "role": "baseline", "failed": "AttributeError: 'WithoutLosses' object has no attribute 'SigLipLoss'"
-    }  # fmt: skip
+        "role": "baseline",
+        "failed": "AttributeError: 'WithoutLosses' object has no attribute 'SigLipLoss'",
+    }
     assert results["gapkern"]["calls"] >= 3
     assert results[bench_gpu.EAGER]["median"] > 0
     result = bench_gpu.collect(tmp_path)
     assert any("open_clip" in line and "failed: AttributeError" in line for line in bench_gpu.table(result))
 
 
-FAILURES = [TypeError("got an unexpected keyword argument 'scale'"), ImportError("absent"), AttributeError("renamed"),
-            torch.cuda.OutOfMemoryError("CUDA out of memory")]  # fmt: skip
+FAILURES = [
+    TypeError("got an unexpected keyword argument 'scale'"),
+    ImportError("absent"),
+    AttributeError("renamed"),
+    torch.cuda.OutOfMemoryError("CUDA out of memory"),
+]
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
@@ -141,9 +146,13 @@ def test_an_interrupted_write_leaves_the_last_whole_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [("everything", "invalid choice: 'everything'"), ("search --seconds soon", "--seconds: invalid float value"),
-     ("collect", "--out: needed"), ("search --device tpu", "--device: expected cpu or cuda")],
-)  # fmt: skip
+    [
+        ("everything", "invalid choice: 'everything'"),
+        ("search --seconds soon", "--seconds: invalid float value"),
+        ("collect", "--out: needed"),
+        ("search --device tpu", "--device: expected cpu or cuda"),
+    ],
+)
 def test_arguments_that_cannot_be(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments.split()])
     with pytest.raises(SystemExit):

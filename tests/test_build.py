@@ -73,8 +73,16 @@ def test_wheel_and_sdist_hold_what_they_must_and_nothing_is_compiled_twice(check
     (sdist,) = (checkout / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
-    needed = {"csrc/library.cpp", "csrc/common/vec.h", "csrc/perturb/cuda.cu", "cmake/Simd.cmake", "CMakeLists.txt",
-              "setup.py", "LICENSE", "tests/test_build.py"}  # fmt: skip
+    needed = {
+        "csrc/library.cpp",
+        "csrc/common/vec.h",
+        "csrc/perturb/cuda.cu",
+        "cmake/Simd.cmake",
+        "CMakeLists.txt",
+        "setup.py",
+        "LICENSE",
+        "tests/test_build.py",
+    }
     assert needed <= names
 
 

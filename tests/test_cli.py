@@ -106,9 +106,19 @@ def test_a_shift_of_another_model_is_refused(pair, capsys):
 
 def test_the_best_alpha_for_a_noise(pair, capsys):
     _, out, _ = run(
-        capsys, "shift", "fit", pair / "texts.npy", pair / "images.npy", "--out", pair / "s.safetensors",
-        "--alpha", "best:0.3", "--components", "4", "--json",
-    )  # fmt: skip
+        capsys,
+        "shift",
+        "fit",
+        pair / "texts.npy",
+        pair / "images.npy",
+        "--out",
+        pair / "s.safetensors",
+        "--alpha",
+        "best:0.3",
+        "--components",
+        "4",
+        "--json",
+    )
     alpha = json.loads(out)["alpha"]
     assert MeanShift.load(pair / "s.safetensors").alpha == alpha
     assert 0.8 < alpha < 1.2
@@ -117,9 +127,20 @@ def test_the_best_alpha_for_a_noise(pair, capsys):
 def test_the_published_k_table_in_one_command(real_data, tmp_path, capsys):
     np.save(tmp_path / "clip.npy", real_data("clip"))
     status, out, _ = run(
-        capsys, "shift", "compare", f"{tmp_path}/clip.npy[1]", f"{tmp_path}/clip.npy[0]",
-        "--components", "0", "100", "200", "499", "--labels", "paired", "--json",
-    )  # fmt: skip
+        capsys,
+        "shift",
+        "compare",
+        f"{tmp_path}/clip.npy[1]",
+        f"{tmp_path}/clip.npy[0]",
+        "--components",
+        "0",
+        "100",
+        "200",
+        "499",
+        "--labels",
+        "paired",
+        "--json",
+    )
     assert status == 0
     table = json.loads(out)
     assert table["clean_accuracy"] == pytest.approx(0.554), "0.552 by cosines: norms differ by 5e-4"
@@ -136,17 +157,37 @@ def test_the_published_k_table_in_one_command(real_data, tmp_path, capsys):
 def test_robust_writes_a_table_and_a_plot(pair, capsys):
     out_folder = pair / "out"
     status, out, _ = run(
-        capsys, "robust", pair / "images.npy", pair / "texts.npy", "--alphas", "0:1:3", "--gaussian", ".1", "0.3",
-        "--quantize", "32", "--replace", pair / "texts.npy", "--labels", "paired", "--components", "exact",
-        "--out", out_folder, "--json",
-    )  # fmt: skip
+        capsys,
+        "robust",
+        pair / "images.npy",
+        pair / "texts.npy",
+        "--alphas",
+        "0:1:3",
+        "--gaussian",
+        ".1",
+        "0.3",
+        "--quantize",
+        "32",
+        "--replace",
+        pair / "texts.npy",
+        "--labels",
+        "paired",
+        "--components",
+        "exact",
+        "--out",
+        out_folder,
+        "--json",
+    )
     assert status == 0
     rows = json.loads(out)["rows"]
     assert [row["alpha"] for row in rows] == [0.0] * 4 + [0.5] * 4 + [1.0] * 4
     assert all(row["robustness"] == 1 for row in rows if row["perturbation"] == "replace")
     assert {p.name for p in out_folder.iterdir()} == {
-        "inputs.json", "robustness.json", "robustness.csv", "robustness.png",
-    }  # fmt: skip
+        "inputs.json",
+        "robustness.json",
+        "robustness.csv",
+        "robustness.png",
+    }
     assert json.loads((out_folder / "robustness.json").read_text()) == rows
 
 
@@ -166,8 +207,23 @@ main(sys.argv[1:])
 
 
 def test_robust_goes_on_after_a_kill(pair, capsys):
-    command = ["robust", pair / "images.npy", pair / "texts.npy", "--alphas", "0:1.5:20", "--gaussian", "0.1", "0.2",
-               "0.3", "--uniform", "0.1", "--trials", "20", "--out", pair / "out"]  # fmt: skip
+    command = [
+        "robust",
+        pair / "images.npy",
+        pair / "texts.npy",
+        "--alphas",
+        "0:1.5:20",
+        "--gaussian",
+        "0.1",
+        "0.2",
+        "0.3",
+        "--uniform",
+        "0.1",
+        "--trials",
+        "20",
+        "--out",
+        pair / "out",
+    ]
     first = subprocess.run([sys.executable, "-c", _KILLED, *map(str, command)], stdout=subprocess.DEVNULL)
     assert first.returncode == -signal.SIGKILL
     journal = (pair / "out" / "unfinished.jsonl").read_text()
@@ -179,8 +235,11 @@ def test_robust_goes_on_after_a_kill(pair, capsys):
     finished = [json.loads(line)[1] for line in journal.split("\n")[1:-1]]
     assert all(row in rows for row in finished), "with the seconds they took then"
     assert sorted(p.name for p in (pair / "out").iterdir()) == [
-        "inputs.json", "robustness.csv", "robustness.json", "robustness.png",
-    ]  # fmt: skip
+        "inputs.json",
+        "robustness.csv",
+        "robustness.json",
+        "robustness.png",
+    ]
 
 
 def test_robust_takes_a_fitted_shift_and_labels_from_a_file(pair, capsys):

@@ -30,8 +30,10 @@ def value_and_gradients(function, x, y, scale, **options):
     scale = scale.detach().clone().requires_grad_()
     row, col, positive = function(x, y, scale, **options)
     # Weights that differ by element, so that no error cancels.
-    total = sum((v.double() * torch.linspace(0.5, 1.5, len(v), dtype=torch.float64)).sum() * w
-                for v, w in ((row, 1.0), (col, 0.7), (positive, -1.3)))  # fmt: skip
+    total = sum(
+        (v.double() * torch.linspace(0.5, 1.5, len(v), dtype=torch.float64)).sum() * w
+        for v, w in ((row, 1.0), (col, 0.7), (positive, -1.3))
+    )
     return [row, col, positive, *torch.autograd.grad(total, (x, y, scale))]
 
 
@@ -152,9 +154,16 @@ def test_gradients_nobody_asked_for_are_not_formed(wanted):
     row, col, positive = lse_pair(*inputs)
     stats = torch.ops.gapkern.contrastive_lse(*(t.detach() for t in inputs), "dot", 0, "highest", 0)[3:]
     formed = torch.ops.gapkern.contrastive_lse_backward(
-        row.detach(), col.detach(), positive.detach(), *(t.detach() for t in inputs), *stats, "dot", 0, "highest",
+        row.detach(),
+        col.detach(),
+        positive.detach(),
+        *(t.detach() for t in inputs),
+        *stats,
+        "dot",
+        0,
+        "highest",
         list(wanted),
-    )  # fmt: skip
+    )
     assert [t.numel() > 0 for t in formed] == list(wanted)
     (row.sum() + col.sum() - 2 * positive.sum()).backward()
     assert [t.grad is not None for t in inputs] == list(wanted)
@@ -277,10 +286,15 @@ def test_properties_of_any_shape():
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     given = hypothesis.given(
-        n=st.integers(1, 60), extra=st.integers(0, 30), d=st.integers(1, 40), log_scale=st.floats(-3, 4),
-        dtype=st.sampled_from(DTYPES), similarity=st.sampled_from(["dot", "sqeuclidean"]), seed=st.integers(0, 2**20),
+        n=st.integers(1, 60),
+        extra=st.integers(0, 30),
+        d=st.integers(1, 40),
+        log_scale=st.floats(-3, 4),
+        dtype=st.sampled_from(DTYPES),
+        similarity=st.sampled_from(["dot", "sqeuclidean"]),
+        seed=st.integers(0, 2**20),
         log_norm=st.floats(-3, 4),
-    )  # fmt: skip
+    )
     hypothesis.settings(max_examples=40, deadline=None)(given(check_any_shape))()
 
 
@@ -404,9 +418,11 @@ def test_every_instruction_set_agrees_with_the_references(isa):
     if order.index(isa) > order.index(_core.active_isa()):
         pytest.skip(f"this processor has no {isa}")
     run = subprocess.run(
-        [sys.executable, "-c", _ISA_PROBE.format(isa=isa)], env={**os.environ, "GAPKERN_ISA": isa},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", _ISA_PROBE.format(isa=isa)],
+        env={**os.environ, "GAPKERN_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout == "ok\n", run.stderr
 
 
@@ -506,9 +522,17 @@ def test_the_smallest_float16_gradients_survive_the_chunked_path(monkeypatch):
         *(w * 1e3 for w in weights), x, y, scale, *out[3:], "dot", 0, "highest", [True, True, True]
     )
     truth = chunked.contrastive_lse_backward(
-        *(w * 1e3 for w in weights), x.double(), y.double(), scale.double(), *out[3:5], out[5].double(), "dot", 0,
-        "highest", [True, True, True],
-    )  # fmt: skip
+        *(w * 1e3 for w in weights),
+        x.double(),
+        y.double(),
+        scale.double(),
+        *out[3:5],
+        out[5].double(),
+        "dot",
+        0,
+        "highest",
+        [True, True, True],
+    )
     for ours, wanted in zip((dx, dy), truth, strict=False):
         assert float((ours.double() - wanted).abs().max()) < 2**-24, "the result's own rounding, of subnormal numbers"
         assert float(ours.abs().max()) > 0

@@ -26,8 +26,10 @@ def pair(n, m, d, dtype, device="cpu", size=1.0, seed=0):
 
 def weights(row, col, positive):
     """Gradients of the three statistics that differ by element, so that no error cancels; both signs, and zeros."""
-    weighted = [torch.linspace(0.5, 1.5, len(v), dtype=torch.float64, device=v.device) * w / len(v)
-                for v, w in ((row, 1.0), (col, -0.7), (positive, -1.3))]  # fmt: skip
+    weighted = [
+        torch.linspace(0.5, 1.5, len(v), dtype=torch.float64, device=v.device) * w / len(v)
+        for v, w in ((row, 1.0), (col, -0.7), (positive, -1.3))
+    ]
     weighted[1][::3] = 0
     return weighted
 

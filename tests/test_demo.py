@@ -55,8 +55,16 @@ def test_the_papers_effect(report):
 def test_the_json_has_what_is_promised(report):
     _, found = report
     for row in found["sweep"]:
-        assert {"alpha", "perturbation", "variance", "scale", "robustness", "agreement", "accuracy",
-                "clean_accuracy"} <= set(row)  # fmt: skip
+        assert {
+            "alpha",
+            "perturbation",
+            "variance",
+            "scale",
+            "robustness",
+            "agreement",
+            "accuracy",
+            "clean_accuracy",
+        } <= set(row)
     assert {row["bins"] for row in found["sweep"]} == {None, 32, 64, 128, 256}
     assert len(found["training"]) == found["settings"]["steps"] == 300
     assert found["training"][-1]["loss"] < found["training"][0]["loss"] / 2
@@ -95,9 +103,17 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(report):
     for value in (f"{found['clean_accuracy']:.3f}", f"{found['gap_norm']:.3f}", f"{found['orthogonality']:.2%}"):
         assert value in text
     assert {p.name for p in folder.iterdir()} == {
-        "report.html", "report.json", "embeddings.safetensors", "shift.safetensors", "pca.png", "training.png",
-        "robustness.png", "robustness_total.png", "quantize.png", "templates.png",
-    }  # fmt: skip
+        "report.html",
+        "report.json",
+        "embeddings.safetensors",
+        "shift.safetensors",
+        "pca.png",
+        "training.png",
+        "robustness.png",
+        "robustness_total.png",
+        "quantize.png",
+        "templates.png",
+    }
 
 
 @pytest.mark.slow
@@ -113,10 +129,18 @@ def test_the_three_methods_agree_on_the_digits(report):
     noise = Gaussian(0.001, "per_coordinate")
     for alpha in (0.0, 1.0):
         results = {
-            method: robustness(saved["images"], saved["prompts"][0], noise, labels=saved["labels"],
-                               shift=shift.at(alpha), method=method, trials=200, seed=5)
+            method: robustness(
+                saved["images"],
+                saved["prompts"][0],
+                noise,
+                labels=saved["labels"],
+                shift=shift.at(alpha),
+                method=method,
+                trials=200,
+                seed=5,
+            )
             for method in ("exact", "projected", "sample")
-        }  # fmt: skip
+        }
         exact = results["exact"]
         assert exact.robustness == pytest.approx(
             at(found, alpha, perturbation="gaussian", variance=0.001)["robustness"], abs=1e-12

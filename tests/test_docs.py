@@ -15,8 +15,11 @@ from gapkern.experiments.reproduce import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-BLOCKS = [(name, *block) for name, text in (*PAGES.items(), ("README.md", (ROOT / "README.md").read_text()))
-          for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)]  # fmt: skip
+BLOCKS = [
+    (name, *block)
+    for name, text in (*PAGES.items(), ("README.md", (ROOT / "README.md").read_text()))
+    for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+]
 EXAMPLES = [(name, i, code) for i, (name, kind, code) in enumerate(BLOCKS) if kind == "python" and name in PAGES]
 # In reading order: what a line reads, one above it has written.
 LINES = list(
@@ -126,8 +129,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     pages = {path.name for path in (tmp_path / "site").glob("*.html")}
     assert {name.replace(".md", ".html") for name in PAGES} <= pages

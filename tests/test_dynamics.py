@@ -17,8 +17,9 @@ SIMILARITIES = ["dot", "sqeuclidean"]
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-5)])
-@pytest.mark.parametrize(("n", "dims", "scale", "size"), [(1, 1, 1.0, 1.0), (7, 3, 5.0, 1.0), (130, 33, 0.3, 1.0),
-                                                          (20, 4, 3e6, 1e-3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "dims", "scale", "size"), [(1, 1, 1.0, 1.0), (7, 3, 5.0, 1.0), (130, 33, 0.3, 1.0), (20, 4, 3e6, 1e-3)]
+)
 def test_evaluation_equals_the_definition(similarity, dtype, tolerance, n, dims, scale, size):
     x, y = (size * t for t in isotropic_gaussians(n, dims, 1.0, 0.7, seed=n))
     at = evaluate(x.to(dtype), y.to(dtype), scale, similarity=similarity)
@@ -89,8 +90,12 @@ def test_plain_descent_is_what_autograd_and_hand_say(similarity, sphere):
 def test_batches_and_adam_and_the_temperature_descend_too():
     x, y = isotropic_gaussians(60, 8, 3.0)
     start = evaluate(x, y, 0.3).loss
-    for options in ({"optimizer": "sgd", "batch": 16, "lr": 2.0}, {"optimizer": "adam", "lr": 0.05},
-                    {"optimizer": "adam", "batch": 20, "lr": 0.05}, {"learn_scale": True, "lr": 0.5}):  # fmt: skip
+    for options in (
+        {"optimizer": "sgd", "batch": 16, "lr": 2.0},
+        {"optimizer": "adam", "lr": 0.05},
+        {"optimizer": "adam", "batch": 20, "lr": 0.05},
+        {"learn_scale": True, "lr": 0.5},
+    ):
         path = descend(x, y, 0.3, steps=60, record_every=20, **options)
         assert [row["step"] for row in path.rows] == [0, 20, 40, 60]
         assert path.rows[0]["loss"] == pytest.approx(start)
@@ -165,8 +170,9 @@ def test_no_n_by_n_matrix_is_formed():
 
 def test_results_are_kept(tmp_path):
     seen = []
-    path = descend(*tight_clusters(6, 4, 0.1, 1.0), 2.0, lr=0.1, steps=10, record_every=4, snapshots=[5],
-                   on_record=seen.append)  # fmt: skip
+    path = descend(
+        *tight_clusters(6, 4, 0.1, 1.0), 2.0, lr=0.1, steps=10, record_every=4, snapshots=[5], on_record=seen.append
+    )
     assert isinstance(path, Trajectory)
     assert seen == path.rows
     assert path.series("loss")[0] == [0, 4, 5, 8, 10]

@@ -59,8 +59,11 @@ def place(tmp_path_factory):
             path = folder / "images" / str(digits.target[i]) / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
-            for name, data in ((f"{i:04d}.png", path.read_bytes()), (f"{i:04d}.cls", str(digits.target[i]).encode()),
-                               (f"{i:04d}.txt", f"digit {digits.target[i]}".encode())):  # fmt: skip
+            for name, data in (
+                (f"{i:04d}.png", path.read_bytes()),
+                (f"{i:04d}.cls", str(digits.target[i]).encode()),
+                (f"{i:04d}.txt", f"digit {digits.target[i]}".encode()),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -69,14 +72,32 @@ def place(tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def line(place, out, *more):
-    return ["embed", "--model", f"local-dir:{place / 'model'}", "--images", str(place / "images"), "--texts",
-            str(place / "words.txt"), "--out", str(out), "--batch_size", "8", "--shard_rows", "16",
-            "--num_workers", "0", *more]  # fmt: skip
+    return [
+        "embed",
+        "--model",
+        f"local-dir:{place / 'model'}",
+        "--images",
+        str(place / "images"),
+        "--texts",
+        str(place / "words.txt"),
+        "--out",
+        str(out),
+        "--batch_size",
+        "8",
+        "--shard_rows",
+        "16",
+        "--num_workers",
+        "0",
+        *more,
+    ]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -262,9 +283,14 @@ def test_datasets_and_captions(place, tmp_path):
     out, model = tmp_path / "digits", f"local-dir:{place / 'model'}"
     assert main(["embed", "--model", model, "--dataset", "digits", "--out", str(out), "--num_workers", "0"]) == 0
     assert len(Embeddings(out)) == len(np.load(out / "labels.npy")) == 597
-    note = {"images": [{"id": 7, "file_name": "b"}, {"id": 2, "file_name": "a"}],
-            "annotations": [{"image_id": 7, "caption": "seven"}, {"image_id": 2, "caption": "two"},
-                            {"image_id": 7, "caption": "7"}]}  # fmt: skip
+    note = {
+        "images": [{"id": 7, "file_name": "b"}, {"id": 2, "file_name": "a"}],
+        "annotations": [
+            {"image_id": 7, "caption": "seven"},
+            {"image_id": 2, "caption": "two"},
+            {"image_id": 7, "caption": "7"},
+        ],
+    }
     (tmp_path / "captions.json").write_text(json.dumps(note))
     out = tmp_path / "coco"
     assert main(["embed", "--model", model, "--captions", str(tmp_path / "captions.json"), "--out", str(out)]) == 0
@@ -374,8 +400,14 @@ def test_the_demos_export_embeds_as_the_demo_does(tmp_path):
     data = digits.load(0)
     trained = digits.train(data, steps=2)
     digits.export(trained, data, tmp_path)
-    there = {"model": "model", "images": "images", "texts": "captions.txt", "classnames": "classnames.json",
-             "templates": "templates.json", "out": "out"}  # fmt: skip
+    there = {
+        "model": "model",
+        "images": "images",
+        "texts": "captions.txt",
+        "classnames": "classnames.json",
+        "templates": "templates.json",
+        "out": "out",
+    }
     arguments = [part for key, name in there.items() for part in (f"--{key}", str(tmp_path / name))]
     arguments[1] = f"local-dir:{arguments[1]}"
     assert main(["embed", *arguments, "--num_workers", "0"]) == 0

@@ -30,8 +30,15 @@ def test_what_was_written_is_read(folder):
     assert torch.equal(found[-1], x[-1])
     assert found[4:4].shape == (0, 8)
     assert torch.equal(torch.cat(list(found.chunks(2))), x)
-    assert verify(path)["img_emb"] == {"rows": 33, "dims": 8, "dtype": "float32", "shards": 11, "model": "tiny/1",
-                                       "manifest": True, "metadata": False}  # fmt: skip
+    assert verify(path)["img_emb"] == {
+        "rows": 33,
+        "dims": 8,
+        "dtype": "float32",
+        "shards": 11,
+        "model": "tiny/1",
+        "manifest": True,
+        "metadata": False,
+    }
     with pytest.raises(IndexError, match="rows: expected a row of 33, got 33"):
         found[33]
 
@@ -68,19 +75,25 @@ def edit(folder):
     [
         (cut, r"img_emb_4\.npy: expected 3 rows of 8, got 56 of 96 bytes: truncated in row 1"),
         (swap, r"img_emb_2\.npy: holds img_emb_10\.npy's rows, from row 0 on: reordered"),
-        (lambda f: shutil.copy(f / "img_emb_0.npy", f / "img_emb_7.npy"),
-         r"img_emb_7\.npy: holds img_emb_0\.npy's rows, from row 0 on: there twice"),
-        (lambda f: shutil.copy(f / "img_emb_0.npy", f / "img_emb_11.npy"),
-         r"img_emb_11\.npy: not in the manifest; it repeats img_emb_0\.npy"),
+        (
+            lambda f: shutil.copy(f / "img_emb_0.npy", f / "img_emb_7.npy"),
+            r"img_emb_7\.npy: holds img_emb_0\.npy's rows, from row 0 on: there twice",
+        ),
+        (
+            lambda f: shutil.copy(f / "img_emb_0.npy", f / "img_emb_11.npy"),
+            r"img_emb_11\.npy: not in the manifest; it repeats img_emb_0\.npy",
+        ),
         (spoil, r"img_emb_4\.npy: NaN or infinity in row 1 \(row 13 of all\)"),
         (change, r"img_emb_4\.npy: expected SHA-256 .*: changed"),
-        (lambda f: np.save(f / "img_emb_4.npy", np.array([{"a": 1}], dtype=object)),
-         r"img_emb_4\.npy: expected numbers, got pickled objects, which are not loaded"),
+        (
+            lambda f: np.save(f / "img_emb_4.npy", np.array([{"a": 1}], dtype=object)),
+            r"img_emb_4\.npy: expected numbers, got pickled objects, which are not loaded",
+        ),
         (lambda f: (f / "img_emb_4.npy").unlink(), r"img_emb_4\.npy: missing, the manifest has it"),
         (edit, r"expected dtype float16 as in the manifest, got float32"),
         (lambda f: (f / "manifest.json").write_text('{"format": "other"}'), r"version 1, got 'other', None"),
     ],
-)  # fmt: skip
+)
 def test_harm_is_named(folder, harm, message):
     harm(folder[0] / "img_emb")
     with pytest.raises(ValueError, match=message):
@@ -174,8 +187,11 @@ def test_command_lines_know_the_model_from_the_manifests(tmp_path, capsys, monke
     assert run("search", "index", "mine/img_emb", "--k", "1")[0] == 0
     status, said = run("index", "mine/text_emb", "--compare", "theirs/img_emb", "--factory", "Flat")
     assert (status, said) == (2, f"gapkern index: queries: {two}\n")
-    for line in (["gap", "mine/img_emb", "theirs/text_emb"], ["shift", "compare", "mine/text_emb", "theirs/img_emb"],
-                 ["robust", "mine/img_emb", "theirs/text_emb", "--gaussian", "1"]):  # fmt: skip
+    for line in (
+        ["gap", "mine/img_emb", "theirs/text_emb"],
+        ["shift", "compare", "mine/text_emb", "theirs/img_emb"],
+        ["robust", "mine/img_emb", "theirs/text_emb", "--gaussian", "1"],
+    ):
         status, said = run(*line)
         assert (status, "expected embeddings of tiny/1 as in" in said, "got those of huge/2" in said) == (2, True, True)
     line = ["robust", "theirs/img_emb", "theirs/text_emb", "--gaussian", "1", "--shift", "s.safetensors"]

@@ -106,9 +106,12 @@ def test_a_loaded_shift_refuses_more_rows_and_copies_do_not_share(tmp_path):
     shift.save(tmp_path / "s.safetensors")
     loaded = MeanShift.load(tmp_path / "s.safetensors")
     for call in (
-        lambda: loaded.partial_fit(gallery), lambda: loaded.at(0.5).partial_fit(queries=queries),
-        lambda: loaded.merge(shift), lambda: shift.merge(loaded), loaded.samples,
-    ):  # fmt: skip
+        lambda: loaded.partial_fit(gallery),
+        lambda: loaded.at(0.5).partial_fit(queries=queries),
+        lambda: loaded.merge(shift),
+        lambda: shift.merge(loaded),
+        loaded.samples,
+    ):
         with pytest.raises(ValueError, match="a loaded shift can be applied but not added to"):
             call()
     assert torch.equal(loaded.shift_vector_, shift.shift_vector_)
@@ -141,12 +144,19 @@ def test_a_refused_batch_leaves_the_fit_as_it_was():
 @pytest.mark.parametrize(
     "parameters",
     [
-        {"n_components": np.int64(2)}, {"n_components": np.float32(0.5)}, {"n_components": np.float64(0.5)},
-        {"n_components": np.str_("exact")}, {"alpha": np.float32(0.5)}, {"alpha": 1}, {"normalize": np.bool_(True)},
-        {"model": np.str_("a model")}, {"moves": np.str_("queries")}, {"agreement": np.float64(0.9)},
+        {"n_components": np.int64(2)},
+        {"n_components": np.float32(0.5)},
+        {"n_components": np.float64(0.5)},
+        {"n_components": np.str_("exact")},
+        {"alpha": np.float32(0.5)},
+        {"alpha": 1},
+        {"normalize": np.bool_(True)},
+        {"model": np.str_("a model")},
+        {"moves": np.str_("queries")},
+        {"agreement": np.float64(0.9)},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_parameters_of_numpy_are_saved_as_plain_ones(parameters, tmp_path):
     gallery, queries = pairs()
     shift = MeanShift(**parameters).fit(gallery, queries)
@@ -160,13 +170,16 @@ def test_parameters_of_numpy_are_saved_as_plain_ones(parameters, tmp_path):
 @pytest.mark.parametrize(
     ("facts", "tensors", "message"),
     [
-        ({"alpha": None}, {}, "alpha"), ({"alpha": "import os"}, {}, "got invalid syntax"),
-        ({"components": "'most'"}, {}, "n_components: expected one of"), ({"components_": "-1"}, {}, "components_"),
-        ({"normalize": "[" * 300}, {}, "parenthes"), ({}, {"gap_vector": torch.ones(5).double()}, "vectors"),
+        ({"alpha": None}, {}, "alpha"),
+        ({"alpha": "import os"}, {}, "got invalid syntax"),
+        ({"components": "'most'"}, {}, "n_components: expected one of"),
+        ({"components_": "-1"}, {}, "components_"),
+        ({"normalize": "[" * 300}, {}, "parenthes"),
+        ({}, {"gap_vector": torch.ones(5).double()}, "vectors"),
         ({}, {"shift_vector": torch.full((6,), torch.nan).double()}, "finite"),
         ({}, {"gap_vector": None}, "gap_vector"),
     ],
-)  # fmt: skip
+)
 def test_a_spoilt_file_is_refused_in_one_line(facts, tensors, message, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file

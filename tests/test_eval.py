@@ -56,8 +56,24 @@ def files_of_all_tasks(tmp_path):
         {"image_id": i, "question": "?", "choices": list("abc"), "correct_choice_idx": i % 3} for i in range(90)
     ]
     (tmp_path / "questions.json").write_text(json.dumps(questions))
-    common = ["--images", "images.npy", "--shift", "auto", "--gaussian", ".1", "--quantize", "16", "--seeds", "0", "1",
-              "--recall_k", "1", "5", "--device", "cpu"]  # fmt: skip
+    common = [
+        "--images",
+        "images.npy",
+        "--shift",
+        "auto",
+        "--gaussian",
+        ".1",
+        "--quantize",
+        "16",
+        "--seeds",
+        "0",
+        "1",
+        "--recall_k",
+        "1",
+        "5",
+        "--device",
+        "cpu",
+    ]
     return [
         [*common, "--texts", "prompts.npy", "--labels", "labels.npy", "--task", "zeroshot_classification"],
         [*common, "--texts", "prompts.npy", "--labels", "labels.npy", "--task", "template_robustness"],
@@ -87,8 +103,16 @@ def test_any_number_of_ranks_writes_the_same(files_of_all_tasks, tmp_path):
     (tmp_path / "many.py").write_text(MANY)
     results = {}
     for world in (1, 2, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port", port(),
-                   "many.py", f"out{world}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={world}",
+            "--master_port",
+            port(),
+            "many.py",
+            f"out{world}",
+        ]
         done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANGS)
         assert done.returncode == 0, done.stderr
         found = {file.name: json.loads(file.read_text()) for file in (tmp_path / f"out{world}").glob("*.json")}
@@ -156,8 +180,17 @@ def digits_model(tmp_path_factory, trained_digits):
 @pytest.mark.open_clip
 def test_digits_from_the_model_and_from_embeddings(digits_model, tmp_path, capsys):
     common = ["--shift", "exact", "--gaussian", "0.128", "--seeds", *range(5), "--device", "cpu", "--dataset", "digits"]
-    given = [*common, "--model", f"local-dir:{digits_model}/model", "--num_workers", "0", "--custom_template_file",
-             digits_model / "templates.json", "--dump_templates", "--dump_classnames"]  # fmt: skip
+    given = [
+        *common,
+        "--model",
+        f"local-dir:{digits_model}/model",
+        "--num_workers",
+        "0",
+        "--custom_template_file",
+        digits_model / "templates.json",
+        "--dump_templates",
+        "--dump_classnames",
+    ]
     status, out, error = run(capsys, "eval", *given, "--out", tmp_path / "model", "--json")
     assert status == 0, error
     plain, noisy, closed, closed_noisy = json.loads(out)["results"]
@@ -211,10 +244,22 @@ def test_a_models_metrics_are_clip_benchmarks(digits_model, tmp_path, capsys, mo
     loader = Batches(zip(images.split(50), torch.tensor(data.labels).split(50), strict=True), data.classes)
     expected = theirs.evaluate(model.module, loader, model.tokenizer, data.classes, prompts, "cpu", amp=False)
     status, out, error = run(
-        capsys, "eval", "--dataset", "digits", "--model", tmp_path / "towers.json", "--pretrained",
-        tmp_path / "weights.pt", "--custom_template_file", tmp_path / "prompts.json", "--device", "cpu", "--json",
-        "--num_workers", "0",
-    )  # fmt: skip
+        capsys,
+        "eval",
+        "--dataset",
+        "digits",
+        "--model",
+        tmp_path / "towers.json",
+        "--pretrained",
+        tmp_path / "weights.pt",
+        "--custom_template_file",
+        tmp_path / "prompts.json",
+        "--device",
+        "cpu",
+        "--json",
+        "--num_workers",
+        "0",
+    )
     assert status == 0, error
     (found,) = json.loads(out)["results"]
     assert found["metrics"] == pytest.approx(expected, abs=1e-6)
@@ -228,8 +273,24 @@ def test_a_models_metrics_are_clip_benchmarks(digits_model, tmp_path, capsys, mo
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over the loopback interface")
 def test_ranks_encode_what_one_encodes(digits_model, tmp_path):
     """Batches of 50 do not end where the ranks' shares do."""
-    command = ["-m", "gapkern", "eval", "--dataset", "digits", "--model", f"local-dir:{digits_model}/model", "--shift",
-               "exact", "--device", "cpu", "--num_workers", "0", "--batch_size", "50", "--out"]  # fmt: skip
+    command = [
+        "-m",
+        "gapkern",
+        "eval",
+        "--dataset",
+        "digits",
+        "--model",
+        f"local-dir:{digits_model}/model",
+        "--shift",
+        "exact",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--batch_size",
+        "50",
+        "--out",
+    ]
     many = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--master_port", port()]
     for start, out in (([sys.executable], "one"), (many, "three")):
         done = subprocess.run(
@@ -254,24 +315,55 @@ def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, ca
         data.image(i).save(tmp_path / f"{i:012d}.png")
     names = [digits.NAMES[label] for label in data.labels[:20]]
     captions = [f"the number {name}" for name in names]
-    (tmp_path / "captions.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i:012d}.png"} for i in range(20)],
-        "annotations": [{"image_id": i, "caption": text} for i, text in enumerate(captions)],
-    }))  # fmt: skip
+    (tmp_path / "captions.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": i, "file_name": f"{i:012d}.png"} for i in range(20)],
+                "annotations": [{"image_id": i, "caption": text} for i, text in enumerate(captions)],
+            }
+        )
+    )
     questions = [
-        {"image": f"{i:012d}.png", "question": "the number", "choices": list(digits.NAMES),
-         "correct_choice_idx": data.labels[i]} for i in range(20)
-    ]  # fmt: skip
+        {
+            "image": f"{i:012d}.png",
+            "question": "the number",
+            "choices": list(digits.NAMES),
+            "correct_choice_idx": data.labels[i],
+        }
+        for i in range(20)
+    ]
     (tmp_path / "questions.json").write_text(json.dumps(questions))
-    common = ["--model", f"local-dir:{digits_model}/model", "--dataset_root", tmp_path, "--num_workers", "1", "--json",
-              "--batch_size", "7", "--device", "cpu"]  # fmt: skip
-    status, out, error = run(capsys, "eval", "--dataset", "mscoco_captions", *common, "--recall_k", 1, 5,
-                             "--annotation_file", tmp_path / "captions.json")  # fmt: skip
+    common = [
+        "--model",
+        f"local-dir:{digits_model}/model",
+        "--dataset_root",
+        tmp_path,
+        "--num_workers",
+        "1",
+        "--json",
+        "--batch_size",
+        "7",
+        "--device",
+        "cpu",
+    ]
+    status, out, error = run(
+        capsys,
+        "eval",
+        "--dataset",
+        "mscoco_captions",
+        *common,
+        "--recall_k",
+        1,
+        5,
+        "--annotation_file",
+        tmp_path / "captions.json",
+    )
     assert status == 0, error
     (retrieved,) = json.loads(out)["results"]
     assert set(retrieved["metrics"]) == {f"{d}_retrieval_recall@{k}" for d in ("image", "text") for k in (1, 5)}
-    status, out, error = run(capsys, "eval", "--dataset", "aokvqa", *common,
-                             "--annotation_file", tmp_path / "questions.json")  # fmt: skip
+    status, out, error = run(
+        capsys, "eval", "--dataset", "aokvqa", *common, "--annotation_file", tmp_path / "questions.json"
+    )
     assert status == 0, error
     (chosen,) = json.loads(out)["results"]
     from safetensors.torch import load_file
@@ -323,20 +415,37 @@ def append(file):
     Path(file).write_bytes(Path(file).read_bytes() + b"more")
 
 
-@pytest.mark.parametrize(("harm", "message"), [
-    (lambda: edited("out/img_emb", dtype="float16"), "images: out/img_emb differs from its manifest: img_emb_0.npy: "
-     "expected float16, got float32"),
-    (lambda: edited("out/text_emb", dims=23), "texts: out/text_emb differs from its manifest: text_emb_0.npy: expected "
-     "D = 23, got 24"),
-    (lambda: edited("out/img_emb", rows=91), "images: out/img_emb differs from its manifest: expected 91 rows, got 90"),
-    (lambda: np.save("out/img_emb/img_emb_1.npy", np.zeros((39, 24), np.float32)), "img_emb_1.npy: expected 40 rows"),
-    (lambda: append("out/img_emb/img_emb_1.npy"), "img_emb_1.npy: expected 3968 bytes, got 3972"),
-    (lambda: os.remove("out/text_emb/text_emb_3.npy"), "texts: out/text_emb differs from its manifest: "
-     "text_emb_3.npy is missing"),
-    (lambda: edited("out/text_emb", model="huge/2"), "texts: expected embeddings of tiny/1 as in images, got those of "
-     "huge/2"),
-    (lambda: shutil.rmtree("out/text_emb"), "texts: expected text_emb in out, got img_emb"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (
+            lambda: edited("out/img_emb", dtype="float16"),
+            "images: out/img_emb differs from its manifest: img_emb_0.npy: expected float16, got float32",
+        ),
+        (
+            lambda: edited("out/text_emb", dims=23),
+            "texts: out/text_emb differs from its manifest: text_emb_0.npy: expected D = 23, got 24",
+        ),
+        (
+            lambda: edited("out/img_emb", rows=91),
+            "images: out/img_emb differs from its manifest: expected 91 rows, got 90",
+        ),
+        (
+            lambda: np.save("out/img_emb/img_emb_1.npy", np.zeros((39, 24), np.float32)),
+            "img_emb_1.npy: expected 40 rows",
+        ),
+        (lambda: append("out/img_emb/img_emb_1.npy"), "img_emb_1.npy: expected 3968 bytes, got 3972"),
+        (
+            lambda: os.remove("out/text_emb/text_emb_3.npy"),
+            "texts: out/text_emb differs from its manifest: text_emb_3.npy is missing",
+        ),
+        (
+            lambda: edited("out/text_emb", model="huge/2"),
+            "texts: expected embeddings of tiny/1 as in images, got those of huge/2",
+        ),
+        (lambda: shutil.rmtree("out/text_emb"), "texts: expected text_emb in out, got img_emb"),
+    ],
+)
 def test_a_folder_that_differs_from_its_manifest_is_named(folders, harm, message, capsys):
     harm()
     status, out, error = run(capsys, "eval", "--images", "out", "--texts", "out", *folders)
@@ -385,7 +494,8 @@ BAD = {
         "labels: expected values in [0, 12), classes, got 12 in row 3",
     ),
     "labels of floats": (
-        ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "images.npy"], "labels: expected integers, got"
+        ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "images.npy"],
+        "labels: expected integers, got",
     ),
     "too few labels": (
         ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "image_of.npy"],
@@ -396,8 +506,16 @@ BAD = {
         "labels: expected 3 texts for each of 90 images, got 180 texts",
     ),
     "too few choices": (
-        ["--images", "images.npy", "--texts", "captions.npy", "--annotation_file", "questions.json", "--task",
-         "multiple_choice"],
+        [
+            "--images",
+            "images.npy",
+            "--texts",
+            "captions.npy",
+            "--annotation_file",
+            "questions.json",
+            "--task",
+            "multiple_choice",
+        ],
         "texts: expected 270 rows, one per choice, got 180",
     ),
     "a template without {c}": (
@@ -405,8 +523,18 @@ BAD = {
         "templates: expected a string with {c} for the class, got 'a {}'",
     ),
     "templates of another number": (
-        ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "labels.npy", "--task", "template_robustness",
-         "--custom_template_file", "two.json"],
+        [
+            "--images",
+            "images.npy",
+            "--texts",
+            "prompts.npy",
+            "--labels",
+            "labels.npy",
+            "--task",
+            "template_robustness",
+            "--custom_template_file",
+            "two.json",
+        ],
         "names: expected 4, one per template, got 2",
     ),
     "another width": (
@@ -418,13 +546,33 @@ BAD = {
         "shift: expected a file, 'auto', 'exact' or components, got 'much'",
     ),
     "a shift of another model": (
-        ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "labels.npy", "--shift", "s.safetensors",
-         "--model", "mine"],
+        [
+            "--images",
+            "images.npy",
+            "--texts",
+            "prompts.npy",
+            "--labels",
+            "labels.npy",
+            "--shift",
+            "s.safetensors",
+            "--model",
+            "mine",
+        ],
         "shift: expected one fitted on mine, got one of theirs",
     ),
     "one name for several results": (
-        ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "labels.npy", "--shift", "auto", "--output",
-         "x.json"],
+        [
+            "--images",
+            "images.npy",
+            "--texts",
+            "prompts.npy",
+            "--labels",
+            "labels.npy",
+            "--shift",
+            "auto",
+            "--output",
+            "x.json",
+        ],
         "output: expected {variant} in the template of several results",
     ),
     "a bad variance": (
@@ -443,7 +591,7 @@ BAD = {
         ["--dataset", "digits", "--model", "hf-hub:a/b", "--pretrained", "openai"],
         "pretrained: expected none, as the weights come with the model, got 'openai'",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -61,10 +61,14 @@ def test_coco_captions(tmp_path):
     names = {9: "nine.jpg", 2: "two.png", 5: "none.png"}
     picture(tmp_path / "two.png", (7, 8, 9))
     captions = [(9, "a"), (2, "b"), (9, "c")]
-    (tmp_path / "captions.json").write_text(json.dumps({
-        "images": [{"id": key, "file_name": name, "height": 5} for key, name in names.items()],
-        "annotations": [{"id": i, "image_id": key, "caption": text} for i, (key, text) in enumerate(captions)],
-    }))  # fmt: skip
+    (tmp_path / "captions.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": key, "file_name": name, "height": 5} for key, name in names.items()],
+                "annotations": [{"id": i, "image_id": key, "caption": text} for i, (key, text) in enumerate(captions)],
+            }
+        )
+    )
     data = datasets.load("mscoco_captions", tmp_path, annotation_file=tmp_path / "captions.json")
     assert (len(data), data.captions, data.image_of) == (2, ["b", "a", "c"], [0, 1, 1])
     assert np.asarray(data.image(0))[0, 0].tolist() == [7, 8, 9]
@@ -80,10 +84,15 @@ def test_karpathys_captions(tmp_path):
     picture(tmp_path / "val2014" / "b.png", (7, 8, 9))
     picture(tmp_path / "a.png", (1, 2, 3))
     images = [
-        {"filepath": "val2014", "filename": f"{name}.png", "split": split, "cocoid": 9 - i,
-         "sentences": [{"raw": f"{name}{n}", "sentid": 10 * i + n, "imgid": i} for n in range(2)]}
+        {
+            "filepath": "val2014",
+            "filename": f"{name}.png",
+            "split": split,
+            "cocoid": 9 - i,
+            "sentences": [{"raw": f"{name}{n}", "sentid": 10 * i + n, "imgid": i} for n in range(2)],
+        }
         for i, (name, split) in enumerate((("b", "test"), ("c", "restval"), ("a", "test"), ("d", "train")))
-    ]  # fmt: skip
+    ]
     file = tmp_path / "dataset_coco.json"
     file.write_text(json.dumps({"images": images, "dataset": "coco"}))
     data = datasets.load("mscoco_captions", tmp_path, annotation_file=file)
@@ -98,10 +107,18 @@ def test_karpathys_captions(tmp_path):
 
 def test_aokvqa(tmp_path):
     entries = [
-        {"split": "val", "image_id": 299207, "question_id": "x", "question": "What colour?", "choices": ["red", "blue"],
-         "correct_choice_idx": 1, "direct_answers": ["blue"], "difficult_direct_answer": False},
+        {
+            "split": "val",
+            "image_id": 299207,
+            "question_id": "x",
+            "question": "What colour?",
+            "choices": ["red", "blue"],
+            "correct_choice_idx": 1,
+            "direct_answers": ["blue"],
+            "difficult_direct_answer": False,
+        },
         {"split": "val", "image_id": 7, "question": "Who?", "choices": ["a", "b", "c"], "correct_choice_idx": 0},
-    ]  # fmt: skip
+    ]
     picture(tmp_path / "val2017" / "000000299207.jpg", (0, 0, 0))
     picture(tmp_path / "000000000007.jpg", (255, 255, 255))
     file = tmp_path / "aokvqa.json"

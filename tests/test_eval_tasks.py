@@ -38,10 +38,14 @@ def test_classification_is_clip_benchmarks(count, monkeypatch):
     names = [str(i) for i in range(count)]
     words = {f"{t} {name}": t * count + int(name) for t in range(4) for name in names}
     expected = theirs.evaluate(
-        Lookup(prompts.flatten(0, 1)), Batches(zip(images.split(16), labels.split(16), strict=True), names),
-        lambda texts: torch.tensor([words[t] for t in texts]), names, [f"{t} {{c}}" for t in range(4)], "cpu",
+        Lookup(prompts.flatten(0, 1)),
+        Batches(zip(images.split(16), labels.split(16), strict=True), names),
+        lambda texts: torch.tensor([words[t] for t in texts]),
+        names,
+        [f"{t} {{c}}" for t in range(4)],
+        "cpu",
         amp=False,
-    )  # fmt: skip
+    )
     (found,) = classification(ALONE.rows(images), labels, classes(prompts))
     assert found.metrics == pytest.approx(expected, abs=1e-6, nan_ok=True)
     assert 0.3 < found.metrics["acc1"] < 0.98
@@ -126,8 +130,12 @@ def test_images_without_captions_are_searched_but_do_not_ask():
     images = torch.eye(4)
     (found,) = retrieval(ALONE.rows(images), ALONE.rows(images[[1, 2]]), torch.tensor([0, 2]), (1, 9))
     # Both texts are equally far from image 0: the first comes first.
-    assert found.metrics == {"image_retrieval_recall@1": 0.5, "image_retrieval_recall@9": 1.0,
-                             "text_retrieval_recall@1": 1.0, "text_retrieval_recall@9": 1.0}  # fmt: skip
+    assert found.metrics == {
+        "image_retrieval_recall@1": 0.5,
+        "image_retrieval_recall@9": 1.0,
+        "text_retrieval_recall@1": 1.0,
+        "text_retrieval_recall@9": 1.0,
+    }
 
 
 def test_multiple_choice_by_hand():

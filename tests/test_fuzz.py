@@ -12,10 +12,32 @@ for module in ("open_clip", "faiss", "pandas", "pyarrow", "PIL"):
 pytestmark = [pytest.mark.slow, pytest.mark.open_clip, pytest.mark.faiss]
 
 KINDS = (
-    "npy", "safetensors", "fit", "shift", "note", "journal", "replace", "manifest", "shard", "parquet", "folder",
-    "faiss", "ivf", "index", "ids", "labels", "eval", "result", "captions", "classnames", "templates", "words", "image",
-    "tar", "weights",
-)  # fmt: skip
+    "npy",
+    "safetensors",
+    "fit",
+    "shift",
+    "note",
+    "journal",
+    "replace",
+    "manifest",
+    "shard",
+    "parquet",
+    "folder",
+    "faiss",
+    "ivf",
+    "index",
+    "ids",
+    "labels",
+    "eval",
+    "result",
+    "captions",
+    "classnames",
+    "templates",
+    "words",
+    "image",
+    "tar",
+    "weights",
+)
 
 
 def script(name, *options):

@@ -201,8 +201,10 @@ def test_saved_and_loaded_shifts_do_the_same(tmp_path):
     assert repr(loaded) == repr(shift)
     assert torch.equal(loaded.transform(gallery), shift.transform(gallery))
     assert (loaded.n_components_, loaded.orthogonality_, loaded.agreement_) == (
-        shift.n_components_, shift.orthogonality_, shift.agreement_,
-    )  # fmt: skip
+        shift.n_components_,
+        shift.orthogonality_,
+        shift.agreement_,
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["shift.safetensors"]
 
 
@@ -264,8 +266,10 @@ def test_batches_learn_what_the_whole_teaches(components, size):
     for rows in queries.split(size):
         parts.partial_fit(queries=rows)
     same_fit(parts, whole, 1e-11)
-    halves = [MeanShift(n_components=components).partial_fit(gallery[a:b], queries[a:c])
-              for a, b, c in ((0, 40, 40), (40, 90, 130))]  # fmt: skip
+    halves = [
+        MeanShift(n_components=components).partial_fit(gallery[a:b], queries[a:c])
+        for a, b, c in ((0, 40, 40), (40, 90, 130))
+    ]
     same_fit(halves[0].merge(halves[1]), whole, 1e-11)
 
 
@@ -341,25 +345,30 @@ FITTED = MeanShift(n_components=0).fit(*PAIRS)
         (lambda: gap_metrics(torch.ones(3, 2), torch.ones(3, 5)), ValueError, "texts: expected D = 2 as in images"),
         (lambda: gap_metrics([[1.0]], torch.ones(1, 1)), TypeError, "images: expected a torch.Tensor"),
         (
-            lambda: gap_metrics(torch.tensor([[1.0], [math.nan]]), torch.ones(2, 1)), ValueError,
+            lambda: gap_metrics(torch.tensor([[1.0], [math.nan]]), torch.ones(2, 1)),
+            ValueError,
             "images: expected finite values, got NaN or infinity, first in row 1",
         ),
         (lambda: MeanShift("1").fit(*PAIRS), TypeError, "alpha: expected a number, got str"),
         (
-            lambda: MeanShift(n_components="all").fit(*PAIRS), ValueError,
+            lambda: MeanShift(n_components="all").fit(*PAIRS),
+            ValueError,
             "n_components: expected one of 'auto', 'exact', got 'all'",
         ),
         (
-            lambda: MeanShift(n_components=1.5).fit(*PAIRS), ValueError,
+            lambda: MeanShift(n_components=1.5).fit(*PAIRS),
+            ValueError,
             "n_components: expected a finite number > 0 and <= 1",
         ),
         (lambda: MeanShift(n_components=-1).fit(*PAIRS), ValueError, "n_components: expected an integer >= 0, got -1"),
         (
-            lambda: MeanShift(moves="both").fit(*PAIRS), ValueError,
+            lambda: MeanShift(moves="both").fit(*PAIRS),
+            ValueError,
             "moves: expected one of 'gallery', 'queries', got 'both'",
         ),
         (
-            lambda: MeanShift(agreement=2).fit(*PAIRS), ValueError,
+            lambda: MeanShift(agreement=2).fit(*PAIRS),
+            ValueError,
             "agreement: expected a finite number >= 0 and <= 1, got 2",
         ),
         (lambda: MeanShift().transform(torch.ones(1, 2)), ValueError, "MeanShift: call fit before transform"),
@@ -374,7 +383,7 @@ FITTED = MeanShift(n_components=0).fit(*PAIRS)
         (lambda: FITTED.transform(torch.ones(2, 3)), ValueError, "gallery: expected D = 64 as fitted"),
         (lambda: FITTED.transform(torch.full((1, 64), math.inf)), ValueError, "gallery: expected finite values"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -33,9 +33,12 @@ def test_the_table_of_families_is_that_of_the_docs(tmp_path):
 
     out = tmp_path / "families.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.index_families", out], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "tests.index_families", out],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
     assert all(row["search"] == "refused" for f in index_families.FAMILIES["Nonsense"] for row in [found[f]])

@@ -87,8 +87,10 @@ def test_one_run_at_a_time_in_a_folder(gallery):
     first.start()
     assert entered.wait(60)
     try:
-        for act in (lambda: disk.build(gallery / "x.npy", gallery / "index", "Flat"),
-                    lambda: GapIndex().add(torch.eye(4)).save(gallery / "index")):  # fmt: skip
+        for act in (
+            lambda: disk.build(gallery / "x.npy", gallery / "index", "Flat"),
+            lambda: GapIndex().add(torch.eye(4)).save(gallery / "index"),
+        ):
             with pytest.raises(ValueError, match="path: expected a folder that no other run writes, got"):
                 act()
     finally:
@@ -144,11 +146,16 @@ def test_lists_in_a_file_are_read_into_memory_unless_mapped(gallery):
     assert torch.equal(mapped.search(torch.from_numpy(rows[:9]), 4)[1], expected)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"files": {}}, "expected the files of an index"), ({"count": "3"}, "expected the count of an index"),
-    ({"factory": None}, "expected the factory of an index"), ({"dims": True}, "expected the dims of an index"),
-    ({"files": {"index": {"name": "../x.npy", "bytes": 1, "sha256": ""}}}, "expected the files of an index"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": {}}, "expected the files of an index"),
+        ({"count": "3"}, "expected the count of an index"),
+        ({"factory": None}, "expected the factory of an index"),
+        ({"dims": True}, "expected the dims of an index"),
+        ({"files": {"index": {"name": "../x.npy", "bytes": 1, "sha256": ""}}}, "expected the files of an index"),
+    ],
+)
 def test_manifests_that_are_none_of_ours(gallery, change, message):
     disk.build(gallery / "x.npy", gallery / "index", "Flat")
     path = gallery / "index" / "manifest.json"
@@ -201,26 +208,33 @@ def test_an_answer_that_cannot_be_written_is_a_line(gallery, more):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=gallery, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (
-        2, "gapkern gap: cannot write to the standard output: No space left on device\n",
-    )  # fmt: skip
+        2,
+        "gapkern gap: cannot write to the standard output: No space left on device\n",
+    )
 
 
-@pytest.mark.parametrize("verb", [
-    ["gap", "x.npy", "x2.npy"], ["index", "x.npy", "--out", "index", "--factory", "SQ8"],
-    ["index", "x.npy", "--compare", "q.npy", "--factory", "Flat", "SQ8"], ["search", "three", "q.npy", "--k", "5"],
-    ["shift", "fit", "x.npy", "x2.npy", "--out", "s.safetensors"], ["robust", "q.npy", "q.npy", "--gaussian", "0.1"],
-    ["robust", "q.npy", "q2.npy", "--gaussian", "0.1", "--project", "--metric", "ip"],
-    ["shift", "compare", "x.npy", "x2.npy", "--components", "exact", "2", "--labels", "paired"],
-    ["shift", "compare", "x.npy", "x2.npy", "--components", "exact", "2"],
-    ["shift", "apply", "fitted.safetensors", "x.npy", "--out", "moved.npy"],
-    ["shift", "apply", "fitted.safetensors", "folder", "--out", "moved"],
-    ["project", "fit", "q.npy", "x2.npy", "--out", "p.safetensors"],
-    ["project", "apply", "fitted.safetensors", "x.npy", "--side", "queries", "--out", "moved.npy"],
-    ["eval", "--images", "x2.npy", "--texts", "x.npy", "--labels", "paired", "--task", "zeroshot_retrieval"],
-    ["eval", "--images", "few.npy", "--texts", "few.npy", "--labels", "labels.npy", "--gaussian", "0.1"],
-    ["build", "results", "--out", "r.csv"],
-    ["doctor"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["gap", "x.npy", "x2.npy"],
+        ["index", "x.npy", "--out", "index", "--factory", "SQ8"],
+        ["index", "x.npy", "--compare", "q.npy", "--factory", "Flat", "SQ8"],
+        ["search", "three", "q.npy", "--k", "5"],
+        ["shift", "fit", "x.npy", "x2.npy", "--out", "s.safetensors"],
+        ["robust", "q.npy", "q.npy", "--gaussian", "0.1"],
+        ["robust", "q.npy", "q2.npy", "--gaussian", "0.1", "--project", "--metric", "ip"],
+        ["shift", "compare", "x.npy", "x2.npy", "--components", "exact", "2", "--labels", "paired"],
+        ["shift", "compare", "x.npy", "x2.npy", "--components", "exact", "2"],
+        ["shift", "apply", "fitted.safetensors", "x.npy", "--out", "moved.npy"],
+        ["shift", "apply", "fitted.safetensors", "folder", "--out", "moved"],
+        ["project", "fit", "q.npy", "x2.npy", "--out", "p.safetensors"],
+        ["project", "apply", "fitted.safetensors", "x.npy", "--side", "queries", "--out", "moved.npy"],
+        ["eval", "--images", "x2.npy", "--texts", "x.npy", "--labels", "paired", "--task", "zeroshot_retrieval"],
+        ["eval", "--images", "few.npy", "--texts", "few.npy", "--labels", "labels.npy", "--gaussian", "0.1"],
+        ["build", "results", "--out", "r.csv"],
+        ["doctor"],
+    ],
+)
 def test_every_verb_answers_in_strict_json(gallery, verb, monkeypatch, capsys):
     monkeypatch.chdir(gallery)
     np.save("x2.npy", np.load("x.npy") + 1)
@@ -258,13 +272,19 @@ def test_neighbours_that_are_missing(gallery, monkeypatch, capsys):
     assert len(pandas.read_parquet("r.parquet")) == 6 * 3
 
 
-@pytest.mark.parametrize("arguments", [
-    ["search", "index", "q.npy", "--k", "1000000000"], ["search", "index", "q.npy", "--k", "0"],
-    ["index", "x.npy", "--out", "new", "--factory", "IVF0,Flat"],
-    ["index", "x.npy", "--out", "new", "--factory", "IVF1000000000,Flat"],
-    ["index", "x.npy", "--out", "new", "--factory", "IVF8,PQ4x0"], ["index", "x.npy", "--out", "new", "--sample", "0"],
-    ["index", "x.npy", "--out", "new", "--block", "0"], ["index", "x.npy", "--compare", "q.npy", "--k", "1000000000"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["search", "index", "q.npy", "--k", "1000000000"],
+        ["search", "index", "q.npy", "--k", "0"],
+        ["index", "x.npy", "--out", "new", "--factory", "IVF0,Flat"],
+        ["index", "x.npy", "--out", "new", "--factory", "IVF1000000000,Flat"],
+        ["index", "x.npy", "--out", "new", "--factory", "IVF8,PQ4x0"],
+        ["index", "x.npy", "--out", "new", "--sample", "0"],
+        ["index", "x.npy", "--out", "new", "--block", "0"],
+        ["index", "x.npy", "--compare", "q.npy", "--k", "1000000000"],
+    ],
+)
 def test_numbers_that_cannot_be(gallery, monkeypatch, capsys, arguments):
     monkeypatch.chdir(gallery)
     GapIndex().add(torch.from_numpy(np.load("x.npy"))).save("index")
@@ -274,10 +294,18 @@ def test_numbers_that_cannot_be(gallery, monkeypatch, capsys, arguments):
     assert not (gallery / "new").exists()
 
 
-@pytest.mark.parametrize(("factory", "text"), [
-    ("IVF8,Flat", "nprobe=0"), ("IVF8,Flat", "nprobe=-1"), ("IVF8,Flat", "nprobe=few"), ("HNSW8", "efSearch=0"),
-    ("PQ4x4np,RFlat", "k_factor_rf=0.0"), ("IVF8_HNSW8,Flat", "nprobe=3,quantizer_efSearch=-2"), ("Flat", "nprobe=3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("factory", "text"),
+    [
+        ("IVF8,Flat", "nprobe=0"),
+        ("IVF8,Flat", "nprobe=-1"),
+        ("IVF8,Flat", "nprobe=few"),
+        ("HNSW8", "efSearch=0"),
+        ("PQ4x4np,RFlat", "k_factor_rf=0.0"),
+        ("IVF8_HNSW8,Flat", "nprobe=3,quantizer_efSearch=-2"),
+        ("Flat", "nprobe=3"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*FAISS")
 def test_parameters_that_cannot_be(factory, text):
     rows = searched("spread")[1]

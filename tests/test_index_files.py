@@ -150,8 +150,11 @@ def test_command_line(folder, capsys, monkeypatch):
     assert cli.main([*compare, "--out", "table"]) == 0
     assert "SQ4" in capsys.readouterr().out
     assert {p.name for p in (folder / "table").iterdir()} == {
-        "quantisers.json", "quantisers.csv", "quantisers.png", "inputs.json",
-    }  # fmt: skip
+        "quantisers.json",
+        "quantisers.csv",
+        "quantisers.png",
+        "inputs.json",
+    }
     assert cli.main(["search", "index", "images.npy", "--out", "r.txt"]) == 2
     assert "expected a name ending in .npz, .parquet or .json, got r.txt" in capsys.readouterr().err
 
@@ -175,10 +178,14 @@ def test_an_index_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
         GapIndex.load(tmp_path / "index")
 
 
-@pytest.mark.parametrize("call", [
-    lambda x: GapIndex("IVF32,Flat").train(x), lambda x: compare_quantisers(x, x, ["IVF32,Flat"]),
-    lambda x: GapIndex("Flat", "ip", MeanShift().fit(x, x + 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: GapIndex("IVF32,Flat").train(x),
+        lambda x: compare_quantisers(x, x, ["IVF32,Flat"]),
+        lambda x: GapIndex("Flat", "ip", MeanShift().fit(x, x + 1)),
+    ],
+)
 def test_a_warning_names_the_line_that_called(call):
     with pytest.warns(UserWarning, match=r"FAISS: clustering|metric='ip'") as caught:
         call(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))

@@ -65,9 +65,14 @@ AMBIENT = {
 
 def state():
     return (
-        torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(), torch.is_grad_enabled(),
-        torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision(),
-    )  # fmt: skip
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
 
 
 @pytest.mark.parametrize("ambient", AMBIENT)

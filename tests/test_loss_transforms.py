@@ -72,7 +72,7 @@ CASES = {
         lambda x, s: normalised(x + s) + NOISE,
         (X, SHIFT),
     ),
-}  # fmt: skip
+}
 REVERSE = {"distillation": (lambda *t: DistillClipLoss()(*t, *TEACHER)[1], distillation, (X, Y, SCALE))}
 
 

@@ -52,9 +52,14 @@ def test_gradcheck_of_every_option():
     x, y = (t.detach()[:5, :4].clone().requires_grad_() for t in features(dtype=torch.float64))
     scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))
     for options in (
-        {}, {"similarity": "sqeuclidean"}, {"reduction": "sum"}, {"reduction": "none"}, {"memory": "keep"},
-        {"memory": "recompute"}, {"similarity": "sqeuclidean", "memory": "keep", "reduction": "none"},
-    ):  # fmt: skip
+        {},
+        {"similarity": "sqeuclidean"},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"memory": "keep"},
+        {"memory": "recompute"},
+        {"similarity": "sqeuclidean", "memory": "keep", "reduction": "none"},
+    ):
         assert torch.autograd.gradcheck(lambda *t, o=options: contrastive_loss(*t, **o), (x, y, scale, bias))
     assert torch.autograd.gradcheck(sigmoid_loss, (x, y, scale, bias))
 
@@ -201,9 +206,18 @@ def test_coca_is_open_clips(weight):
 
 
 ARGUMENTS = SimpleNamespace(
-    distill=False, model="ViT-B-32", siglip=False, local_loss=True, gather_with_grad=True, rank=0, world_size=1,
-    horovod=False, loss_dist_impl=None, coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0,
-)  # fmt: skip
+    distill=False,
+    model="ViT-B-32",
+    siglip=False,
+    local_loss=True,
+    gather_with_grad=True,
+    rank=0,
+    world_size=1,
+    horovod=False,
+    loss_dist_impl=None,
+    coca_caption_loss_weight=2.0,
+    coca_contrastive_loss_weight=1.0,
+)
 
 
 @pytest.mark.open_clip

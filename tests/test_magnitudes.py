@@ -14,9 +14,15 @@ from gapkern.robustness import robustness
 from gapkern.theory import leading_gradient, orthogonality, preservation
 
 CASES = [
-    (torch.float32, 1e20), (torch.float32, 1e-20), (torch.float32, 1e37), (torch.float32, 1e-37),
-    (torch.float64, 1e20), (torch.float64, 1e-60), (torch.float64, 1e100), (torch.float64, 1e-100),
-]  # fmt: skip
+    (torch.float32, 1e20),
+    (torch.float32, 1e-20),
+    (torch.float32, 1e37),
+    (torch.float32, 1e-37),
+    (torch.float64, 1e20),
+    (torch.float64, 1e-60),
+    (torch.float64, 1e100),
+    (torch.float64, 1e-100),
+]
 scales = pytest.mark.parametrize(("dtype", "scale"), CASES)
 
 

@@ -285,7 +285,7 @@ def test_cuda_shifts_and_adds_noise_in_one_pass(poisoned, shape, dtype, normaliz
         (lambda: perturb(torch.zeros(2, 2), Replace(torch.ones(3, 2)), 0), ValueError, r"expected shape \(2, 2\)"),
         (lambda: Gaussian(1.0) | 3, TypeError, "unsupported operand"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -108,14 +108,17 @@ def test_an_index_stores_what_it_stored_without_a_projection():
 
 
 @pytest.mark.faiss
-@pytest.mark.parametrize(("metric", "make", "message"), [
-    ("ip", lambda x: Projection("exact", "l2").fit(x), "shift: expected a projection of metric='ip', got one"),
-    ("l2", lambda x: Projection("exact", "ip").fit(x), "shift: expected a projection of metric='l2', got one"),
-    ("l2", lambda x: Projection("exact", "cosine").fit(x), "shift: expected a projection of metric='l2'"),
-    ("l2", lambda x: Projection(), "shift: expected a fitted Projection, got Projection"),
-    ("l2", lambda x: MeanShift(), "shift: expected a fitted MeanShift, got MeanShift"),
-    ("l2", lambda x: Projection("exact", reduce=True).fit(x[:1]), "shift: expected a projection that keeps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("metric", "make", "message"),
+    [
+        ("ip", lambda x: Projection("exact", "l2").fit(x), "shift: expected a projection of metric='ip', got one"),
+        ("l2", lambda x: Projection("exact", "ip").fit(x), "shift: expected a projection of metric='l2', got one"),
+        ("l2", lambda x: Projection("exact", "cosine").fit(x), "shift: expected a projection of metric='l2'"),
+        ("l2", lambda x: Projection(), "shift: expected a fitted Projection, got Projection"),
+        ("l2", lambda x: MeanShift(), "shift: expected a fitted MeanShift, got MeanShift"),
+        ("l2", lambda x: Projection("exact", reduce=True).fit(x[:1]), "shift: expected a projection that keeps"),
+    ],
+)
 def test_a_projection_that_does_not_fit_the_index(metric, make, message):
     from gapkern.retrieval import GapIndex
 
@@ -184,8 +187,11 @@ def test_tasks_are_as_accurate_and_survive_more_noise():
     assert plain.metrics == same.metrics
     assert gained.metrics["acc1"] > noisy.metrics["acc1"]
     assert same.transform == {
-        **transforms.facts(projection), "shift": "p", "offset": projection.offset_, "agreement": 1.0,
-    }  # fmt: skip
+        **transforms.facts(projection),
+        "shift": "p",
+        "offset": projection.offset_,
+        "agreement": 1.0,
+    }
     found = retrieval(rows, Rows(gallery, 0, len(gallery)), near[: len(gallery)], (1, 5), settings)
     # Where texts ask, nothing is projected; where images ask, no neighbour changes.
     assert found[0].metrics == found[2].metrics
@@ -220,8 +226,20 @@ def test_from_the_command_line(run, stored, metric):
     assert run("index", "g.npy", "--out", "index", "--metric", by, "--shift", "p.safetensors")[0] == 0
     found = strict(run("search", "index", "q.npy", "--k", "5", "--json")[1])
     assert found["ids"] == order(queries, gallery, metric)[:, :5].tolist()
-    compared = ("index", "g.npy", "--compare", "q.npy", "--metric", by, "--factory", "Flat", "SQ8", "--shift",
-                "p.safetensors", "--json")  # fmt: skip
+    compared = (
+        "index",
+        "g.npy",
+        "--compare",
+        "q.npy",
+        "--metric",
+        by,
+        "--factory",
+        "Flat",
+        "SQ8",
+        "--shift",
+        "p.safetensors",
+        "--json",
+    )
     assert [row["agreement"] for row in strict(run(*compared)[1])["rows"]][:2] == [1.0, 1.0]
 
     swept = ("robust", "q.npy", "g.npy", "--gaussian", "0.5", "--labels", "near.npy", "--json")
@@ -268,8 +286,12 @@ def test_compare_has_none_the_shift_and_the_projection(run, stored):
     assert found["projections"][1]["accuracy"] == float((after == near).double().mean())
     table = [text.split() for text in run(*line)[1].split("\n")]
     assert [row[0] for row in table if row and row[0] in ("none", "shift", "projection")] == [
-        "none", "shift", "shift", "projection", "projection",
-    ]  # fmt: skip
+        "none",
+        "shift",
+        "shift",
+        "projection",
+        "projection",
+    ]
 
 
 def test_a_folder_is_rotated_and_knows_by_what(run):
@@ -293,16 +315,28 @@ def test_a_folder_is_rotated_and_knows_by_what(run):
     assert "gallery: a shift or a projection has moved these already" in err
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (("project", "apply", "g.npy", "q.npy", "--side", "queries", "--out", "o.npy"), "path: expected a safetensors"),
-    (("project", "apply", "p.safetensors", "q.npy", "--out", "o.npy"), "--side"),
-    (("project", "apply", "p.safetensors", "near2.npy", "--side", "queries", "--out", "o.npy"), "expected D = 64"),
-    (("shift", "apply", "p.safetensors", "q.npy", "--out", "o.npy", "--alpha", "0.5"), "alpha: expected none"),
-    (("project", "fit", "g.npy", "q.npy", "--out", "o.txt"), "out: expected a name ending in .safetensors"),
-    (("project", "fit", "g.npy", "q.npy", "--out", "o.safetensors", "--components", "-1"), "n_components: expected"),
-    (("robust", "q.npy", "g.npy", "--gaussian", "1", "--project", "--shift", "p.safetensors"), "project: expected it"),
-    (("robust", "q.npy", "g.npy", "--gaussian", "1", "--project", "--alphas", "0.5"), "alphas: expected 0, without"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("project", "apply", "g.npy", "q.npy", "--side", "queries", "--out", "o.npy"), "path: expected a safetensors"),
+        (("project", "apply", "p.safetensors", "q.npy", "--out", "o.npy"), "--side"),
+        (("project", "apply", "p.safetensors", "near2.npy", "--side", "queries", "--out", "o.npy"), "expected D = 64"),
+        (("shift", "apply", "p.safetensors", "q.npy", "--out", "o.npy", "--alpha", "0.5"), "alpha: expected none"),
+        (("project", "fit", "g.npy", "q.npy", "--out", "o.txt"), "out: expected a name ending in .safetensors"),
+        (
+            ("project", "fit", "g.npy", "q.npy", "--out", "o.safetensors", "--components", "-1"),
+            "n_components: expected",
+        ),
+        (
+            ("robust", "q.npy", "g.npy", "--gaussian", "1", "--project", "--shift", "p.safetensors"),
+            "project: expected it",
+        ),
+        (
+            ("robust", "q.npy", "g.npy", "--gaussian", "1", "--project", "--alphas", "0.5"),
+            "alphas: expected 0, without",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_one_line(run, stored, line, message):
     gallery, queries, _ = stored
     Projection("exact").fit(gallery, queries).save("p.safetensors")
@@ -313,10 +347,14 @@ def test_what_does_not_fit_is_one_line(run, stored, line, message):
 
 
 @pytest.mark.faiss
-@pytest.mark.parametrize(("name", "asks", "rows", "l2", "ip"), [
-    ("clip", 0, 50, (0.706, 0.760, 0.809), (0.753, 0.902)), ("clip", 1, 50, (0.731, 0.788, 0.837), (0.782, 0.913)),
-    ("videoclip", 1, 100, (0.635, 0.732, 0.789), (0.722, 0.836)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "asks", "rows", "l2", "ip"),
+    [
+        ("clip", 0, 50, (0.706, 0.760, 0.809), (0.753, 0.902)),
+        ("clip", 1, 50, (0.731, 0.788, 0.837), (0.782, 0.913)),
+        ("videoclip", 1, 100, (0.635, 0.732, 0.789), (0.722, 0.836)),
+    ],
+)
 def test_models_embeddings_keep_their_neighbours_and_survive_more_noise(real_data, name, asks, rows, l2, ip):
     """Without, shifted, projected; by inner product without and projected."""
     from gapkern.retrieval import GapIndex, recall

@@ -40,8 +40,14 @@ def test_exact_search_is_right_at_every_scale(scale, metric, mixed):
     found_costs, found = _search.search(torch.from_numpy(queries), torch.from_numpy(gallery), 5, metric=metric)
     assert np.array_equal(found.numpy(), order[:, :5])
     if 1e-100 < scale < 1e100:
-        true = np.stack([-(gallery.astype(np.float64) * q).sum(1) if metric == "ip"
-                         else np.square(gallery.astype(np.float64) - q).sum(1) for q in queries])  # fmt: skip
+        true = np.stack(
+            [
+                -(gallery.astype(np.float64) * q).sum(1)
+                if metric == "ip"
+                else np.square(gallery.astype(np.float64) - q).sum(1)
+                for q in queries
+            ]
+        )
         near = np.take_along_axis(true, order[:, :5], 1)
         np.testing.assert_allclose(found_costs.numpy(), near, rtol=1e-5, atol=1e-6 * np.abs(true).max())
     positives = np.arange(40)
@@ -91,19 +97,28 @@ def test_rows_of_subnormal_numbers_keep_their_order():
 
 
 @pytest.mark.parametrize("factory", ["SQ8", "HNSW8", "IVF4,Flat", "PQ4x4", "RaBitQ"])
-@pytest.mark.parametrize(("scale", "message"), [
-    (1e20, r"expected norms up to 4.6e\+18"), (1e-25, "expected norms from 1e-15 on"), (1e-60, "that float32 holds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (1e20, r"expected norms up to 4.6e\+18"),
+        (1e-25, "expected norms from 1e-15 on"),
+        (1e-60, "that float32 holds"),
+    ],
+)
 def test_codes_are_not_learned_from_what_squares_lose(factory, scale, message):
     with pytest.raises(ValueError, match=message):
         GapIndex(factory, d=12).train(rows(scale)[1]).add(rows(scale)[1])
 
 
-@pytest.mark.parametrize(("factory", "value", "message"), [
-    ("SQfp16", 7e4, r"gallery: expected values in \[-65504, 65504\], which the codes hold, got another, .* row 1"),
-    ("IVF1,SQfp16", 7e4, "values in .-65504, 65504"), ("SQ8_direct", -1, r"values in \[0, 255\]"),
-    ("SQ8_direct_signed", 128, r"values in \[-128, 127\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("factory", "value", "message"),
+    [
+        ("SQfp16", 7e4, r"gallery: expected values in \[-65504, 65504\], which the codes hold, got another, .* row 1"),
+        ("IVF1,SQfp16", 7e4, "values in .-65504, 65504"),
+        ("SQ8_direct", -1, r"values in \[0, 255\]"),
+        ("SQ8_direct_signed", 128, r"values in \[-128, 127\]"),
+    ],
+)
 def test_values_that_a_code_cannot_hold(factory, value, message):
     index = GapIndex(factory, d=4).train(torch.ones(50, 4))
     with pytest.raises(ValueError, match=message):

@@ -59,13 +59,16 @@ def test_recall_takes_positives_in_every_form():
     assert list(one) == ["text_retrieval_recall@3"]
 
 
-@pytest.mark.parametrize(("positives", "error", "message"), [
-    ([0], ValueError, "positives: expected one entry for each of 2 queries, got 1"),
-    ([[0], []], ValueError, "positives: expected at least one for every query, got none for query 1"),
-    ([0, 3], ValueError, r"positives: expected gallery rows in \[0, 3\), got 3 for query 1"),
-    ([0, -1], ValueError, r"got -1 for query 1"),
-    ([0.0, 1.0], TypeError, "positives: expected integers, got float64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("positives", "error", "message"),
+    [
+        ([0], ValueError, "positives: expected one entry for each of 2 queries, got 1"),
+        ([[0], []], ValueError, "positives: expected at least one for every query, got none for query 1"),
+        ([0, 3], ValueError, r"positives: expected gallery rows in \[0, 3\), got 3 for query 1"),
+        ([0, -1], ValueError, r"got -1 for query 1"),
+        ([0.0, 1.0], TypeError, "positives: expected integers, got float64"),
+    ],
+)
 def test_recall_names_wrong_positives(positives, error, message):
     with pytest.raises(error, match=message):
         recall(torch.eye(3)[:2], torch.eye(3), positives)

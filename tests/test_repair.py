@@ -131,24 +131,27 @@ def test_from_the_command_line(run, tmp_path):
     assert run("index", "repair.npy", "--out", "other")[0] == 0
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (("nothing.index",), "existing: expected FAISS's file of an index or a folder with one, got nothing.index"),
-    (("q.npy",), "existing: expected an index that FAISS"),
-    (("empty",), "existing: expected one of .index .faiss .bin .ivf in the folder empty, got none"),
-    (("two",), "in the folder two, got a.index, b.index"),
-    (("binary.index",), "existing: expected an index that FAISS"),
-    (("cut.index",), "existing: expected an index that FAISS"),
-    (("blank.index",), "existing: expected an index with vectors, got none"),
-    (("l1.index",), "existing: expected an index by L2 or inner product"),
-    (("shifted",), "existing: expected an index without a shift or a projection"),
-    (("x.index", "--k", "0"), "k: expected an integer >= 1"),
-    (("x.index", "--embeddings", "q.npy"), "embeddings: expected shape (400, 96)"),
-    (("x.index", "--queries", "few.npy"), "queries: expected 4 or more"),
-    (("x.index", "--queries", "narrow.npy"), "queries: expected D = 96"),
-    (("x.index", "--components", "-2"), "n_components: expected"),
-    (("x.index", "--parameters", "nprobe=3"), "text: expected FAISS search parameters"),
-    (("x.index", "--out", "p.txt"), "out: expected a name ending in .safetensors"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (("nothing.index",), "existing: expected FAISS's file of an index or a folder with one, got nothing.index"),
+        (("q.npy",), "existing: expected an index that FAISS"),
+        (("empty",), "existing: expected one of .index .faiss .bin .ivf in the folder empty, got none"),
+        (("two",), "in the folder two, got a.index, b.index"),
+        (("binary.index",), "existing: expected an index that FAISS"),
+        (("cut.index",), "existing: expected an index that FAISS"),
+        (("blank.index",), "existing: expected an index with vectors, got none"),
+        (("l1.index",), "existing: expected an index by L2 or inner product"),
+        (("shifted",), "existing: expected an index without a shift or a projection"),
+        (("x.index", "--k", "0"), "k: expected an integer >= 1"),
+        (("x.index", "--embeddings", "q.npy"), "embeddings: expected shape (400, 96)"),
+        (("x.index", "--queries", "few.npy"), "queries: expected 4 or more"),
+        (("x.index", "--queries", "narrow.npy"), "queries: expected D = 96"),
+        (("x.index", "--components", "-2"), "n_components: expected"),
+        (("x.index", "--parameters", "nprobe=3"), "text: expected FAISS search parameters"),
+        (("x.index", "--out", "p.txt"), "out: expected a name ending in .safetensors"),
+    ],
+)
 def test_what_is_no_index_is_one_line(run, tmp_path, line, message):
     gallery, queries = embeddings()
     for name, rows in {"q": queries, "few": queries[:3], "narrow": queries[:, :9].contiguous()}.items():

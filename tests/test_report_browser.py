@@ -15,9 +15,16 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 WIDTHS = (400, 1600)
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +103,9 @@ def test_text_is_large_enough_to_read(page):
 def _column(page, number):
     return page.execute_script(
         "return [...document.querySelector('table.sortable').tBodies[0].rows]"
-        ".map(r => r.cells[arguments[0]].dataset.sort)", number
-    )  # fmt: skip
+        ".map(r => r.cells[arguments[0]].dataset.sort)",
+        number,
+    )
 
 
 def _click(page, number):

@@ -51,16 +51,27 @@ def pair(tmp_path_factory):
     images = texts + 0.08 * generator.standard_normal((60, 32))
     images[:, 20] += 1.0
     images[:, 0] += 1.2
-    arrays = {"images": images, "texts": texts, "other": texts + 0.05 * generator.standard_normal((60, 32)),
-              "third": texts + 0.05 * generator.standard_normal((60, 32))}  # fmt: skip
+    arrays = {
+        "images": images,
+        "texts": texts,
+        "other": texts + 0.05 * generator.standard_normal((60, 32)),
+        "third": texts + 0.05 * generator.standard_normal((60, 32)),
+    }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array.astype(np.float32))
     return folder
 
 
 def given(folder):
-    return ("--embeddings", folder / "images.npy", folder / "texts.npy", "--paraphrase", folder / "other.npy",
-            folder / "third.npy", "--quick")  # fmt: skip
+    return (
+        "--embeddings",
+        folder / "images.npy",
+        folder / "texts.npy",
+        "--paraphrase",
+        folder / "other.npy",
+        folder / "third.npy",
+        "--quick",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +175,9 @@ def test_every_baseline_is_answered_for(done):
     from gapkern.gap import BASELINES
 
     assert [row["method"] for row in table["rows"]] == list(BASELINES)
-    none, naive, ours = (next(r for r in table["rows"] if r["method"] == m)
-                         for m in ("none", "mean_shift", "projected_shift"))  # fmt: skip
+    none, naive, ours = (
+        next(r for r in table["rows"] if r["method"] == m) for m in ("none", "mean_shift", "projected_shift")
+    )
     assert none["agreement"] == 1
     assert none["robustness"] == pytest.approx(0.7, abs=0.06), "half of the images, at noise that keeps 0.7 of all"
     assert ours["agreement"] >= 0.96
@@ -200,8 +212,10 @@ def counted():
             calls.append(name)
             context.progress(1, 1)
             value = float(torch.rand((), generator=torch.Generator().manual_seed(context.seed)))
-            return Result([Claim("It is", "a draw", {"value": value}, True)], [Figure(f"{name}_a", "A line.", draw,
-                          [{"x": 0, "y": value}])])  # fmt: skip
+            return Result(
+                [Claim("It is", "a draw", {"value": value}, True)],
+                [Figure(f"{name}_a", "A line.", draw, [{"x": 0, "y": value}])],
+            )
 
         return reproduce_it
 
@@ -358,9 +372,11 @@ def test_a_model_on_a_folder_of_images(tmp_path, capsys):
     open_clip = pytest.importorskip("open_clip")
     from PIL import Image
 
-    config = {"embed_dim": 16, "vision_cfg": {"image_size": 8, "patch_size": 4, "layers": 1, "width": 16,
-              "head_width": 8}, "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2,
-              "layers": 1}}  # fmt: skip
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 8, "patch_size": 4, "layers": 1, "width": 16, "head_width": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "gapkern-tiny.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "configs")

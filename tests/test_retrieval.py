@@ -46,13 +46,23 @@ def test_cuda_queries_find_what_cpu_queries_find():
     assert torch.equal(ids.cpu(), index.search(queries, 10)[1])
 
 
-@pytest.mark.parametrize("make", [
-    lambda x: x.numpy(), lambda x: x.double().numpy(), lambda x: x.half().numpy(), lambda x: x.numpy()[::-1][::-1],
-    lambda x: np.asfortranarray(x.numpy()), lambda x: x.numpy().astype(">f4"), lambda x: x.bfloat16(),
-    lambda x: x.half(),
-    lambda x: x.double(), lambda x: x.T.contiguous().T, lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    lambda x: x.clone().requires_grad_(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.numpy(),
+        lambda x: x.double().numpy(),
+        lambda x: x.half().numpy(),
+        lambda x: x.numpy()[::-1][::-1],
+        lambda x: np.asfortranarray(x.numpy()),
+        lambda x: x.numpy().astype(">f4"),
+        lambda x: x.bfloat16(),
+        lambda x: x.half(),
+        lambda x: x.double(),
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: x.clone().requires_grad_(),
+    ],
+)
 def test_any_dtype_and_strides(make):
     queries, gallery = searched("grid")  # whole numbers: every dtype holds them
     expected = GapIndex().add(gallery).search(queries, 5)
@@ -86,10 +96,20 @@ def test_ids_stay_with_their_rows_through_files(tmp_path, factory, mmap):
         assert max(loaded.add(gallery[:1]).ids()) == ids.max() + 1
 
 
-@pytest.mark.parametrize(("factory", "centroids"), [
-    ("PQ4x8", 256), ("IVF64,Flat", 64), ("OPQ4,IVF16,PQ4x4fs", 256), ("IVF8,PQ4x6,RFlat", 64), ("IVF8,PQ4+8", 256),
-    ("RQ2x8", 256), ("PRQ2x2x6", 64), ("HNSW8_PQ4", 256), ("IMI2x5,Flat", 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("factory", "centroids"),
+    [
+        ("PQ4x8", 256),
+        ("IVF64,Flat", 64),
+        ("OPQ4,IVF16,PQ4x4fs", 256),
+        ("IVF8,PQ4x6,RFlat", 64),
+        ("IVF8,PQ4+8", 256),
+        ("RQ2x8", 256),
+        ("PRQ2x2x6", 64),
+        ("HNSW8_PQ4", 256),
+        ("IMI2x5,Flat", 32),
+    ],
+)
 def test_few_rows_to_learn_from_make_one_warning(factory, centroids, capfd):
     """And nothing on stderr, where FAISS prints a line for each clustering: one that is left there was not found."""
     with pytest.warns(UserWarning, match="FAISS") as warned:
@@ -152,28 +172,35 @@ def test_more_neighbours_than_vectors_and_no_queries():
     assert GapIndex(metric="ip").add(torch.eye(3)).search(np.eye(3), 4)[0][0, 3] == np.finfo(np.float32).min
 
 
-@pytest.mark.parametrize(("act", "error", "message"), [
-    (lambda i: i.add(torch.zeros(2, 5)), ValueError, r"gallery: expected D = 4, got shape \(2, 5\)"),
-    (lambda i: i.search(torch.zeros(2, 5), 1), ValueError, r"queries: expected D = 4, got shape \(2, 5\)"),
-    (lambda i: i.add(torch.tensor([[0.0] * 4, [1, 2, float("nan"), 0]])), ValueError, "gallery: .* first in row 1"),
-    (lambda i: i.search(np.array([[1e300, 0, 0, 0]]), 1), ValueError, "queries: .*float32.* first in row 0"),
-    (lambda i: i.add(torch.zeros(2, 4), [1]), ValueError, r"ids: expected shape \(2,\).*got \(1,\)"),
-    (lambda i: i.add(torch.zeros(2, 4), [7, 7]), ValueError, "ids: expected each id once, got 7 2 times"),
-    (lambda i: i.add(torch.zeros(1, 4), [3]), ValueError, "ids: expected new ids, got 3, which the index holds"),
-    (lambda i: i.add(torch.zeros(1, 4), [-1]), ValueError, r"ids: expected 0 <= id .*got -1 in row 0"),
-    (lambda i: i.add(torch.zeros(1, 4), [0.5]), TypeError, "ids: expected integers, got float64"),
-    (lambda i: i.add(torch.zeros(1, 4, dtype=torch.int32)), TypeError, "gallery: expected float32"),
-    (lambda i: i.search(torch.zeros(1, 4), 0), ValueError, "k: expected an integer >= 1, got 0"),
-    (lambda i: i.train(torch.zeros(1, 4)), ValueError, "expected an empty index to train, got one of 4 vectors"),
-    (lambda i: i.set_parameters("nprobe=3"), ValueError, "text: expected FAISS search parameters"),
-    (lambda i: GapIndex("Flut").add(torch.eye(4)), ValueError, "factory: expected a FAISS factory string for D = 4"),
-    (lambda i: GapIndex("IVF2,Flat").add(torch.eye(4)), ValueError, r"call train\(sample\) before add"),
-    (lambda i: GapIndex("IVF8,Flat").train(torch.eye(4)), ValueError, "sample: expected enough rows .* got 4.*8"),
-    (lambda i: GapIndex().search(torch.eye(4), 1), ValueError, "expected vectors to search, got none"),
-    (lambda i: GapIndex().save("x"), ValueError, "train or add before save"),
-    (lambda i: GapIndex(metric="cosine"), ValueError, "metric: expected one of 'l2', 'ip'"),
-    (lambda i: GapIndex(shift=3), TypeError, r"shift: expected a MeanShift or a Projection, got int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        (lambda i: i.add(torch.zeros(2, 5)), ValueError, r"gallery: expected D = 4, got shape \(2, 5\)"),
+        (lambda i: i.search(torch.zeros(2, 5), 1), ValueError, r"queries: expected D = 4, got shape \(2, 5\)"),
+        (lambda i: i.add(torch.tensor([[0.0] * 4, [1, 2, float("nan"), 0]])), ValueError, "gallery: .* first in row 1"),
+        (lambda i: i.search(np.array([[1e300, 0, 0, 0]]), 1), ValueError, "queries: .*float32.* first in row 0"),
+        (lambda i: i.add(torch.zeros(2, 4), [1]), ValueError, r"ids: expected shape \(2,\).*got \(1,\)"),
+        (lambda i: i.add(torch.zeros(2, 4), [7, 7]), ValueError, "ids: expected each id once, got 7 2 times"),
+        (lambda i: i.add(torch.zeros(1, 4), [3]), ValueError, "ids: expected new ids, got 3, which the index holds"),
+        (lambda i: i.add(torch.zeros(1, 4), [-1]), ValueError, r"ids: expected 0 <= id .*got -1 in row 0"),
+        (lambda i: i.add(torch.zeros(1, 4), [0.5]), TypeError, "ids: expected integers, got float64"),
+        (lambda i: i.add(torch.zeros(1, 4, dtype=torch.int32)), TypeError, "gallery: expected float32"),
+        (lambda i: i.search(torch.zeros(1, 4), 0), ValueError, "k: expected an integer >= 1, got 0"),
+        (lambda i: i.train(torch.zeros(1, 4)), ValueError, "expected an empty index to train, got one of 4 vectors"),
+        (lambda i: i.set_parameters("nprobe=3"), ValueError, "text: expected FAISS search parameters"),
+        (
+            lambda i: GapIndex("Flut").add(torch.eye(4)),
+            ValueError,
+            "factory: expected a FAISS factory string for D = 4",
+        ),
+        (lambda i: GapIndex("IVF2,Flat").add(torch.eye(4)), ValueError, r"call train\(sample\) before add"),
+        (lambda i: GapIndex("IVF8,Flat").train(torch.eye(4)), ValueError, "sample: expected enough rows .* got 4.*8"),
+        (lambda i: GapIndex().search(torch.eye(4), 1), ValueError, "expected vectors to search, got none"),
+        (lambda i: GapIndex().save("x"), ValueError, "train or add before save"),
+        (lambda i: GapIndex(metric="cosine"), ValueError, "metric: expected one of 'l2', 'ip'"),
+        (lambda i: GapIndex(shift=3), TypeError, r"shift: expected a MeanShift or a Projection, got int"),
+    ],
+)
 def test_what_is_wrong_is_named(act, error, message):
     index = GapIndex().add(torch.eye(4))
     with pytest.raises(error, match=message):

@@ -270,7 +270,7 @@ Q, G = cloud()
         (lambda: sweep(Q, G, ["a"], Gaussian(1.0)), TypeError, "alphas: expected a number, got str"),
         (lambda: sweep(Q, G, [0], [None]), TypeError, "perturbation: expected Gaussian"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

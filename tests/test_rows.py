@@ -72,17 +72,30 @@ def coco(pictures, folder="", suffix=True, ids=None, each=2):
     random.Random(0).shuffle(names)
     ids = ids or [100 - 7 * i for i in range(len(names))]
     name = lambda n: folder + (n if suffix else n.removesuffix(".png"))  # noqa: E731
-    return {"images": [{"id": i, "file_name": name(n)} for i, n in zip(ids, names, strict=True)],
-            "annotations": [{"id": 1000 + 10 * k + i, "image_id": ids[k], "caption": f"try {i} of {pictures[n]}"}
-                            for i in range(each) for k, n in enumerate(names)]}  # fmt: skip
+    return {
+        "images": [{"id": i, "file_name": name(n)} for i, n in zip(ids, names, strict=True)],
+        "annotations": [
+            {"id": 1000 + 10 * k + i, "image_id": ids[k], "caption": f"try {i} of {pictures[n]}"}
+            for i in range(each)
+            for k, n in enumerate(names)
+        ],
+    }
 
 
 def karpathy(pictures):
-    return {"images": [{"filename": n, "filepath": "val2014", "cocoid": 5 * i, "split": "test",
-                        "sentences": [{"raw": f"caption of {v}", "sentid": 2 * i + s} for s in range(2)]}
-                       for i, (n, v) in enumerate(reversed(pictures.items()))]
-            + [{"filename": "not.png", "filepath": "val2014", "split": "val", "sentences": [{"raw": "1"}]}]
-    }  # fmt: skip
+    return {
+        "images": [
+            {
+                "filename": n,
+                "filepath": "val2014",
+                "cocoid": 5 * i,
+                "split": "test",
+                "sentences": [{"raw": f"caption of {v}", "sentid": 2 * i + s} for s in range(2)],
+            }
+            for i, (n, v) in enumerate(reversed(pictures.items()))
+        ]
+        + [{"filename": "not.png", "filepath": "val2014", "split": "val", "sentences": [{"raw": "1"}]}]
+    }
 
 
 FORMS = {
@@ -105,8 +118,18 @@ def test_captions_meet_their_images(run, pictures, form, tmp_path):
     images, texts, image_of = Embeddings("out", "img_emb"), Embeddings("out", "text_emb"), np.load("out/image_of.npy")
     assert coded.values(images[:]) == NUMBERS
     assert [NUMBERS[i] for i in image_of] == coded.values(texts[:])
-    line = ["--images", "out", "--texts", "out", "--labels", "out/image_of.npy", "--task", "zeroshot_retrieval",
-            "--recall_k", "1"]  # fmt: skip
+    line = [
+        "--images",
+        "out",
+        "--texts",
+        "out",
+        "--labels",
+        "out/image_of.npy",
+        "--task",
+        "zeroshot_retrieval",
+        "--recall_k",
+        "1",
+    ]
     found = measured(run, *line)
     assert found["image_retrieval_recall@1"] == coded.recall(images[:].numpy(), texts[:].numpy(), image_of) == 1
     assert found["text_retrieval_recall@1"] == 1
@@ -203,10 +226,15 @@ def numbers(run, expected=1.0):
     assert [coded.number(names[label]) for label in labels] == coded.values(images)
 
 
-@pytest.mark.parametrize("names", [
-    coded.NAMES, sorted(coded.NAMES), [name.upper() for name in coded.NAMES[::-1]],
-    {name: f"the {name}" for name in coded.NAMES},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        coded.NAMES,
+        sorted(coded.NAMES),
+        [name.upper() for name in coded.NAMES[::-1]],
+        {name: f"the {name}" for name in coded.NAMES},
+    ],
+)
 def test_class_folders_meet_class_names(run, classes, names, tmp_path):
     (tmp_path / "names.json").write_text(json.dumps(names))
     if isinstance(names, list) and names[0].isupper():
@@ -312,8 +340,12 @@ def test_labels_find_images_of_another_order(run, classes, tmp_path):
 def test_class_names_of_a_data_set(run, classes, tmp_path):
     line = ["--dataset", "imagefolder", "--dataset_root", "digits", "--model", "coded", "--num_workers", "0"]
     assert measured(run, *line)["acc1"] == 1
-    for names in (coded.NAMES, {"imagefolder": coded.NAMES}, {name: f"is {name}" for name in coded.NAMES},
-                  {"imagefolder": {name: name for name in coded.NAMES}}):  # fmt: skip
+    for names in (
+        coded.NAMES,
+        {"imagefolder": coded.NAMES},
+        {name: f"is {name}" for name in coded.NAMES},
+        {"imagefolder": {name: name for name in coded.NAMES}},
+    ):
         (tmp_path / "names.json").write_text(json.dumps(names))
         assert measured(run, *line, "--custom_classname_file", "names.json")["acc1"] == 1
     for names in (coded.NAMES[:7], [*coded.NAMES, "ten"], ["a", *coded.NAMES[1:]]):
@@ -410,8 +442,11 @@ def test_labels_are_checked_by_every_verb(run, sides, case):
 
 
 def test_paired_needs_as_many(run, sides):
-    for line in (["shift", "compare", "gallery.npy", "few.npy"], ["shift", "compare", "few.npy", "queries.npy"],
-                 ["robust", "queries.npy", "few.npy", "--gaussian", "1"]):  # fmt: skip
+    for line in (
+        ["shift", "compare", "gallery.npy", "few.npy"],
+        ["shift", "compare", "few.npy", "queries.npy"],
+        ["robust", "queries.npy", "few.npy", "--gaussian", "1"],
+    ):
         assert "labels: expected paired, one of" in refused(run, *line, "--labels", "paired")
     assert "labels: cannot read absent.npy" in refused(
         run, "shift", "compare", "gallery.npy", "queries.npy", "--labels", "absent.npy"
@@ -424,10 +459,14 @@ def test_questions_meet_their_images(run, pictures, tmp_path):
         coded.picture(tmp_path / "coco" / f"{900 - i:012d}.png", value)
     asked = [3, 0, 6, 3, 1, 5, 2, 4]
     entries = [
-        {"image": f"val/{900 - i:012d}.png", "question": "is it", "correct_choice_idx": n % 3,
-         "choices": [str(NUMBERS[i]) if c == n % 3 else str(40 + c) for c in range(3)]}
+        {
+            "image": f"val/{900 - i:012d}.png",
+            "question": "is it",
+            "correct_choice_idx": n % 3,
+            "choices": [str(NUMBERS[i]) if c == n % 3 else str(40 + c) for c in range(3)],
+        }
         for n, i in enumerate(asked)
-    ]  # fmt: skip
+    ]
     (tmp_path / "questions.json").write_text(json.dumps(entries))
     (tmp_path / "choices.txt").write_text("\n".join(c for entry in entries for c in entry["choices"]))
     embed(run, "--images", "coco", "--texts", "choices.txt")

@@ -188,16 +188,25 @@ VERBS = [
 ]
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    (["img_emb_0.npy", "text_emb_0.npy"], "expected the shards of one matrix in f, got img_emb_*.npy (1), text_emb_*"),
-    (["a.npy", "b.npy"], "expected the shards of one matrix in f, got a.npy (1), b.npy (1)"),
-    (["x_1.npy", "x_01.npy"], "expected each shard once in f, got"),
-    (["x_1.npy", "x_1.safetensors"], "expected .npy or .safetensors files in the folder f, got .npy and .safetensors"),
-    (["img_emb/x_0.npy", "text_emb/y_0.npy"], "f, got img_emb and text_emb"),
-    (["img_emb/x_0.npy", "x_0.npy"], "expected img_emb or text_emb in f, got img_emb and x_*.npy"),
-    (["labels.npy"], "expected embeddings in the folder f, got labels.npy"),
-    ([], "expected .npy or .safetensors files in the folder f, got neither"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["img_emb_0.npy", "text_emb_0.npy"],
+            "expected the shards of one matrix in f, got img_emb_*.npy (1), text_emb_*",
+        ),
+        (["a.npy", "b.npy"], "expected the shards of one matrix in f, got a.npy (1), b.npy (1)"),
+        (["x_1.npy", "x_01.npy"], "expected each shard once in f, got"),
+        (
+            ["x_1.npy", "x_1.safetensors"],
+            "expected .npy or .safetensors files in the folder f, got .npy and .safetensors",
+        ),
+        (["img_emb/x_0.npy", "text_emb/y_0.npy"], "f, got img_emb and text_emb"),
+        (["img_emb/x_0.npy", "x_0.npy"], "expected img_emb or text_emb in f, got img_emb and x_*.npy"),
+        (["labels.npy"], "expected embeddings in the folder f, got labels.npy"),
+        ([], "expected .npy or .safetensors files in the folder f, got neither"),
+    ],
+)
 def test_two_meanings_are_refused(mixed, names, message):
     from gapkern import files
 

@@ -50,8 +50,10 @@ PLANTED = {
         ("== row + weights.label_offset", "== row - weights.label_offset"),
         ("R sigmoid = (u < 0 ? R(1) : e)", "R sigmoid = (u < 0 ? e : R(1))"),
         ("return maximum > kNothing<R> ? maximum : R(0);", "return maximum;"),
-        ("for (int c = 0; c < kThreadColumns; ++c) t[c] = column + c < columns ? from[c] : R(0);",
-         "for (int c = 0; c < kThreadColumns; ++c) t[c] = from[c];"),
+        (
+            "for (int c = 0; c < kThreadColumns; ++c) t[c] = column + c < columns ? from[c] : R(0);",
+            "for (int c = 0; c < kThreadColumns; ++c) t[c] = from[c];",
+        ),
         ("if (lane == 0) room[warp] = x;\n  __syncthreads();", "if (lane == 0) room[warp] = x;"),
         ("if (lane == 0) room[warp] = x;\n  __syncthreads();", "if (lane == 0) { room[warp] = x; __syncthreads(); }"),
     ],
@@ -137,7 +139,7 @@ PLANTED = {
         ("const bool inside = column + c < columns;", "const bool inside = true;"),
         ("exponent < least ? least :", ""),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -146,8 +148,9 @@ def test_a_planted_mistake_is_caught(built, tmp_path, capability):
     """A test of the test: an index, a sign or a barrier changed in a copy of the kernels."""
     source = SOURCES.parent.parent / "csrc"
     compiler = ["c++", "-std=c++17", "-O0", "-w", "-ffp-contract=off"]  # most of the time goes to the compiler
-    standard = {line for path in SOURCES.glob("*.*") for line in path.read_text().split("\n")
-                if line.startswith("#include <")}  # fmt: skip
+    standard = {
+        line for path in SOURCES.glob("*.*") for line in path.read_text().split("\n") if line.startswith("#include <")
+    }
     (tmp_path / "standard.h").write_text("\n".join(sorted(standard)) + "\n")
     subprocess.run(
         [*compiler, "-x", "c++-header", tmp_path / "standard.h", "-o", tmp_path / "standard.h.gch"], check=True

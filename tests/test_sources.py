@@ -93,11 +93,23 @@ def test_long_and_foreign_names(tmp_path, kind):
 def test_members_that_were_dropped(tmp_path):
     """Names with dots, names given twice, links, folders, suffixes: rows, or counted."""
     members = [
-        ("a", None), ("a/b.c.png", png(1)), ("a/b.d.png", png(2)), ("a/b.d.txt", b"two"), ("7.png", png(3)),
-        ("7.cls", b"1"), ("7.png", png(4)), ("7.cls", b"5"), ("8.jpe", png(5, "jpeg")), ("link.png", "7.png"),
-        ("9.seg.png", png(6)), ("9.txt", b"\xef\xbb\xbfnine"), ("x.heic", b"?"), ("y.json", b"{}"), ("z.txt", b"z"),
+        ("a", None),
+        ("a/b.c.png", png(1)),
+        ("a/b.d.png", png(2)),
+        ("a/b.d.txt", b"two"),
+        ("7.png", png(3)),
+        ("7.cls", b"1"),
+        ("7.png", png(4)),
+        ("7.cls", b"5"),
+        ("8.jpe", png(5, "jpeg")),
+        ("link.png", "7.png"),
+        ("9.seg.png", png(6)),
+        ("9.txt", b"\xef\xbb\xbfnine"),
+        ("x.heic", b"?"),
+        ("y.json", b"{}"),
+        ("z.txt", b"z"),
         ("._7.png", b"?"),
-    ]  # fmt: skip
+    ]
     source, notes = said(tar(tmp_path / "x.tar", members))
     assert reds(source)[:4] == [1, 2, 3, 4]
     assert reds(source)[5:] == [4, 6], "a link leads to what the name means last"
@@ -248,8 +260,23 @@ def coded_run(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*line):
-        status = main(["embed", "--model", "coded", "--out", "out", "--num_workers", "0", "--shard_rows", "4",
-                       "--batch_size", "2", "--json", *line])  # fmt: skip
+        status = main(
+            [
+                "embed",
+                "--model",
+                "coded",
+                "--out",
+                "out",
+                "--num_workers",
+                "0",
+                "--shard_rows",
+                "4",
+                "--batch_size",
+                "2",
+                "--json",
+                *line,
+            ]
+        )
         captured = capsys.readouterr()
         return status, json.loads(captured.out) if status == 0 else captured.err, captured.err
 
@@ -294,17 +321,20 @@ def test_unreadable_images_stop_or_are_skipped(coded_run, tmp_path):
     assert (status, "images: expected one that can be read, got 18 that cannot" in err) == (2, True)
 
 
-@pytest.mark.parametrize(("change", "again", "expected"), [
-    (lambda p: coded.picture(p / "5.png", 55), 4, [0, 1, 2, 3, 4, 55, *range(6, 18)]),
-    (lambda p: (p / "5.png").unlink(), 3, [i for i in range(18) if i != 5]),
-    (lambda p: (p / "4.png").unlink(), 3, [i for i in range(18) if i != 4]),
-    (lambda p: (p / "7.png").unlink(), 3, [i for i in range(18) if i != 7]),
-    (lambda p: [(p / f"{i}.png").unlink() for i in (3, 4)], 6, [i for i in range(18) if i not in (3, 4)]),
-    (lambda p: [(p / f"{i}.png").unlink() for i in range(4, 8)], None, [0, 1, 2, 3, *range(8, 18)]),
-    (lambda p: [coded.picture(p / f"{i}.png", i) for i in range(18, 25)], 9, list(range(25))),
-    (lambda p: coded.picture(p / "5b.png", 50), 5, [*range(6), 50, *range(6, 18)]),
-    (lambda p: (p / "17.png").unlink(), 1, list(range(17))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "again", "expected"),
+    [
+        (lambda p: coded.picture(p / "5.png", 55), 4, [0, 1, 2, 3, 4, 55, *range(6, 18)]),
+        (lambda p: (p / "5.png").unlink(), 3, [i for i in range(18) if i != 5]),
+        (lambda p: (p / "4.png").unlink(), 3, [i for i in range(18) if i != 4]),
+        (lambda p: (p / "7.png").unlink(), 3, [i for i in range(18) if i != 7]),
+        (lambda p: [(p / f"{i}.png").unlink() for i in (3, 4)], 6, [i for i in range(18) if i not in (3, 4)]),
+        (lambda p: [(p / f"{i}.png").unlink() for i in range(4, 8)], None, [0, 1, 2, 3, *range(8, 18)]),
+        (lambda p: [coded.picture(p / f"{i}.png", i) for i in range(18, 25)], 9, list(range(25))),
+        (lambda p: coded.picture(p / "5b.png", 50), 5, [*range(6), 50, *range(6, 18)]),
+        (lambda p: (p / "17.png").unlink(), 1, list(range(17))),
+    ],
+)
 def test_a_change_voids_its_shards_and_no_others(coded_run, tmp_path, change, again, expected):
     assert coded_run("--images", "pics")[1]["computed"] == {"img_emb": 18}
     before = {p.name: p.stat() for p in (tmp_path / "pics").iterdir()}

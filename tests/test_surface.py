@@ -11,11 +11,32 @@ import gapkern.dynamics
 import gapkern.theory
 
 NAMES = {
-    "gapkern": ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "contrastive_loss", "sigmoid_loss",
-                "patch_open_clip", "MeanShift", "gap_metrics", "Gaussian", "Uniform", "Quantize", "Replace", "sweep",
-                "best_alpha"],
-    "gapkern.losses": ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "contrastive_loss", "sigmoid_loss",
-                       "patch_open_clip"],
+    "gapkern": [
+        "ClipLoss",
+        "CoCaLoss",
+        "DistillClipLoss",
+        "SigLipLoss",
+        "contrastive_loss",
+        "sigmoid_loss",
+        "patch_open_clip",
+        "MeanShift",
+        "gap_metrics",
+        "Gaussian",
+        "Uniform",
+        "Quantize",
+        "Replace",
+        "sweep",
+        "best_alpha",
+    ],
+    "gapkern.losses": [
+        "ClipLoss",
+        "CoCaLoss",
+        "DistillClipLoss",
+        "SigLipLoss",
+        "contrastive_loss",
+        "sigmoid_loss",
+        "patch_open_clip",
+    ],
     "gapkern.dynamics": ["Trajectory", "descend", "evaluate", "isotropic_gaussians", "measure", "tight_clusters"],
     "gapkern.theory": ["assess", "freeze", "leading_gradient", "orthogonality", "preservation", "robustness_curve"],
     "gapkern.embeddings": ["Embeddings", "RankLost", "embed", "manifest", "model_of", "verify", "write_folder"],
@@ -23,7 +44,7 @@ NAMES = {
     "gapkern.gap": ["BASELINES", "MeanShift", "gap_metrics"],
     "gapkern.perturb": ["Chain", "Gaussian", "Quantize", "Replace", "Uniform", "perturb"],
     "gapkern.robustness": ["RobustnessResult", "SweepResult", "best_alpha", "robustness", "sweep"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("module", NAMES)
@@ -55,11 +76,22 @@ def test_every_operator_has_a_schema_and_a_check():
     from gapkern import selfcheck
 
     operators = {
-        "contrastive_lse", "contrastive_lse_backward", "contrastive_chunk_lse", "contrastive_chunk_gradient",
-        "contrastive_chunk_sigmoid", "sigmoid_loss", "meanshift_sum", "meanshift_gram",
-        "meanshift_apply", "perturb_bits", "perturb_noise", "perturb_noisy_gallery", "perturb_quantize",
-        "robustness_exact", "robustness_nearest",
-    }  # fmt: skip
+        "contrastive_lse",
+        "contrastive_lse_backward",
+        "contrastive_chunk_lse",
+        "contrastive_chunk_gradient",
+        "contrastive_chunk_sigmoid",
+        "sigmoid_loss",
+        "meanshift_sum",
+        "meanshift_gram",
+        "meanshift_apply",
+        "perturb_bits",
+        "perturb_noise",
+        "perturb_noisy_gallery",
+        "perturb_quantize",
+        "robustness_exact",
+        "robustness_nearest",
+    }
     for name in operators:
         assert getattr(torch.ops.gapkern, name).default._schema.name == f"gapkern::{name}"
     assert all(check.passed for check in selfcheck.checks())

@@ -72,8 +72,20 @@ def test_an_output_that_takes_nothing(pair, how):
 
 def test_an_interrupt_is_one_line(pair):
     np.save("big.npy", np.random.default_rng(0).standard_normal((20000, 64)).astype(np.float32))
-    command = [sys.executable, "-m", "gapkern", "robust", "big.npy", "big.npy", "--uniform", "0.1", "--trials",
-               "100000", "--out", "out"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "gapkern",
+        "robust",
+        "big.npy",
+        "big.npy",
+        "--uniform",
+        "0.1",
+        "--trials",
+        "100000",
+        "--out",
+        "out",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=hears_interrupts) as run:
         while not (pair / "out" / "unfinished.jsonl").exists():
             assert run.poll() is None
@@ -140,10 +152,14 @@ def test_tables_are_plain_text_and_whole(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("shift", "fit", "texts.npy", "images.npy", "--out", "x.npy"),
-         "shift: out: expected a name ending in .safetensors, got one in .npy"),
-        (("shift", "fit", "texts.npy", "images.npy", "--out", "folder.safetensors"),
-         "shift: path: cannot write folder.safetensors: it is a folder"),
+        (
+            ("shift", "fit", "texts.npy", "images.npy", "--out", "x.npy"),
+            "shift: out: expected a name ending in .safetensors, got one in .npy",
+        ),
+        (
+            ("shift", "fit", "texts.npy", "images.npy", "--out", "folder.safetensors"),
+            "shift: path: cannot write folder.safetensors: it is a folder",
+        ),
         (("shift", "apply", "shift.safetensors", "texts.npy", "--out", "."), "path: cannot write .: it is a folder"),
         (("shift", "apply", "shift.safetensors", "texts.npy", "--out", "/dev/null"), "it is no regular file"),
         (("gap", "images.npy", "texts.npy", "--out", "folder.safetensors"), "path: cannot write folder.safetensors"),
@@ -153,12 +169,14 @@ def test_tables_are_plain_text_and_whole(capsys):
         (("gap", "images.npy", "huge.npy"), "gap: texts: expected a .npy file, got huge.npy: mmap length is greater"),
         (("gap", "images.npy", "nothing.safetensors"), "texts: expected one tensor in nothing.safetensors, got none"),
         ((*ROBUST, "--out", "texts.npy"), "robust: out: cannot write to the folder texts.npy: it is a file"),
-        (("shift", "fit", "mixed", "images.npy", "--out", "s"),
-         "shift: gallery: expected torch.float32 as in mixed/x_0.npy, got torch.float16 in mixed/x_1.npy"),
+        (
+            ("shift", "fit", "mixed", "images.npy", "--out", "s"),
+            "shift: gallery: expected torch.float32 as in mixed/x_0.npy, got torch.float16 in mixed/x_1.npy",
+        ),
         (("shift", "apply", "shift.safetensors", "mixed", "--out", "new"), "embeddings: expected torch.float32 as in"),
         (("gap", "mixed", "images.npy"), "gap: images: expected torch.float32 as in mixed/x_0.npy"),
     ],
-)  # fmt: skip
+)
 def test_what_can_be_seen_beforehand_is_refused_before_the_work(pair, capsys, monkeypatch, words, message):
     (pair / "folder.safetensors").mkdir()
     (pair / "mixed").mkdir()
@@ -279,28 +297,60 @@ MB = 2**20
     [
         ("0::/\n", UNIFIED, {}, 500 * MB),
         ("0::/a/b\n", UNIFIED, {f"{V2}/a/b/memory.max": "max\n", f"{V2}/a/b/memory.current": "1\n"}, 500 * MB),
-        ("0::/a/b\n", UNIFIED, {
-            f"{V2}/a/memory.max": f"{200 * MB}\n", f"{V2}/a/memory.current": f"{150 * MB}\n",
-            f"{V2}/a/memory.stat": f"anon 1\ninactive_file {60 * MB}\nactive_file {20 * MB}\n",
-            f"{V2}/a/b/memory.max": "max\n",
-        }, 130 * MB),
-        ("0::/\n", UNIFIED, {
-            f"{V2}/memory.max": "max", f"{V2}/memory.high": f"{90 * MB}", f"{V2}/memory.current": "0",
-            f"{V2}/memory.stat": "anon 0\n",
-        }, 90 * MB),
-        ("0::/\n", UNIFIED, {
-            f"{V2}/memory.max": f"{50 * MB}", f"{V2}/memory.current": f"{60 * MB}", f"{V2}/memory.stat": "anon 0\n",
-        }, 0),
-        ("4:cpu:/x\n3:memory:/docker/7\n0::/\n", FIRST.format("/docker/7"), {
-            f"{V1}/memory.limit_in_bytes": f"{300 * MB}", f"{V1}/memory.usage_in_bytes": f"{100 * MB}",
-            f"{V1}/memory.stat": f"inactive_file 0\ntotal_inactive_file {30 * MB}\n",
-        }, 230 * MB),
-        ("3:memory:/\n", FIRST.format("/"), {
-            f"{V1}/memory.limit_in_bytes": "9223372036854771712", f"{V1}/memory.usage_in_bytes": "5",
-            f"{V1}/memory.stat": "",
-        }, 500 * MB),
+        (
+            "0::/a/b\n",
+            UNIFIED,
+            {
+                f"{V2}/a/memory.max": f"{200 * MB}\n",
+                f"{V2}/a/memory.current": f"{150 * MB}\n",
+                f"{V2}/a/memory.stat": f"anon 1\ninactive_file {60 * MB}\nactive_file {20 * MB}\n",
+                f"{V2}/a/b/memory.max": "max\n",
+            },
+            130 * MB,
+        ),
+        (
+            "0::/\n",
+            UNIFIED,
+            {
+                f"{V2}/memory.max": "max",
+                f"{V2}/memory.high": f"{90 * MB}",
+                f"{V2}/memory.current": "0",
+                f"{V2}/memory.stat": "anon 0\n",
+            },
+            90 * MB,
+        ),
+        (
+            "0::/\n",
+            UNIFIED,
+            {
+                f"{V2}/memory.max": f"{50 * MB}",
+                f"{V2}/memory.current": f"{60 * MB}",
+                f"{V2}/memory.stat": "anon 0\n",
+            },
+            0,
+        ),
+        (
+            "4:cpu:/x\n3:memory:/docker/7\n0::/\n",
+            FIRST.format("/docker/7"),
+            {
+                f"{V1}/memory.limit_in_bytes": f"{300 * MB}",
+                f"{V1}/memory.usage_in_bytes": f"{100 * MB}",
+                f"{V1}/memory.stat": f"inactive_file 0\ntotal_inactive_file {30 * MB}\n",
+            },
+            230 * MB,
+        ),
+        (
+            "3:memory:/\n",
+            FIRST.format("/"),
+            {
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712",
+                f"{V1}/memory.usage_in_bytes": "5",
+                f"{V1}/memory.stat": "",
+            },
+            500 * MB,
+        ),
     ],
-)  # fmt: skip
+)
 def test_free_memory_is_what_the_system_and_the_groups_leave(tmp_path, monkeypatch, groups, mounts, values, expected):
     _system(tmp_path, 500 * MB, groups, mounts, values)
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}[name])

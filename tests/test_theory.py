@@ -246,8 +246,10 @@ def test_why_l2_inner_products_gain_nothing_from_closing_the_gap():
     for alpha in (0.0, 1.0):
         moved = shift.at(alpha).transform(gallery)
         clean = (queries @ moved.T).argmax(1)
-        trials = [(queries @ (moved + 0.2 * torch.randn(moved.shape, generator=generator)).T).argmax(1) == clean
-                  for _ in range(400)]  # fmt: skip
+        trials = [
+            (queries @ (moved + 0.2 * torch.randn(moved.shape, generator=generator)).T).argmax(1) == clean
+            for _ in range(400)
+        ]
         kept[alpha] = torch.stack(trials).double().mean().item()
     assert kept[1.0] - kept[0.0] < 0.02
     noise = Gaussian(0.2**2, "per_coordinate")

@@ -109,15 +109,18 @@ def test_tables_of_captions(run, pictures, form, option):
     assert retrieval(run) == 1
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"a,b\n1,2\n", "expected columns of images"),
-    (b"", "expected columns of images"),
-    (b"image,caption\n0.png\n", "expected 2 columns in said.csv, got 1 in row 0"),
-    (b"image,caption\n,1\n", "got no image in row 0"),
-    (b'image,caption\n0.png,"1\n', "expected a table of images and captions in said.csv"),
-    (b"image,caption\n0.png,\xff\n", "expected text in UTF-8 in said.csv"),
-    (b"image,caption\n", "expected at least one caption, got none in said.csv"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,2\n", "expected columns of images"),
+        (b"", "expected columns of images"),
+        (b"image,caption\n0.png\n", "expected 2 columns in said.csv, got 1 in row 0"),
+        (b"image,caption\n,1\n", "got no image in row 0"),
+        (b'image,caption\n0.png,"1\n', "expected a table of images and captions in said.csv"),
+        (b"image,caption\n0.png,\xff\n", "expected text in UTF-8 in said.csv"),
+        (b"image,caption\n", "expected at least one caption, got none in said.csv"),
+    ],
+)
 def test_tables_that_are_none(run, pictures, content, message):
     Path("said.csv").write_bytes(content)
     assert message in embed(run, "--images", "pics", "--captions", "said.csv", status=2)
@@ -160,8 +163,11 @@ def test_a_key_in_two_tars(run):
     tar("b.tar", [("2.png", 22), ("3.png", 23)])
     embed(run, "--images", "a.tar", "b.tar")
     assert dict(zip(Embeddings("out").keys(), values("out"), strict=True)) == {
-        "a.tar/1.png": 11, "a.tar/2.png": 12, "b.tar/2.png": 22, "b.tar/3.png": 23,
-    }  # fmt: skip
+        "a.tar/1.png": 11,
+        "a.tar/2.png": 12,
+        "b.tar/2.png": 22,
+        "b.tar/3.png": 23,
+    }
     for told, right in (({"a.tar/2.png": "12", "b.tar/2.png": "22"}, [12, 22]), ({"3.png": "23", "1": "11"}, [23, 11])):
         Path("said.json").write_text(json.dumps(told))
         embed(run, "--captions", "said.json", "--no_resume")
@@ -208,12 +214,15 @@ def test_sets_of_class_names(run, classes):
     assert not Path("no").exists()
 
 
-@pytest.mark.parametrize(("names", "right"), [
-    (["SEVEN", "Three", "oNe"], True),
-    (["  seven", "three ", "one"], True),
-    (["sieben", "drei", "eins"], False),
-    (["seven", "three", "three"], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "right"),
+    [
+        (["SEVEN", "Three", "oNe"], True),
+        (["  seven", "three ", "one"], True),
+        (["sieben", "drei", "eins"], False),
+        (["seven", "three", "three"], False),
+    ],
+)
 def test_class_names_in_another_spelling_or_language(run, classes, names, right):
     Path("names.json").write_text(json.dumps(names))
     embed(run, "--images", "data", "--classnames", "names.json", status=0 if right else 2)
@@ -290,8 +299,9 @@ def test_an_image_that_went_between_two_runs(run, pictures):
     # Images alone: what image_of says is then of the images that are there, or it is of none.
     os.remove("pics/0.png")
     embed(run, "--images", "pics", "--shard_rows", "3")
-    message = refused(run, "eval", "--images", "out", "--texts", "out", "--labels", "out/image_of.npy",
-                      "--task", "zeroshot_retrieval")  # fmt: skip
+    message = refused(
+        run, "eval", "--images", "out", "--texts", "out", "--labels", "out/image_of.npy", "--task", "zeroshot_retrieval"
+    )
     assert "'0.png'" in message or "order" in message
 
 
@@ -412,16 +422,36 @@ def test_results_say_what_they_were_made_from(run):
         assert eval(file.metadata()["made_from"]) == {"gallery": gallery, "queries": queries}
     shift = MeanShift.load("s.safetensors")
     assert np.allclose(shift.shift_vector_, y.mean(0, dtype=float) - x.mean(0, dtype=float))
-    status, out, err = run("robust", "y.npy", "a", "--gaussian", "0.1", "--alphas", "0,1", "--labels", "labels.npy",
-                           "--shift", "s.safetensors", "--out", "swept", "--json")  # fmt: skip
+    status, out, err = run(
+        "robust",
+        "y.npy",
+        "a",
+        "--gaussian",
+        "0.1",
+        "--alphas",
+        "0,1",
+        "--labels",
+        "labels.npy",
+        "--shift",
+        "s.safetensors",
+        "--out",
+        "swept",
+        "--json",
+    )
     assert status == 0, err
     wanted = {
-        "queries": queries, "gallery": gallery, "labels": labels,
+        "queries": queries,
+        "gallery": gallery,
+        "labels": labels,
         "shift": {
-            "name": "mean_shift", "shift": files.fingerprint(shift.shift_vector_), "alpha": 1.0, "normalize": False,
-            "moves": "gallery", "fitted_here": False,
+            "name": "mean_shift",
+            "shift": files.fingerprint(shift.shift_vector_),
+            "alpha": 1.0,
+            "normalize": False,
+            "moves": "gallery",
+            "fitted_here": False,
         },
-    }  # fmt: skip
+    }
     assert json.loads(out)["inputs"] == json.loads(Path("swept/inputs.json").read_text()) == wanted
     status, out, _ = run(
         "index", "a", "--compare", "y.npy", "--factory", "SQ8", "--labels", "labels.npy", "--json", "--out", "kinds"
@@ -435,8 +465,9 @@ def test_results_say_what_they_were_made_from(run):
     assert status == 0
     assert json.loads(out) == json.loads(Path("found.json").read_text())
     assert json.loads(out)["inputs"] == {
-        "index": {"sha256": files.digest("built/manifest.json")}, "queries": queries,
-    }  # fmt: skip
+        "index": {"sha256": files.digest("built/manifest.json")},
+        "queries": queries,
+    }
     status, out, _ = run("gap", "y.npy", "a", "--json", "--out", "gap.json")
     told = json.loads(out)
     assert told == json.loads(Path("gap.json").read_text())

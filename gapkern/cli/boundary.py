@@ -21,8 +21,16 @@ from gapkern.cli import answer
 
 ERRORS = "gapkern.spelled"  # how what the terminal's encoding lacks is written
 _SPELLINGS = {
-    "α": "alpha", "×": "x", "→": "->", "–": "-", "—": "-", "…": "...", "“": '"', "”": '"', "’": "'",
-}  # fmt: skip
+    "α": "alpha",
+    "×": "x",
+    "→": "->",
+    "–": "-",
+    "—": "-",
+    "…": "...",
+    "“": '"',
+    "”": '"',
+    "’": "'",
+}
 _NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "std::length_error", "Unable to allocate")
 
 
@@ -83,8 +91,17 @@ def _foreign() -> tuple[type[BaseException], ...]:
     """What readers of formats raise of damaged files; those that name the file make ValueErrors of it."""
     from safetensors import SafetensorError
 
-    return (EOFError, RecursionError, OverflowError, tokenize.TokenError, SafetensorError, tarfile.TarError,
-            zipfile.BadZipFile, zlib.error, struct.error)  # fmt: skip
+    return (
+        EOFError,
+        RecursionError,
+        OverflowError,
+        tokenize.TokenError,
+        SafetensorError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+    )
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -134,9 +151,12 @@ def guarded(name: str, work: Callable[[], Any], debug: bool = False) -> int:
             _say(traceback.format_exc().rstrip())
         said = mistake(error)
         status = 1 if said is None else 2
-        _say(f"{name}: {said}" if said is not None else
-             f"{name}: internal error: {type(error).__name__}: {line(error)} (please report it with what "
-             "`gapkern --debug` shows)")  # fmt: skip
+        _say(
+            f"{name}: {said}"
+            if said is not None
+            else f"{name}: internal error: {type(error).__name__}: {line(error)} (please report it with what "
+            "`gapkern --debug` shows)"
+        )
     return max(status, flushed(name))
 
 

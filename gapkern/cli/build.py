@@ -24,8 +24,11 @@ def run(arguments) -> int:
     rows = [records.row(result) for _, result in results]
     records.write_csv(arguments.out, rows)
     if others:
-        print(f"gapkern build: {len(others)} JSON files are no results and were left out: "
-              + ", ".join(map(str, others[:5])), file=sys.stderr)  # fmt: skip
+        print(
+            f"gapkern build: {len(others)} JSON files are no results and were left out: "
+            + ", ".join(map(str, others[:5])),
+            file=sys.stderr,
+        )
     if arguments.json:
         common.print_json({"out": arguments.out, "rows": rows})
     else:

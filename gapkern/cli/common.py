@@ -22,8 +22,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--labels", help="'paired' where row i belongs to row i, or a file of each query's right "
-                        "gallery row (Q,): .npy, .npz, .safetensors, .json, .csv, lines")  # fmt: skip
+    parser.add_argument(
+        "--labels",
+        help="'paired' where row i belongs to row i, or a file of each query's right "
+        "gallery row (Q,): .npy, .npz, .safetensors, .json, .csv, lines",
+    )
 
 
 def labels(
@@ -69,11 +72,19 @@ def add_perturbations(parser: argparse.ArgumentParser, of: str = "") -> None:
     noise: dict[str, Any] = {"type": float, "nargs": "+", "default": [], "metavar": "VARIANCE"}
     parser.add_argument("--gaussian", **noise, help=f"Gaussian noise{of}")
     parser.add_argument("--uniform", **noise, help=f"uniform noise{of}")
-    parser.add_argument("--scale", choices=("total", "per_coordinate"), default="total",
-                        help="what the variances are of: the whole noise vector or one coordinate")  # fmt: skip
+    parser.add_argument(
+        "--scale",
+        choices=("total", "per_coordinate"),
+        default="total",
+        help="what the variances are of: the whole noise vector or one coordinate",
+    )
     parser.add_argument("--quantize", type=int, nargs="+", default=[], metavar="BINS", help=f"quantisation{of}")
-    parser.add_argument("--range", choices=("per_dimension", "global"), default="per_dimension",
-                        help="of the quantisation (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--range",
+        choices=("per_dimension", "global"),
+        default="per_dimension",
+        help="of the quantisation (default: %(default)s)",
+    )
 
 
 def perturbations(arguments: argparse.Namespace) -> list[Any]:
@@ -104,8 +115,11 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
         return Text(spelled(text, sys.stdout.encoding))
 
     console = Console()
-    drawn = Table(title=None if title is None else cell(title), title_justify="left",
-                  box=box.SIMPLE_HEAD if console.is_terminal else None)  # fmt: skip
+    drawn = Table(
+        title=None if title is None else cell(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+    )
     for i, column in enumerate(columns):
         drawn.add_column(cell(column), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:

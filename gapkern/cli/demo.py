@@ -15,8 +15,11 @@ def add(verbs) -> None:
     parser.add_argument("--out", default="demo-report", help="folder for the report (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, weights and batches (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
-    parser.add_argument("--export", action="store_true",
-                        help="also write the model, images, captions and class names, for 'gapkern embed'")  # fmt: skip
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="also write the model, images, captions and class names, for 'gapkern embed'",
+    )
     common.add_json(parser)
     parser.set_defaults(run=run)
 

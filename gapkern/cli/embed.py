@@ -16,23 +16,36 @@ def add(verbs) -> None:
         description="Embeds images and texts into a folder as clip-retrieval writes it: img_emb, text_emb, metadata "
         "and a manifest with hashes. After an interruption the same command goes on with what is missing. Start it as "
         "`torchrun --nproc_per_node=K -m gapkern embed ...` to use K devices or processes.",
-    )  # fmt: skip
+    )
     parser.add_argument("--model", help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, or a configuration's JSON")
     parser.add_argument("--pretrained", help="open_clip's tag, or a local checkpoint")
     parser.add_argument("--images", nargs="+", help="a folder of images or of webdataset tars, or tars")
     parser.add_argument("--texts", help="a file of texts, one per line")
-    parser.add_argument("--captions", help="captions: COCO's or Karpathy's JSON (of --split), {file: captions}, or "
-                        ".csv, .tsv; they find their images by name, and image_of.npy says each one's row")  # fmt: skip
-    parser.add_argument("--dataset", help="instead of --images: a data set by name, as for 'gapkern eval', such as "
-                        "cifar10, imagefolder or mscoco_captions (with --annotation_file)")  # fmt: skip
+    parser.add_argument(
+        "--captions",
+        help="captions: COCO's or Karpathy's JSON (of --split), {file: captions}, or "
+        ".csv, .tsv; they find their images by name, and image_of.npy says each one's row",
+    )
+    parser.add_argument(
+        "--dataset",
+        help="instead of --images: a data set by name, as for 'gapkern eval', such as "
+        "cifar10, imagefolder or mscoco_captions (with --annotation_file)",
+    )
     parser.add_argument("--root", default=".", help="where the data set lies (default: %(default)s)")
     parser.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
     parser.add_argument("--annotation_file", help="captions of the data set (COCO's JSON)")
-    parser.add_argument("--classnames", help="class names, JSON or one per line, in any order where the images lie in "
-                        "folders of these names; a JSON object {folder: name}; of a file of many data sets' "
-                        "FILE[NAME]: classes.npy is written, their vectors")  # fmt: skip
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop",
-                        help="at an image that cannot be read; skip leaves it out (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--classnames",
+        help="class names, JSON or one per line, in any order where the images lie in "
+        "folders of these names; a JSON object {folder: name}; of a file of many data sets' "
+        "FILE[NAME]: classes.npy is written, their vectors",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at an image that cannot be read; skip leaves it out (default: %(default)s)",
+    )
     parser.add_argument("--templates", help="JSON or one per line, with {c} for the class (default: a photo of a {c}.)")
     parser.add_argument("--out", help="the folder of embeddings")
     parser.add_argument("--verify", metavar="DIR", help="embed nothing: read all of DIR, compare it with its manifest")
@@ -41,13 +54,22 @@ def add(verbs) -> None:
     parser.add_argument("--num_workers", type=int, default=4, help="that read images (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
     parser.add_argument("--raw", action="store_true", help="store embeddings as they come, not L2-normalised")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="of products (default: float32 on the CPU, bfloat16 on CUDA)")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of products (default: float32 on the CPU, bfloat16 on CUDA)",
+    )
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--no_metadata", action="store_true", help="no Parquet files")
     parser.add_argument("--no_resume", action="store_true", help="replace what is there instead of going on")
-    parser.add_argument("--timeout", type=float, default=86400, metavar="SECONDS",
-                        help="that a rank waits for the others (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=86400,
+        metavar="SECONDS",
+        help="that a rank waits for the others (default: %(default)s)",
+    )
     common.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -70,13 +92,23 @@ def run(arguments) -> int:
     try:
         with common.progress({"img_emb": "embedding images", "text_emb": "embedding texts"}) as step:
             found = embeddings.embed(
-                arguments.model, arguments.pretrained, **_sources(arguments), out=arguments.out,
-                batch_size=arguments.batch_size, resume=not arguments.no_resume, shard_rows=arguments.shard_rows,
-                dtype=arguments.dtype, normalize=not arguments.raw, metadata=not arguments.no_metadata,
-                workers=arguments.num_workers, on_error=arguments.on_error, device=arguments.device,
-                precision=arguments.precision, timeout=arguments.timeout,
+                arguments.model,
+                arguments.pretrained,
+                **_sources(arguments),
+                out=arguments.out,
+                batch_size=arguments.batch_size,
+                resume=not arguments.no_resume,
+                shard_rows=arguments.shard_rows,
+                dtype=arguments.dtype,
+                normalize=not arguments.raw,
+                metadata=not arguments.no_metadata,
+                workers=arguments.num_workers,
+                on_error=arguments.on_error,
+                device=arguments.device,
+                precision=arguments.precision,
+                timeout=arguments.timeout,
                 on_progress=step if rank == 0 else lambda *_: None,
-            )  # fmt: skip
+            )
     except embeddings.RankLost as error:
         print(f"gapkern embed: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # The process group waits for the lost rank when it is taken down.

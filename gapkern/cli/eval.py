@@ -19,41 +19,70 @@ def add(verbs) -> None:
         description="Evaluates embeddings (--images, --texts), or a model on a data set (--dataset, --model, "
         "--pretrained). Metrics, files of templates and class names and the result files are CLIP_benchmark's. Start "
         "it as `torchrun --nproc_per_node=K -m gapkern eval ...` to spread images and texts over K ranks.",
-    )  # fmt: skip
-    parser.add_argument("--images", help="image embeddings (N, D): a file, a folder of shards, or what 'gapkern "
-                        "embed' wrote")  # fmt: skip
-    parser.add_argument("--texts", help="text embeddings: class vectors (C, D), prompts (templates, C, D), captions, "
-                        "or the choices of all questions in order")  # fmt: skip
-    parser.add_argument("--labels", help="the images' classes, for retrieval each text's image: a file (.npy, .npz, "
-                        ".safetensors, .json, .csv, lines); for retrieval also 'paired' or the number of captions per "
-                        "image")  # fmt: skip
-    parser.add_argument("--dataset", nargs="+", default=[], help="data sets by name; with --images the name that the "
-                        "result bears")  # fmt: skip
+    )
+    parser.add_argument(
+        "--images", help="image embeddings (N, D): a file, a folder of shards, or what 'gapkern embed' wrote"
+    )
+    parser.add_argument(
+        "--texts",
+        help="text embeddings: class vectors (C, D), prompts (templates, C, D), captions, "
+        "or the choices of all questions in order",
+    )
+    parser.add_argument(
+        "--labels",
+        help="the images' classes, for retrieval each text's image: a file (.npy, .npz, "
+        ".safetensors, .json, .csv, lines); for retrieval also 'paired' or the number of captions per "
+        "image",
+    )
+    parser.add_argument(
+        "--dataset", nargs="+", default=[], help="data sets by name; with --images the name that the result bears"
+    )
     parser.add_argument("--dataset_root", default=".", help="where it lies; {dataset} stands for the name")
     parser.add_argument("--split", default="test", help="default: %(default)s")
-    parser.add_argument("--annotation_file", help="captions (COCO's or Karpathy's JSON, see --split) or questions "
-                        "(A-OKVQA's JSON)")  # fmt: skip
-    parser.add_argument("--model", nargs="+", default=[], help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, "
-                        "or a configuration's JSON; with --images the name that the result bears")  # fmt: skip
-    parser.add_argument("--pretrained", nargs="+", default=[], help="open_clip's tag, or a local checkpoint; none for "
-                        "local-dir: and hf-hub:")  # fmt: skip
+    parser.add_argument(
+        "--annotation_file", help="captions (COCO's or Karpathy's JSON, see --split) or questions (A-OKVQA's JSON)"
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, "
+        "or a configuration's JSON; with --images the name that the result bears",
+    )
+    parser.add_argument(
+        "--pretrained",
+        nargs="+",
+        default=[],
+        help="open_clip's tag, or a local checkpoint; none for local-dir: and hf-hub:",
+    )
     parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: by the data set")
     parser.add_argument("--recall_k", type=int, nargs="+", default=[5], help="k of recall@k (default: 5)")
     parser.add_argument("--custom_template_file", help="JSON: templates with {c}, a list or by data set")
-    parser.add_argument("--custom_classname_file", help="class names, in any order where they are the data set's: one "
-                        "per line, or JSON: a list, an object {class: name}, or either by data set")  # fmt: skip
-    parser.add_argument("--choice_template", default="{q} {a}", help="text of a question and an answer "
-                        "(default: '%(default)s')")  # fmt: skip
+    parser.add_argument(
+        "--custom_classname_file",
+        help="class names, in any order where they are the data set's: one "
+        "per line, or JSON: a list, an object {class: name}, or either by data set",
+    )
+    parser.add_argument(
+        "--choice_template", default="{q} {a}", help="text of a question and an answer (default: '%(default)s')"
+    )
     parser.add_argument("--language", default="en", help="what the result bears (default: %(default)s)")
-    parser.add_argument("--shift", help="close the gap: a file of 'gapkern shift fit TEXTS IMAGES' or of 'gapkern "
-                        "project fit', or auto, exact, or components of a shift fitted here; everything is measured "
-                        "without it too")  # fmt: skip
+    parser.add_argument(
+        "--shift",
+        help="close the gap: a file of 'gapkern shift fit TEXTS IMAGES' or of 'gapkern "
+        "project fit', or auto, exact, or components of a shift fitted here; everything is measured "
+        "without it too",
+    )
     common.add_perturbations(parser, of=" on what is searched")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise; metrics are their means")
-    parser.add_argument("--output", help="result files, one per setting: a path with {dataset}, {pretrained}, {model}, "
-                        "{language}, {task} and {variant} (shift and perturbation)")  # fmt: skip
-    parser.add_argument("--out", help="a folder, for --output DIR/{dataset}_{pretrained}_{model}_{language}_{task}"
-                        "{variant}.json")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        help="result files, one per setting: a path with {dataset}, {pretrained}, {model}, "
+        "{language}, {task} and {variant} (shift and perturbation)",
+    )
+    parser.add_argument(
+        "--out", help="a folder, for --output DIR/{dataset}_{pretrained}_{model}_{language}_{task}{variant}.json"
+    )
     parser.add_argument("--skip_existing", action="store_true", help="leave result files that are there as they are")
     parser.add_argument("--dump_classnames", action="store_true", help="class names in the result files")
     parser.add_argument("--dump_templates", action="store_true", help="templates in the result files")
@@ -61,8 +90,13 @@ def add(verbs) -> None:
     parser.add_argument("--num_workers", type=int, default=4, help="that read images (default: %(default)s)")
     parser.add_argument("--no_amp", action="store_false", dest="amp", help="no float16 on a GPU, but float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
-    parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS",
-                        help="after which a rank no longer waits for another (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="after which a rank no longer waits for another (default: %(default)s)",
+    )
     common.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -120,17 +154,19 @@ def _runs(arguments) -> list[dict[str, str]]:
         raise ValueError("expected --images and --texts, or --dataset and --model")
     result = []
     names = itertools.product(
-        arguments.dataset or ["embeddings"], arguments.model or ["embeddings"],
+        arguments.dataset or ["embeddings"],
+        arguments.model or ["embeddings"],
         [pretrained or "none" for pretrained in arguments.pretrained or ["none"]],
-    )  # fmt: skip
+    )
     for dataset, model, pretrained in names:
         if not stored:
             datasets.check(dataset)
         task = arguments.task
         if task == "auto":
             task = datasets.DATASETS[dataset][0] if dataset in datasets.DATASETS else TASKS[0]
-        result.append({"dataset": dataset, "model": model, "pretrained": pretrained, "language": arguments.language,
-                       "task": task})  # fmt: skip
+        result.append(
+            {"dataset": dataset, "model": model, "pretrained": pretrained, "language": arguments.language, "task": task}
+        )
     return result
 
 
@@ -149,8 +185,11 @@ def _one(arguments, facts: dict[str, str], settings, ranks) -> list[dict[str, An
     started = time.perf_counter()
     given, more = _inputs(arguments, facts, settings.shift, ranks)
     outcomes = inputs.measure(facts["task"], given, settings, ranks, arguments.recall_k)
-    env = environment.describe() | {"ranks": ranks.world, "device": str(ranks.device),
-                                    "seconds": time.perf_counter() - started}  # fmt: skip
+    env = environment.describe() | {
+        "ranks": ranks.world,
+        "device": str(ranks.device),
+        "seconds": time.perf_counter() - started,
+    }
     result = [records.record(facts, outcome, env, **more) for outcome in outcomes]
     if ranks.rank == 0:
         for i, target in enumerate(targets):
@@ -195,8 +234,10 @@ def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, A
     if arguments.custom_classname_file:
         names = prompts.load_classnames(arguments.custom_classname_file, dataset)
     if arguments.images is not None:
-        told: dict[str, Any] = {"model_id": inputs.model_of(arguments.images, arguments.texts),
-                                "inputs": _made_from(arguments, ranks)}  # fmt: skip
+        told: dict[str, Any] = {
+            "model_id": inputs.model_of(arguments.images, arguments.texts),
+            "inputs": _made_from(arguments, ranks),
+        }
         if shift is not None:
             for name in ("images", "texts"):
                 check_unmoved(layout.place(getattr(arguments, name), inputs.KINDS[name], name=name), name=name)
@@ -250,12 +291,16 @@ def _show(arguments, results: list[dict[str, Any]]) -> None:
         group = list(some)
         rows = [records.row(record) for record in group]
         names = list(group[0]["metrics"])
-        common.table(["shift", "perturbation", *names],
-                     [[r["transform"], r["perturbation"], *(r[name] for name in names)] for r in rows],
-                     f"{task}: {dataset}, {model} {pretrained}")  # fmt: skip
+        common.table(
+            ["shift", "perturbation", *names],
+            [[r["transform"], r["perturbation"], *(r[name] for name in names)] for r in rows],
+            f"{task}: {dataset}, {model} {pretrained}",
+        )
         worst = [
             min(r["details"]["templates"], key=lambda t: t["acc1"]) for r in group if r["details"].get("templates")
         ]
         for row, template in zip(rows, worst, strict=False):
-            print(f"worst template, {row['transform']}, {row['perturbation']}: {template['template']!r} "
-                  f"{template['acc1']:.4f}")  # fmt: skip
+            print(
+                f"worst template, {row['transform']}, {row['perturbation']}: {template['template']!r} "
+                f"{template['acc1']:.4f}"
+            )

@@ -15,15 +15,18 @@ def add(verbs) -> None:
     )
     parser.add_argument("gallery", help="embeddings that are searched, (G, D), a file or a folder of shards")
     parser.add_argument("--out", help="folder of the index; with --compare of quantisers.json, .csv and .png")
-    parser.add_argument("--factory", nargs="+", metavar="STRING",
-                        help="FAISS factory string, several with --compare (default: Flat)")  # fmt: skip
+    parser.add_argument(
+        "--factory", nargs="+", metavar="STRING", help="FAISS factory string, several with --compare (default: Flat)"
+    )
     parser.add_argument("--metric", choices=("l2", "ip"), default="l2", help="(default: %(default)s)")
     parser.add_argument("--shift", help="a file from 'gapkern shift fit' or 'gapkern project fit'")
     parser.add_argument("--ids", help="a .npy of integers, one for each row (default: 0, 1, ...)")
-    parser.add_argument("--model", help="what made the embeddings (default: what the folder's manifest, or the shift, "
-                        "says)")  # fmt: skip
-    parser.add_argument("--sample", type=int, help="rows to learn lists and codes from (default: 131072; with "
-                        "--compare all)")  # fmt: skip
+    parser.add_argument(
+        "--model", help="what made the embeddings (default: what the folder's manifest, or the shift, says)"
+    )
+    parser.add_argument(
+        "--sample", type=int, help="rows to learn lists and codes from (default: 131072; with --compare all)"
+    )
     parser.add_argument("--block", type=int, help="rows of a block (default: 67 million numbers)")
     parser.add_argument("--compare", metavar="QUERIES", help="embeddings that ask: compare quantisers by them")
     parser.add_argument("--k", type=int, default=10, help="neighbours that --compare looks at (default: %(default)s)")
@@ -52,16 +55,25 @@ def run(arguments) -> int:
     stages = {"train": "learning", "add": "adding vectors", "merge": "merging"}
     with common.progress(stages) as step:
         manifest = disk.build(
-            arguments.gallery, arguments.out, (arguments.factory or ["Flat"])[0], arguments.metric, shift,
-            ids=arguments.ids, model=model, block=arguments.block, progress=step,
+            arguments.gallery,
+            arguments.out,
+            (arguments.factory or ["Flat"])[0],
+            arguments.metric,
+            shift,
+            ids=arguments.ids,
+            model=model,
+            block=arguments.block,
+            progress=step,
             sample=disk.SAMPLE if arguments.sample is None else arguments.sample,
-        )  # fmt: skip
+        )
     if arguments.json:
         common.print_json(manifest)
     else:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
-        print(f"index: {manifest['count']} x {manifest['dims']}, {manifest['factory']}, {size / 2**20:.1f} MiB "
-              f"in {arguments.out}")  # fmt: skip
+        print(
+            f"index: {manifest['count']} x {manifest['dims']}, {manifest['factory']}, {size / 2**20:.1f} MiB "
+            f"in {arguments.out}"
+        )
         if said:
             print(f"model: {model}, {said}")
     return 0
@@ -81,11 +93,20 @@ def _compare(arguments, shift) -> int:
     positives = common.labels(arguments, len(queries), len(gallery), "compare", fewer=True)
     with common.progress({"compare": "quantisers"}) as step:
         result = compare_quantisers(
-            queries, gallery, arguments.factory, shift=shift, metric=arguments.metric, positives=positives,
-            k=arguments.k, sample=arguments.sample, progress=lambda done, total: step("compare", done, total),
-        )  # fmt: skip
-    inputs = {name: folder.made_from(path, name=name)
-              for name, path in (("gallery", arguments.gallery), ("compare", arguments.compare))}  # fmt: skip
+            queries,
+            gallery,
+            arguments.factory,
+            shift=shift,
+            metric=arguments.metric,
+            positives=positives,
+            k=arguments.k,
+            sample=arguments.sample,
+            progress=lambda done, total: step("compare", done, total),
+        )
+    inputs = {
+        name: folder.made_from(path, name=name)
+        for name, path in (("gallery", arguments.gallery), ("compare", arguments.compare))
+    }
     inputs |= loader.made_from(arguments.labels)
     if out is not None:
         result.to_json(out / "quantisers.json")

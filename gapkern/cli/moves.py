@@ -33,23 +33,41 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
     """What both are fitted by."""
-    parser.add_argument("--components", type=components, default="auto",
-                        help="exact, auto, a number, or a share of the variance (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--agreement", type=float, default=0.99,
-                        help="share of neighbours that --components auto keeps (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--model", help="what made the embeddings; apply then refuses another's (default: what a "
-                        "folder's manifest says)")  # fmt: skip
+    parser.add_argument(
+        "--components",
+        type=components,
+        default="auto",
+        help="exact, auto, a number, or a share of the variance (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--agreement",
+        type=float,
+        default=0.99,
+        help="share of neighbours that --components auto keeps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        help="what made the embeddings; apply then refuses another's (default: what a folder's manifest says)",
+    )
     common.add_json(parser)
 
 
 def add_apply(parser: argparse.ArgumentParser, side: str | None) -> None:
     """What both are applied by; without a usual side it must be given."""
     parser.add_argument("embeddings", help="(N, D), a file or a folder")
-    parser.add_argument("--out", required=True, help="the result: .npy or .safetensors; a folder for a folder, whose "
-                        "finished shards are not done again")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="the result: .npy or .safetensors; a folder for a folder, whose finished shards are not done again",
+    )
     default = "" if side is None else " (default: %(default)s)"
-    parser.add_argument("--side", choices=("gallery", "queries"), default=side, required=side is None,
-                        help=f"what the embeddings are{default}")  # fmt: skip
+    parser.add_argument(
+        "--side",
+        choices=("gallery", "queries"),
+        default=side,
+        required=side is None,
+        help=f"what the embeddings are{default}",
+    )
     parser.add_argument("--model", help="what made the embeddings (default: what the folder's manifest says)")
     common.add_json(parser)
 
@@ -141,6 +159,8 @@ def _apply(arguments: argparse.Namespace, moved_by: str, alpha: float | None) ->
         common.print_json({"out": arguments.out, **told})
         return 0
     finished = sum(goal is None for _, goal in target.pairs)
-    print(f"{arguments.side}: {rows} x {told['dims']} moved to {arguments.out}"
-          + (f" ({finished} of {len(target.pairs)} shards were there already)" if finished else ""))  # fmt: skip
+    print(
+        f"{arguments.side}: {rows} x {told['dims']} moved to {arguments.out}"
+        + (f" ({finished} of {len(target.pairs)} shards were there already)" if finished else "")
+    )
     return 0

@@ -16,10 +16,15 @@ def add(verbs) -> None:
     fit = actions.add_parser("fit", help="learn the hull of a gallery, or as much of it as keeps the neighbours")
     moves.add_sides(fit)
     fit.add_argument("--out", required=True, help="the projection, as a .safetensors file")
-    fit.add_argument("--metric", choices=("l2", "ip", "cosine"), default="l2",
-                     help="what the gallery is searched by (default: %(default)s)")  # fmt: skip
-    fit.add_argument("--reduce", action="store_true",
-                     help="rotate both sides into k dimensions: the same answers, k / D the size")  # fmt: skip
+    fit.add_argument(
+        "--metric",
+        choices=("l2", "ip", "cosine"),
+        default="l2",
+        help="what the gallery is searched by (default: %(default)s)",
+    )
+    fit.add_argument(
+        "--reduce", action="store_true", help="rotate both sides into k dimensions: the same answers, k / D the size"
+    )
     moves.add_fit(fit)
     fit.set_defaults(run=run_fit)
 

@@ -15,16 +15,30 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         "'gapkern project apply' and 'gapkern search --project' move queries. The index is only read. Graphs and "
         "inverted lists of uncompressed rows cannot gain; that is an answer, with numbers.",
     )
-    made.add_argument("existing", help="FAISS's file of an index (flat, IVF, PQ, SQ, RaBitQ, HNSW; L2 or inner "
-                      "product), a folder with one, or one from 'gapkern index'")  # fmt: skip
+    made.add_argument(
+        "existing",
+        help="FAISS's file of an index (flat, IVF, PQ, SQ, RaBitQ, HNSW; L2 or inner "
+        "product), a folder with one, or one from 'gapkern index'",
+    )
     made.add_argument("--queries", required=True, help="embeddings that ask, (Q, D): half to fit to, half to measure")
-    made.add_argument("--embeddings", help="what was indexed, (G, D), in the order of the ids: a file or a folder "
-                      "(default: what the index decodes to)")  # fmt: skip
+    made.add_argument(
+        "--embeddings",
+        help="what was indexed, (G, D), in the order of the ids: a file or a folder "
+        "(default: what the index decodes to)",
+    )
     made.add_argument("--out", help="the projection, as a .safetensors file; not written where nothing is gained")
-    made.add_argument("--components", type=moves.components, default="auto",
-                      help="exact, auto, a number, or a share of the variance (default: %(default)s)")  # fmt: skip
-    made.add_argument("--agreement", type=float, default=0.99,
-                      help="share of neighbours that --components auto keeps (default: %(default)s)")  # fmt: skip
+    made.add_argument(
+        "--components",
+        type=moves.components,
+        default="auto",
+        help="exact, auto, a number, or a share of the variance (default: %(default)s)",
+    )
+    made.add_argument(
+        "--agreement",
+        type=float,
+        default=0.99,
+        help="share of neighbours that --components auto keeps (default: %(default)s)",
+    )
     made.add_argument("--k", type=int, default=10, help="neighbours that are compared (default: %(default)s)")
     made.add_argument("--parameters", metavar="TEXT", help="FAISS search parameters, such as nprobe=16")
     common.add_json(made)
@@ -43,9 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
     model, _ = common.model(None, **paths)
     given: dict[str, Any] = {name: files.load_embeddings(path, name=name) for name, path in paths.items()}
     found, projection = repair(
-        arguments.existing, **given, n_components=arguments.components, agreement=arguments.agreement, k=arguments.k,
-        parameters=arguments.parameters, model=model,
-    )  # fmt: skip
+        arguments.existing,
+        **given,
+        n_components=arguments.components,
+        agreement=arguments.agreement,
+        k=arguments.k,
+        parameters=arguments.parameters,
+        model=model,
+    )
     written = arguments.out if found.worth and arguments.out else None
     if written:
         projection.save(written)
@@ -54,14 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     common.table(
         ["queries", "first neighbour kept", f"recall@{found.k}"],
-        [["as they are", found.agreement_before, found.recall_before],
-         ["projected", found.agreement_after, found.recall_after]],
-    )  # fmt: skip
+        [
+            ["as they are", found.agreement_before, found.recall_before],
+            ["projected", found.agreement_after, found.recall_after],
+        ],
+    )
     print(f"{found.index}, {found.metric}, {found.vectors} x {found.dims}, {found.held_out} held-out queries")
     print(f"k = {found.components} components, with which an exact search keeps {found.kept:.1%} of first neighbours")
     if found.rows == "codes":
-        print("the index has codes alone, and is compared with what they decode to: give --embeddings to see what they "
-              "lost and what projecting brings back")  # fmt: skip
+        print(
+            "the index has codes alone, and is compared with what they decode to: give --embeddings to see what they "
+            "lost and what projecting brings back"
+        )
     if not found.worth:
         print(f"nothing to gain: recall@{found.k} changes by {found.gain:+.4f} ± {found.error:.4f}")
     elif written:

@@ -15,15 +15,29 @@ def add(verbs) -> None:
         "synthetic captions and handwritten digits, on embedding files, or on an open_clip model. Writes each figure "
         "as PNG, PDF and CSV, every number as JSON, and report.html. The same command goes on after an interrupt.",
     )
-    parser.add_argument("targets", nargs="*", metavar="TARGET",
-                        help="all (default), fig1 to fig6, fig8 to fig10, thm3.1 to thm3.5, baselines")  # fmt: skip
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        metavar="TARGET",
+        help="all (default), fig1 to fig6, fig8 to fig10, thm3.1 to thm3.5, baselines",
+    )
     parser.add_argument("--out", default="reproduction", help="folder (default: %(default)s)")
-    parser.add_argument("--embeddings", nargs="+", action="append", default=[], metavar="FILE",
-                        help="images (Q, D) and texts (G, D), or one .npy of both (2, N, D); repeatable")  # fmt: skip
-    parser.add_argument("--labels", help="right gallery rows (Q,) of the embeddings, a .npy; by default row i belongs "
-                        "to row i where there are as many")  # fmt: skip
-    parser.add_argument("--paraphrase", nargs="+", default=[], metavar="FILE",
-                        help="the texts in other words, for figures 1 and 10")  # fmt: skip
+    parser.add_argument(
+        "--embeddings",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="images (Q, D) and texts (G, D), or one .npy of both (2, N, D); repeatable",
+    )
+    parser.add_argument(
+        "--labels",
+        help="right gallery rows (Q,) of the embeddings, a .npy; by default row i belongs "
+        "to row i where there are as many",
+    )
+    parser.add_argument(
+        "--paraphrase", nargs="+", default=[], metavar="FILE", help="the texts in other words, for figures 1 and 10"
+    )
     parser.add_argument("--model", help="an open_clip model, as ViT-B-32")
     parser.add_argument("--pretrained", help="its weights: a tag, as openai, or a checkpoint")
     parser.add_argument("--dataset", help="images for it: a folder with one subfolder for each class")
@@ -58,10 +72,13 @@ def _sources(arguments) -> list:
     if arguments.model:
         found.append(
             embeddings.from_model(
-                arguments.model, arguments.pretrained, arguments.dataset, arguments.quick,
+                arguments.model,
+                arguments.pretrained,
+                arguments.dataset,
+                arguments.quick,
                 Path(arguments.out) / "embeddings",
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -89,9 +106,15 @@ def run(arguments) -> int:
     try:
         with common.progress(stages) as step:
             report = reproduce(
-                arguments.out, arguments.targets, seed=arguments.seed, quick=arguments.quick,
-                sources=_sources(arguments), again=arguments.again, command=_command(arguments), on_progress=step,
-            )  # fmt: skip
+                arguments.out,
+                arguments.targets,
+                seed=arguments.seed,
+                quick=arguments.quick,
+                sources=_sources(arguments),
+                again=arguments.again,
+                command=_command(arguments),
+                on_progress=step,
+            )
     except KeyboardInterrupt:
         print(f"finished targets are kept in {arguments.out}; the same command goes on from there", file=sys.stderr)
         raise

@@ -19,27 +19,38 @@ def add(verbs) -> None:
     )
     parser.add_argument("queries", help="embeddings that ask, (Q, D)")
     parser.add_argument("gallery", help="embeddings that are searched, (G, D)")
-    parser.add_argument("--alphas", type=common.alphas,
-                        help="FIRST:LAST:COUNT, or values between commas (default: 0:1.5:7; of a projection 0,1: "
-                        "without and with it)")  # fmt: skip
+    parser.add_argument(
+        "--alphas",
+        type=common.alphas,
+        help="FIRST:LAST:COUNT, or values between commas (default: 0:1.5:7; of a projection 0,1: without and with it)",
+    )
     common.add_perturbations(parser)
     parser.add_argument("--replace", nargs="+", default=[], metavar="FILE", help="another gallery: paraphrases")
     common.add_labels(parser)
     parser.add_argument("--components", type=components, default="auto", help="as for gapkern shift fit")
-    parser.add_argument("--shift", help="a file from 'gapkern shift fit' or 'gapkern project fit' instead of fitting a "
-                        "shift here")  # fmt: skip
+    parser.add_argument(
+        "--shift", help="a file from 'gapkern shift fit' or 'gapkern project fit' instead of fitting a shift here"
+    )
     parser.add_argument("--project", action="store_true", help="fit a projection of the queries here, not a shift")
-    parser.add_argument("--metric", choices=("l2", "ip", "cosine"),
-                        help="what is searched by (default: what a projection was fitted for, else l2)")  # fmt: skip
-    parser.add_argument("--on", choices=("gallery", "queries"), default="gallery",
-                        help="what is perturbed (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--when", choices=("after", "before"), default="after",
-                        help="before or after the shift (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--metric",
+        choices=("l2", "ip", "cosine"),
+        help="what is searched by (default: what a projection was fitted for, else l2)",
+    )
+    parser.add_argument(
+        "--on", choices=("gallery", "queries"), default="gallery", help="what is perturbed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--when", choices=("after", "before"), default="after", help="before or after the shift (default: %(default)s)"
+    )
     parser.add_argument("--method", default="auto", help="auto, exact, projected or sample (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=100, help="draws for what is sampled (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for robustness.json, .csv and .png, and inputs.json, which says what "
-                        "of; the same command again goes on where it was interrupted")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        help="folder for robustness.json, .csv and .png, and inputs.json, which says what "
+        "of; the same command again goes on where it was interrupted",
+    )
     common.add_json(parser)
     parser.set_defaults(run=run)
 
@@ -87,11 +98,21 @@ def _run(arguments, out: Path | None) -> int:
         shift = MeanShift(n_components=arguments.components).fit(gallery, queries)
     alphas = arguments.alphas or ([0.0, 1.0] if isinstance(shift, Projection) else common.alphas("0:1.5:7"))
     result = sweep(
-        queries, gallery, alphas, perturbations, labels, shift=shift, metric=metric,
-        on=arguments.on, when=arguments.when,
-        method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=sys.stderr.isatty(),
+        queries,
+        gallery,
+        alphas,
+        perturbations,
+        labels,
+        shift=shift,
+        metric=metric,
+        on=arguments.on,
+        when=arguments.when,
+        method=arguments.method,
+        trials=arguments.trials,
+        seed=arguments.seed,
+        progress=sys.stderr.isatty(),
         journal=out and out / JOURNAL,
-    )  # fmt: skip
+    )
     inputs = {name: folder.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}
     inputs |= {f"replace {i}": folder.made_from(path, name="replace") for i, path in enumerate(arguments.replace)}
     inputs |= loader.made_from(arguments.labels)
@@ -111,9 +132,11 @@ def _run(arguments, out: Path | None) -> int:
         return 0
     common.table(
         ["perturbation", "α", "robustness", "agreement", "accuracy", "clean accuracy", "method"],
-        [[title(r), r["alpha"], r["robustness"], r["agreement"], r["accuracy"], r["clean_accuracy"], r["method"]]
-         for r in sorted(result.rows, key=title)],
-    )  # fmt: skip
+        [
+            [title(r), r["alpha"], r["robustness"], r["agreement"], r["accuracy"], r["clean_accuracy"], r["method"]]
+            for r in sorted(result.rows, key=title)
+        ],
+    )
     what = "projection" if isinstance(shift, Projection) else "shift"
     print(f"{what}: k = {shift.n_components_} components kept, {share:.1%} of the gap can be closed")
     if out is not None:

@@ -22,15 +22,29 @@ def add(verbs) -> None:
     parser.add_argument("index", help="the folder of the index")
     parser.add_argument("queries", help="embeddings that ask, (Q, D), a file or a folder of shards")
     parser.add_argument("--k", type=int, default=10, help="neighbours of each query (default: %(default)s)")
-    parser.add_argument("--out", help=".npz (distances and ids, (Q, K)), .parquet (query, rank, id, distance) or "
-                        ".json; where there are fewer than K neighbours, -1, no row, or null")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        help=".npz (distances and ids, (Q, K)), .parquet (query, rank, id, distance) or "
+        ".json; where there are fewer than K neighbours, -1, no row, or null",
+    )
     parser.add_argument("--parameters", metavar="TEXT", help="FAISS search parameters, such as nprobe=16")
-    parser.add_argument("--verify", action="store_true", default=None,
-                        help="compare the index's files with their hashes first, also beyond 1 GiB")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="that searches codes; cuda needs FAISS built for it (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--project", metavar="FILE", help="a file from 'gapkern project fit' or 'gapkern index "
-                        "repair', by which the queries are moved first")  # fmt: skip
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        default=None,
+        help="compare the index's files with their hashes first, also beyond 1 GiB",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="that searches codes; cuda needs FAISS built for it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--project",
+        metavar="FILE",
+        help="a file from 'gapkern project fit' or 'gapkern index repair', by which the queries are moved first",
+    )
     common.add_json(parser)
     parser.set_defaults(run=run)
 

@@ -26,11 +26,16 @@ def add(verbs) -> None:
     fit = actions.add_parser("fit", help="learn the shift that closes the gap between a gallery and queries")
     moves.add_sides(fit)
     fit.add_argument("--out", required=True, help="the shift, as a .safetensors file")
-    fit.add_argument("--alpha", type=strength, default=1.0,
-                     help="how much to close (default: %(default)s, all of it), or best:VARIANCE for what makes "
-                     "neighbours most robust to Gaussian noise of that total variance")  # fmt: skip
-    fit.add_argument("--moves", choices=("gallery", "queries"), default="gallery",
-                     help="the side that moves (default: %(default)s)")  # fmt: skip
+    fit.add_argument(
+        "--alpha",
+        type=strength,
+        default=1.0,
+        help="how much to close (default: %(default)s, all of it), or best:VARIANCE for what makes "
+        "neighbours most robust to Gaussian noise of that total variance",
+    )
+    fit.add_argument(
+        "--moves", choices=("gallery", "queries"), default="gallery", help="the side that moves (default: %(default)s)"
+    )
     fit.add_argument("--normalize", action="store_true", help="L2-normalise what was moved")
     moves.add_fit(fit)
     fit.set_defaults(run=run_fit)
@@ -43,8 +48,13 @@ def add(verbs) -> None:
 
     compare = actions.add_parser("compare", help="what each number of components costs and buys")
     moves.add_sides(compare)
-    compare.add_argument("--components", type=moves.components, nargs="+", default=["exact", "auto", 0.95, 0.9, 0.5, 0],
-                         help="as for fit (default: exact auto 0.95 0.9 0.5 0)")  # fmt: skip
+    compare.add_argument(
+        "--components",
+        type=moves.components,
+        nargs="+",
+        default=["exact", "auto", 0.95, 0.9, 0.5, 0],
+        help="as for fit (default: exact auto 0.95 0.9 0.5 0)",
+    )
     common.add_labels(compare)
     common.add_json(compare)
     compare.set_defaults(run=run_compare)
@@ -57,9 +67,13 @@ def run_fit(arguments) -> int:
     model, said = moves.fitting(arguments)
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
     shift = MeanShift(
-        1.0 if best else arguments.alpha, arguments.components, arguments.moves, arguments.normalize,
-        arguments.agreement, model,
-    )  # fmt: skip
+        1.0 if best else arguments.alpha,
+        arguments.components,
+        arguments.moves,
+        arguments.normalize,
+        arguments.agreement,
+        model,
+    )
     noise = Gaussian(best[1]) if best else None
     moves.learn(shift, arguments)
     if noise is not None:
@@ -99,21 +113,27 @@ def run_compare(arguments) -> int:
         for i, (kind, components) in enumerate(wanted):
             fitted = kind(n_components=components).fit(gallery, queries)
             after = nearest(fitted.transform_queries(queries), fitted.transform(gallery))
-            found[kind].append({
-                "components": str(components),
-                "k": fitted.n_components_,
-                "closed": transforms.closed(fitted, queries),
-                "agreement": float((after == before).double().mean()),
-                "accuracy": None if labels is None else float((after.numpy() == labels).mean()),
-            })  # fmt: skip
+            found[kind].append(
+                {
+                    "components": str(components),
+                    "k": fitted.n_components_,
+                    "closed": transforms.closed(fitted, queries),
+                    "agreement": float((after == before).double().mean()),
+                    "accuracy": None if labels is None else float((after.numpy() == labels).mean()),
+                }
+            )
             step("compare", i + 1, len(wanted))
     unmoved = None if labels is None else float((before.numpy() == labels).mean())
     if arguments.json:
         sides = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
-        common.print_json({
-            "clean_accuracy": unmoved, "inputs": sides | loader.made_from(arguments.labels),
-            "rows": found[MeanShift], "projections": found[Projection],
-        })  # fmt: skip
+        common.print_json(
+            {
+                "clean_accuracy": unmoved,
+                "inputs": sides | loader.made_from(arguments.labels),
+                "rows": found[MeanShift],
+                "projections": found[Projection],
+            }
+        )
         return 0
     named = {"shift": found[MeanShift], "projection": found[Projection]}
     common.table(

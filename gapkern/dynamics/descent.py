@@ -146,11 +146,19 @@ def descend(
             if on_record:
                 on_record(row)
     settings = {
-        "pairs": len(images), "dims": images.shape[1], "logit_scale": logit_scale, "lr": lr, "steps": steps,
-        "similarity": similarity, "sphere": bool(sphere), "optimizer": optimizer,
-        "batch": None if size == len(images) else size, "learn_scale": bool(learn_scale), "seed": seed,
+        "pairs": len(images),
+        "dims": images.shape[1],
+        "logit_scale": logit_scale,
+        "lr": lr,
+        "steps": steps,
+        "similarity": similarity,
+        "sphere": bool(sphere),
+        "optimizer": optimizer,
+        "batch": None if size == len(images) else size,
+        "learn_scale": bool(learn_scale),
+        "seed": seed,
         "dtype": str(images.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
     return Trajectory(rows, images, texts, descent.scale, descent.kept, settings)
 
 

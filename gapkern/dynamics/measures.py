@@ -125,9 +125,14 @@ def evaluate_unchecked(images: Tensor, texts: Tensor, scale: Tensor, similarity:
 def pair_losses(images: Tensor, texts: Tensor, scale: Tensor, similarity: str) -> Tensor:
     """(N,) float64: each pair's loss, float32 products in full precision whatever the program allows its own."""
     row, col, positive = lse_pair(
-        images, texts, scale, similarity=similarity, label_offset=0, precision="highest",
+        images,
+        texts,
+        scale,
+        similarity=similarity,
+        label_offset=0,
+        precision="highest",
         work_bytes=work_bytes("auto"),
-    )  # fmt: skip
+    )
     return (row + col) / 2 - positive
 
 

@@ -14,10 +14,21 @@ from gapkern._compare import same_fields
 __all__ = ["COLUMNS", "Snapshot", "Trajectory"]
 
 COLUMNS = (
-    "step", "loss", "gradient_norm", "logit_scale", "gap_norm", "variance_along_images", "variance_across_images",
-    "variance_along_texts", "variance_across_texts", "residual_images", "residual_texts", "sum_distance_correlation",
-    "relative_alignment", "orthogonality",
-)  # fmt: skip
+    "step",
+    "loss",
+    "gradient_norm",
+    "logit_scale",
+    "gap_norm",
+    "variance_along_images",
+    "variance_across_images",
+    "variance_along_texts",
+    "variance_across_texts",
+    "residual_images",
+    "residual_texts",
+    "sum_distance_correlation",
+    "relative_alignment",
+    "orthogonality",
+)
 
 
 @dataclass(frozen=True, eq=False)

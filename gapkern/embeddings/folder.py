@@ -30,8 +30,15 @@ PARTS: dict[str, dict[str, type]] = {
     "sources": {"source": str, "told": str, "skipped": dict},
     "transforms": {"name": str},
 }
-FACTS: dict[str, type] = {"model": str, "order": str, "transforms": list, "metadata": list, "spans": list,
-                          "sources": list, "skipped": dict}  # fmt: skip
+FACTS: dict[str, type] = {
+    "model": str,
+    "order": str,
+    "transforms": list,
+    "metadata": list,
+    "spans": list,
+    "sources": list,
+    "skipped": dict,
+}
 METADATA = {"img_emb": ("metadata",), "text_emb": ("text_metadata", "metadata")}
 
 
@@ -329,9 +336,15 @@ def write_shard(
 def write_manifest(folder: Path, entries: list[dict[str, Any]], dims: int, dtype: torch.dtype, **facts: Any) -> dict:
     """Writes the manifest of a folder's shards and returns it."""
     found = {
-        "format": FORMAT, "version": VERSION, "kind": folder.name, **facts, "rows": sum(e["rows"] for e in entries),
-        "dims": dims, "dtype": str(dtype).removeprefix("torch."), "shards": entries,
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": folder.name,
+        **facts,
+        "rows": sum(e["rows"] for e in entries),
+        "dims": dims,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shards": entries,
+    }
     files.write_json(folder / MANIFEST, found)
     return found
 

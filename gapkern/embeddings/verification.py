@@ -108,9 +108,15 @@ def _verify(folder: Path, problems: list[str]) -> dict[str, Any]:
             if got != known[key]:
                 problems.append(f"{folder}: expected {key} {known[key]} as in the manifest, got {got}")
     has_metadata = _metadata(folder, shards, counted, known, problems)
-    return {"rows": rows, "dims": dims, "dtype": str(dtype).removeprefix("torch."), "shards": len(shards),
-            "model": known.get("model") if known else None, "manifest": known is not None,
-            "metadata": has_metadata}  # fmt: skip
+    return {
+        "rows": rows,
+        "dims": dims,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shards": len(shards),
+        "model": known.get("model") if known else None,
+        "manifest": known is not None,
+        "metadata": has_metadata,
+    }
 
 
 def unreadable(shard: Path) -> str | None:

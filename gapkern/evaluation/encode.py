@@ -76,9 +76,13 @@ class Encoder:
 
 
 def from_model(
-    task: str, encoder: Encoder, data: Any, templates: prompts.Templates | None = None,
-    classnames: Sequence[str] | dict[str, str] | None = None, choice: str = CHOICE,
-) -> dict[str, Any]:  # fmt: skip
+    task: str,
+    encoder: Encoder,
+    data: Any,
+    templates: prompts.Templates | None = None,
+    classnames: Sequence[str] | dict[str, str] | None = None,
+    choice: str = CHOICE,
+) -> dict[str, Any]:
     """Inputs of a task from a model and a data set.
 
     Args:
@@ -104,12 +108,18 @@ def from_model(
             choice_text(choice, q, a) for q, offered in zip(data.questions, data.choices, strict=True) for a in offered
         ]
         sizes = torch.tensor([len(offered) for offered in data.choices])
-        return {"images": encoder.images(data.image, len(data)), "choices": encoder.texts(texts),
-                "question_of": torch.arange(len(data)).repeat_interleave(sizes),
-                "answers": torch.tensor(data.answers)}  # fmt: skip
+        return {
+            "images": encoder.images(data.image, len(data)),
+            "choices": encoder.texts(texts),
+            "question_of": torch.arange(len(data)).repeat_interleave(sizes),
+            "answers": torch.tensor(data.answers),
+        }
     if task == "zeroshot_retrieval":
-        return {"images": encoder.images(data.image, len(data)), "texts": encoder.texts(data.captions),
-                "image_of": torch.tensor(data.image_of)}  # fmt: skip
+        return {
+            "images": encoder.images(data.image, len(data)),
+            "texts": encoder.texts(data.captions),
+            "image_of": torch.tensor(data.image_of),
+        }
     names = list(data.classes)
     labels = integers("labels", torch.tensor(data.labels), len(data), "image")
     if classnames:

@@ -64,9 +64,15 @@ def integers(name: str, value: Tensor, count: int, what: str) -> Tensor:
 
 
 def from_files(
-    task: str, images: str, texts: str, ranks: Ranks, labels: str | None = None, annotation_file: str | None = None,
-    names: Sequence[str] | None = None, classnames: Sequence[str] | dict[str, str] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    task: str,
+    images: str,
+    texts: str,
+    ranks: Ranks,
+    labels: str | None = None,
+    annotation_file: str | None = None,
+    names: Sequence[str] | None = None,
+    classnames: Sequence[str] | dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Inputs of a task from embeddings.
 
     Args:
@@ -89,8 +95,11 @@ def from_files(
     if task == "multiple_choice":
         return _choices(images, rows, own_rows("texts", texts, ranks), annotation_file, ranks)
     if labels is None:
-        raise ValueError("labels: expected a file of integers" + (", 'paired' or captions per image" if "retr" in task
-                         else ", the images' classes") + ", got none")  # fmt: skip
+        raise ValueError(
+            "labels: expected a file of integers"
+            + (", 'paired' or captions per image" if "retr" in task else ", the images' classes")
+            + ", got none"
+        )
     if task == "zeroshot_retrieval":
         captions = own_rows("texts", texts, ranks)
         ranks.agree("texts", (captions.total, captions.values.shape[1]))

@@ -62,11 +62,19 @@ def path(template: str, facts: dict[str, str], variant: str, several: bool) -> P
 def record(facts: dict[str, str], outcome: Outcome, env: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What a result file holds."""
     return {
-        "dataset": facts["dataset"], "model": facts["model"], "pretrained": facts["pretrained"], "task": facts["task"],
-        "metrics": outcome.metrics, "language": facts["language"], "transform": outcome.transform,
-        "perturbation": outcome.perturbation, "per_seed": outcome.per_seed, "details": outcome.details, **more,
+        "dataset": facts["dataset"],
+        "model": facts["model"],
+        "pretrained": facts["pretrained"],
+        "task": facts["task"],
+        "metrics": outcome.metrics,
+        "language": facts["language"],
+        "transform": outcome.transform,
+        "perturbation": outcome.perturbation,
+        "per_seed": outcome.per_seed,
+        "details": outcome.details,
+        **more,
         "env": env,
-    }  # fmt: skip
+    }
 
 
 def read(file: str | os.PathLike) -> dict[str, Any]:

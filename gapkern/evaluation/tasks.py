@@ -89,16 +89,30 @@ class Settings:
         if not shifts:
             return {"name": "none"}
         if isinstance(self.shift, Projection):
-            return {**transforms.facts(self.shift), "shift": self.label or "file", "offset": self.shift.offset_,
-                    "agreement": self.shift.agreement_}  # fmt: skip
+            return {
+                **transforms.facts(self.shift),
+                "shift": self.label or "file",
+                "offset": self.shift.offset_,
+                "agreement": self.shift.agreement_,
+            }
         facts = [
-            {"components": s.n_components_, "orthogonality": s.orthogonality_, "agreement": s.agreement_,
-             "gap_norm": float(s.gap_vector_.norm())} for s in shifts.values()
-        ]  # fmt: skip
+            {
+                "components": s.n_components_,
+                "orthogonality": s.orthogonality_,
+                "agreement": s.agreement_,
+                "gap_norm": float(s.gap_vector_.norm()),
+            }
+            for s in shifts.values()
+        ]
         first = next(iter(shifts.values()))
         label = self.label or ("file" if isinstance(self.shift, MeanShift) else str(self.shift))
-        head = {"name": "mean_shift", "shift": label, "alpha": first.alpha, "moves": first.moves,
-                "normalize": first.normalize}  # fmt: skip
+        head = {
+            "name": "mean_shift",
+            "shift": label,
+            "alpha": first.alpha,
+            "moves": first.moves,
+            "normalize": first.normalize,
+        }
         return head | (facts[0] if len(facts) == 1 else dict(zip(shifts, facts, strict=True)))
 
     def outcomes(self, shifts: dict[str, Any], measure: Callable[..., tuple[Metrics, dict[str, Any]]]) -> list[Outcome]:
@@ -165,9 +179,14 @@ def _classify(images: Rows, labels: Tensor, classes: Rows, shift, perturbation, 
     found = topk(queries, perturbed(classes.of(gallery), perturbation, seed, ranks), 5, ranks)
     hits = found == labels[:, None]
     counts = ranks.sum(torch.stack([hits[:, 0].sum(), hits.sum()]))
-    right, all_of = ranks.sum(torch.stack([
-        torch.bincount(labels[hits[:, 0]], minlength=classes.total), torch.bincount(labels, minlength=classes.total)
-    ]))  # fmt: skip
+    right, all_of = ranks.sum(
+        torch.stack(
+            [
+                torch.bincount(labels[hits[:, 0]], minlength=classes.total),
+                torch.bincount(labels, minlength=classes.total),
+            ]
+        )
+    )
     recalls = (right[all_of > 0].double() / all_of[all_of > 0]).tolist()
     return {
         "acc1": _ratio(counts[0], images.total),
@@ -178,9 +197,13 @@ def _classify(images: Rows, labels: Tensor, classes: Rows, shift, perturbation, 
 
 @isolated
 def templates(
-    images: Rows, labels: Tensor, prompts: Tensor, names: Sequence[str], settings: Settings = Settings(),
+    images: Rows,
+    labels: Tensor,
+    prompts: Tensor,
+    names: Sequence[str],
+    settings: Settings = Settings(),
     ranks: Ranks | None = None,
-) -> list[Outcome]:  # fmt: skip
+) -> list[Outcome]:
     """How much classification depends on the words: the accuracy with each template alone.
 
     A shift is fitted on the class vectors of all templates together, and then moves each template's.
@@ -224,9 +247,13 @@ def templates(
 
 @isolated
 def retrieval(
-    images: Rows, texts: Rows, image_of: Tensor, ks: Sequence[int] = (5,), settings: Settings = Settings(),
+    images: Rows,
+    texts: Rows,
+    image_of: Tensor,
+    ks: Sequence[int] = (5,),
+    settings: Settings = Settings(),
     ranks: Ranks | None = None,
-) -> list[Outcome]:  # fmt: skip
+) -> list[Outcome]:
     """Image-text retrieval with any number of captions per image: a hit where any positive is among the k nearest.
 
     Args:
@@ -293,9 +320,13 @@ def _hits(hits: Tensor, ks: Sequence[int], ranks: Ranks, total: int) -> list[flo
 
 @isolated
 def multiple_choice(
-    images: Rows, choices: Rows, question_of: Tensor, answers: Tensor, settings: Settings = Settings(),
+    images: Rows,
+    choices: Rows,
+    question_of: Tensor,
+    answers: Tensor,
+    settings: Settings = Settings(),
     ranks: Ranks | None = None,
-) -> list[Outcome]:  # fmt: skip
+) -> list[Outcome]:
     """Multiple choice: of each question's texts the one nearest to its image; the first of equal ones.
 
     Args:

@@ -25,9 +25,13 @@ Progress = Callable[[str, int, int], None]
 
 
 def run(
-    out: str | Path, *, seed: int = 0, steps: int = 300, export: bool = False,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = 300,
+    export: bool = False,
     on_progress: Progress = lambda stage, done, total: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Trains, embeds, measures, sweeps, and writes the report into the folder `out`.
 
     Args:

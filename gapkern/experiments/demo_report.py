@@ -56,46 +56,69 @@ def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> st
             _how(settings),
             html.section(
                 "The gap",
-                html.figure(figures["pca"], "Images (dots) and class prompts (stars), one colour per digit, in the "
-                            "plane of their two leading principal components, each modality with the same weight. "
-                            "Training leaves the two modalities apart; the shift moves the prompts across without "
-                            "changing any distance among them."),
-                html.figure(figures["training"], "Loss and gap norm during training. The loss converges with the gap "
-                            "still open: it stops feeling the gap once each modality is constant along it."),
-                html.details("All gap metrics", html.table(
-                    [{"name": k, "value": v} for k, v in report["metrics"].items()],
-                    {"name": "metric", "value": "value"})),
+                html.figure(
+                    figures["pca"],
+                    "Images (dots) and class prompts (stars), one colour per digit, in the "
+                    "plane of their two leading principal components, each modality with the same weight. "
+                    "Training leaves the two modalities apart; the shift moves the prompts across without "
+                    "changing any distance among them.",
+                ),
+                html.figure(
+                    figures["training"],
+                    "Loss and gap norm during training. The loss converges with the gap "
+                    "still open: it stops feeling the gap once each modality is constant along it.",
+                ),
+                html.details(
+                    "All gap metrics",
+                    html.table(
+                        [{"name": k, "value": v} for k, v in report["metrics"].items()],
+                        {"name": "metric", "value": "value"},
+                    ),
+                ),
             ),
             html.section(
                 "Closing it",
-                html.paragraph("`gapkern.MeanShift` moves the prompts by α g′, the part of the gap g orthogonal to "
-                               "the prompts' affine hull. Robustness is the probability that an image keeps its "
-                               "nearest prompt once every prompt has its own Gaussian noise. It is computed as an "
-                               "integral, not sampled."),
-                html.figure(figures["robustness"], "Noise of fixed variance per coordinate. Robustness rises until the "
-                            "means meet (α = 1) and falls again behind; accuracy under noise follows; clean accuracy "
-                            "stays."),
-                html.figure(figures["robustness_total"], "The variances of the paper, as total energy of the noise "
-                            "vector."),
+                html.paragraph(
+                    "`gapkern.MeanShift` moves the prompts by α g′, the part of the gap g orthogonal to "
+                    "the prompts' affine hull. Robustness is the probability that an image keeps its "
+                    "nearest prompt once every prompt has its own Gaussian noise. It is computed as an "
+                    "integral, not sampled."
+                ),
+                html.figure(
+                    figures["robustness"],
+                    "Noise of fixed variance per coordinate. Robustness rises until the "
+                    "means meet (α = 1) and falls again behind; accuracy under noise follows; clean accuracy "
+                    "stays.",
+                ),
+                html.figure(
+                    figures["robustness_total"], "The variances of the paper, as total energy of the noise vector."
+                ),
                 _table(report),
             ),
             html.section(
                 "Quantisation",
-                html.paragraph("The prompts quantised to a few levels between the smallest and largest value of all "
-                               "coordinates. At 32 and more bins little is lost on these ten prompts."),
+                html.paragraph(
+                    "The prompts quantised to a few levels between the smallest and largest value of all "
+                    "coordinates. At 32 and more bins little is lost on these ten prompts."
+                ),
                 html.figure(figures["quantize"], "Global range. Robustness and accuracy over α."),
             ),
             html.section(
                 "Other words for the same classes",
                 html.paragraph(_template_sentence(report["templates"])),
-                html.figure(figures["templates"], "Accuracy with another caption template in the place of "
-                            f"“{report['templates'][0]['template']}”. The shift is that of the first template."),
+                html.figure(
+                    figures["templates"],
+                    "Accuracy with another caption template in the place of "
+                    f"“{report['templates'][0]['template']}”. The shift is that of the first template.",
+                ),
             ),
             html.section(
                 "On your own embeddings",
-                html.paragraph("`gapkern gap images.npy texts.npy` measures the gap; `gapkern robust images.npy "
-                               "texts.npy --gaussian 0.005 0.022 0.04` repeats the sweep above; `gapkern shift fit` "
-                               "and `gapkern shift apply` close the gap in files."),
+                html.paragraph(
+                    "`gapkern gap images.npy texts.npy` measures the gap; `gapkern robust images.npy "
+                    "texts.npy --gaussian 0.005 0.022 0.04` repeats the sweep above; `gapkern shift fit` "
+                    "and `gapkern shift apply` close the gap in files."
+                ),
             ),
         ],
         footer=(
@@ -106,7 +129,7 @@ def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> st
             "repeats this page. Method: Chowers, Naparstek, Barzelay and Weiss, “Is the Modality Gap a Bug or a "
             "Feature? A Robustness Perspective”, CVPR 2026."
         ),
-    )  # fmt: skip
+    )
 
 
 def _how(settings: dict[str, Any]) -> str:
@@ -124,8 +147,14 @@ def _table(report: dict[str, Any]) -> str:
         if row["alpha"] in (0.0, 0.5, 1.0, 1.5) and row["perturbation"] == "gaussian"
     ]
     rows.sort(key=lambda row: (row["name"], row["alpha"]))
-    columns = {"name": "perturbation", "alpha": "α", "robustness": "robustness", "agreement": "agreement",
-               "accuracy": "accuracy", "clean_accuracy": "clean accuracy"}  # fmt: skip
+    columns = {
+        "name": "perturbation",
+        "alpha": "α",
+        "robustness": "robustness",
+        "agreement": "agreement",
+        "accuracy": "accuracy",
+        "clean_accuracy": "clean accuracy",
+    }
     return html.details("Numbers", html.table(rows, columns))
 
 

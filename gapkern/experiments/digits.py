@@ -14,14 +14,23 @@ from gapkern.losses import ClipLoss
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
-    "a photo of the digit {}", "a handwritten {}", "the number {}", "an image of a {}", "{}",
-    "a scan of the numeral {}", "digit {}",
-)  # fmt: skip
+    "a photo of the digit {}",
+    "a handwritten {}",
+    "the number {}",
+    "an image of a {}",
+    "{}",
+    "a scan of the numeral {}",
+    "digit {}",
+)
 # Never seen in training: what a user of the model might type.
 UNSEEN_TEMPLATES = (
-    "someone wrote the number {}", "a small picture of {}", "this is the digit {}", "a drawing of a {}",
-    "the figure shows {}", "a pencil sketch of number {}",
-)  # fmt: skip
+    "someone wrote the number {}",
+    "a small picture of {}",
+    "this is the digit {}",
+    "a drawing of a {}",
+    "the figure shows {}",
+    "a pencil sketch of number {}",
+)
 CONTEXT = 16
 CONFIG: dict[str, Any] = {
     "embed_dim": 128,

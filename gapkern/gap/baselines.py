@@ -20,9 +20,18 @@ from gapkern.gap.moments import Moments, principal
 from gapkern.gap.projection import Projection
 
 __all__ = [
-    "BASELINES", "Baseline", "Center", "Coral", "Linear", "NaiveShift", "NoChange", "Procrustes", "Realign", "Whiten",
+    "BASELINES",
+    "Baseline",
+    "Center",
+    "Coral",
+    "Linear",
+    "NaiveShift",
+    "NoChange",
+    "Procrustes",
+    "Realign",
+    "Whiten",
     "ZScore",
-]  # fmt: skip
+]
 
 
 def _power(gram: Tensor, count: int, exponent: float) -> Tensor:

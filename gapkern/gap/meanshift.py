@@ -208,8 +208,10 @@ class MeanShift(TwoSided[Fit]):
             shift = MeanShift(*(facts[name] for name in names)).check_parameters()
             gap, vector = (_check.finite(name, tensors[name]) for name in ("gap_vector", "shift_vector"))
             if gap.dim() != 1 or gap.shape != vector.shape or {gap.dtype, vector.dtype} != {torch.float64}:
-                raise ValueError(f"shift_vector: expected two float64 vectors, got {tuple(gap.shape)} and "
-                                 f"{tuple(vector.shape)} of {vector.dtype}")  # fmt: skip
+                raise ValueError(
+                    f"shift_vector: expected two float64 vectors, got {tuple(gap.shape)} and "
+                    f"{tuple(vector.shape)} of {vector.dtype}"
+                )
             shares = (float(facts[name]) for name in ("orthogonality_", "agreement_"))
             shift._found = Fit(gap, vector, _check.integer("components_", facts["components_"], low=0), *shares)
         return shift

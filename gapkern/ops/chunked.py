@@ -137,9 +137,20 @@ def _label_gradient(grad_row, grad_col, grad_positive, row_stats, col_stats, log
 
 
 def contrastive_lse_backward(
-    grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats, kept, similarity, label_offset,
-    precision, needs,
-):  # fmt: skip
+    grad_row,
+    grad_col,
+    grad_positive,
+    images,
+    texts,
+    logit_scale,
+    row_stats,
+    col_stats,
+    kept,
+    similarity,
+    label_offset,
+    precision,
+    needs,
+):
     """Gradients of `contrastive_lse`."""
     logits = _Rows(images, texts, similarity)
     row, col = (stats[1] + logit_scale.reshape(()).double() / _LN2 * stats[0] for stats in (row_stats, col_stats))
@@ -150,9 +161,17 @@ def contrastive_lse_backward(
     for rows in logits.chunks():
         products = kept[rows] if rows.stop <= kept.shape[0] else logits.products(rows)
         ds, *sums = torch.ops.gapkern.contrastive_chunk_gradient(
-            products, *logits.norms(rows), logit_scale, row[rows], col, grad_row[rows], grad_col, grad_label[rows],
-            rows.start + label_offset, logits.images,
-        )  # fmt: skip
+            products,
+            *logits.norms(rows),
+            logit_scale,
+            row[rows],
+            col,
+            grad_row[rows],
+            grad_col,
+            grad_label[rows],
+            rows.start + label_offset,
+            logits.images,
+        )
         gradients.add(rows, ds, *sums)
     dx, dy, of_scale = gradients.finish(logit_scale.reshape(()))
     of_scale = of_scale.reshape(1) if needs[2] else of_scale.new_empty(0)

@@ -142,9 +142,20 @@ def _(images, texts, logit_scale, similarity, label_offset, precision, work_byte
 
 @torch.library.register_fake("gapkern::contrastive_lse_backward")
 def _(
-    grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats, kept, similarity, label_offset,
-    precision, needs,
-):  # fmt: skip
+    grad_row,
+    grad_col,
+    grad_positive,
+    images,
+    texts,
+    logit_scale,
+    row_stats,
+    col_stats,
+    kept,
+    similarity,
+    label_offset,
+    precision,
+    needs,
+):
     return (
         images.new_empty(images.shape if needs[0] else (0,)),
         texts.new_empty(texts.shape if needs[1] else (0,)),
@@ -166,9 +177,20 @@ def _backward(ctx, grad_row, grad_col, grad_positive, *_):
     grad_col = col_stats.new_zeros(texts.shape[0]) if grad_col is None else grad_col
     grad_positive = row_stats.new_zeros(images.shape[0]) if grad_positive is None else grad_positive
     dx, dy, ds = torch.ops.gapkern.contrastive_lse_backward(
-        grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats, kept,
-        ctx.similarity, ctx.label_offset, ctx.precision, needs,
-    )  # fmt: skip
+        grad_row,
+        grad_col,
+        grad_positive,
+        images,
+        texts,
+        logit_scale,
+        row_stats,
+        col_stats,
+        kept,
+        ctx.similarity,
+        ctx.label_offset,
+        ctx.precision,
+        needs,
+    )
     return (
         dx if needs[0] else None,
         dy if needs[1] else None,

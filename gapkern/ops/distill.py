@@ -94,9 +94,20 @@ def _cross(
 
 
 def _cross_backward(
-    grad_rows, grad_cols, images, texts, logit_scale, teacher_images, teacher_texts, teacher_scale, row, col,
-    teacher_row, teacher_col, needs,
-):  # fmt: skip
+    grad_rows,
+    grad_cols,
+    images,
+    texts,
+    logit_scale,
+    teacher_images,
+    teacher_texts,
+    teacher_scale,
+    row,
+    col,
+    teacher_row,
+    teacher_col,
+    needs,
+):
     student, teacher = _Logits(images, texts, logit_scale), _Logits(teacher_images, teacher_texts, teacher_scale)
     work = student.work
     # float16 would lose gradients of 1/N: its products are float32's.

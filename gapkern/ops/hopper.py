@@ -175,9 +175,20 @@ def contrastive_lse(images, texts, logit_scale, similarity, label_offset, precis
 
 
 def contrastive_lse_backward(
-    grad_row, grad_col, grad_positive, images, texts, logit_scale, row_stats, col_stats, kept, similarity, label_offset,
-    precision, needs,
-):  # fmt: skip
+    grad_row,
+    grad_col,
+    grad_positive,
+    images,
+    texts,
+    logit_scale,
+    row_stats,
+    col_stats,
+    kept,
+    similarity,
+    label_offset,
+    precision,
+    needs,
+):
     """Gradients of `contrastive_lse`."""
     x, y = _factors(images), _factors(texts)
     n, m = x.shape[0], y.shape[0]
@@ -195,9 +206,22 @@ def contrastive_lse_backward(
     dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
     for rows in _blocks(n, exponentials.shape[0], _gradient_rows(n, m, x.shape[1])):
         ds = torch.ops.gapkern.contrastive_sm90_gradient(
-            x[rows], y, logit_scale, control, apart, row_weight[rows], col_weight, exponentials[rows], positive[rows],
-            row[rows], col, grad_row[rows], grad_col, grad_positive[rows], rows.start + label_offset,
-        )[:, :m]  # fmt: skip
+            x[rows],
+            y,
+            logit_scale,
+            control,
+            apart,
+            row_weight[rows],
+            col_weight,
+            exponentials[rows],
+            positive[rows],
+            row[rows],
+            col,
+            grad_row[rows],
+            grad_col,
+            grad_positive[rows],
+            rows.start + label_offset,
+        )[:, :m]
         if by_rows:
             dx[rows] = _product(ds, y, torch.float32)
         if needs[1]:
@@ -283,9 +307,22 @@ def _weights(row_lse2, col_lse2, grad_row, grad_col, control):
 
 
 def _gradient(
-    images, texts, logit_scale, control, apart, row_weight, col_weight, kept, positive, row_lse2, col_lse2, grad_row,
-    grad_col, grad_positive, label_offset,
-):  # fmt: skip
+    images,
+    texts,
+    logit_scale,
+    control,
+    apart,
+    row_weight,
+    col_weight,
+    kept,
+    positive,
+    row_lse2,
+    col_lse2,
+    grad_row,
+    grad_col,
+    grad_positive,
+    label_offset,
+):
     m = texts.shape[0]
     v = control[0] * (images.float() @ texts.float().T)
     e = kept[:, :m].float() if kept.numel() else torch.exp2(v + control[1])

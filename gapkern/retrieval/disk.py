@@ -67,11 +67,17 @@ def build(
     _check.integer("sample", sample, low=1)
     with store.claimed(out) as folder:
         plan = {
-            "factory": factory, "metric": metric, "model": index.model, "shift": _shift_facts(shift),
-            "gallery": rows.facts(), "order": described(gallery, name="gallery").get("order"), "sample": sample,
+            "factory": factory,
+            "metric": metric,
+            "model": index.model,
+            "shift": _shift_facts(shift),
+            "gallery": rows.facts(),
+            "order": described(gallery, name="gallery").get("order"),
+            "sample": sample,
             "ids": None if ids is None else files.fingerprint(torch.from_numpy(names)[:, None]),
-            "block": size, "faiss": faiss().__version__,
-        }  # fmt: skip
+            "block": size,
+            "faiss": faiss().__version__,
+        }
         work = folder / store.WORK
         if not _complete(folder, plan):
             _start(work, plan)

@@ -49,10 +49,15 @@ class GapIndex:
     """
 
     def __init__(
-        self, factory: str = "Flat", metric: str = "l2", shift: MeanShift | Projection | None = None, *,
+        self,
+        factory: str = "Flat",
+        metric: str = "l2",
+        shift: MeanShift | Projection | None = None,
+        *,
         model: str | None = None,
-        device: str = "auto", d: int | None = None,
-    ):  # fmt: skip
+        device: str = "auto",
+        d: int | None = None,
+    ):
         if not isinstance(factory, str):
             raise TypeError(f"factory: expected a FAISS factory string, got {type(factory).__name__}")
         transforms.check("shift", shift)
@@ -68,8 +73,10 @@ class GapIndex:
             raise ValueError(f"shift: expected one of model {self.model}, got one of {shift.model}")
         transforms.fits_metric("shift", shift, metric)
         if isinstance(shift, MeanShift) and metric == "ip":
-            _check.warn("metric='ip' gains nothing from a shift, which adds the same to every score of a query; use "
-                        "'l2', or a Projection")  # fmt: skip
+            _check.warn(
+                "metric='ip' gains nothing from a shift, which adds the same to every score of a query; use "
+                "'l2', or a Projection"
+            )
         self._index: Any = None
         self._codes: tuple[float, float] | None = None
         self._read_only = self._broken = False

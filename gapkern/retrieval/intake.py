@@ -19,9 +19,14 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def moved(
-    name: str, rows: Tensor, first: int, shift: Transform | None, *, side: str,
+    name: str,
+    rows: Tensor,
+    first: int,
+    shift: Transform | None,
+    *,
+    side: str,
     codes: tuple[float, float] | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Rows (n, D) as float32, moved by the shift, contiguous; a gallery of length 1 where a projection is for cosine.
 
     Args:

@@ -147,9 +147,15 @@ def places(ids: Tensor, first: int, asking: Tensor, wanted: Tensor) -> Tensor:
 
 
 def ranks_of_positives(
-    queries: Tensor, gallery: Tensor, asking: Tensor, wanted: Tensor, limit: int, metric: str = "l2", *,
+    queries: Tensor,
+    gallery: Tensor,
+    asking: Tensor,
+    wanted: Tensor,
+    limit: int,
+    metric: str = "l2",
+    *,
     both: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """How many rivals come before the best positive, counted up to at least `limit`.
 
     Returns:

@@ -17,8 +17,14 @@ from gapkern.retrieval._faiss import faiss
 FORMAT, FORMAT_VERSION = "gapkern.GapIndex", 1
 MANIFEST = "manifest.json"
 FIELDS: dict[str, Any] = {
-    "factory": str, "metric": str, "dims": int, "count": int, "next": int, "model": str | None, "files": dict,
-}  # fmt: skip
+    "factory": str,
+    "metric": str,
+    "dims": int,
+    "count": int,
+    "next": int,
+    "model": str | None,
+    "files": dict,
+}
 WORK = "unfinished"  # the folder of a build that is under way
 VERIFIED = 2**30  # bytes of mapped files that are read once more to compare their hashes
 SUFFIXES = {"index": ".faiss", "lists": ".ivfdata", "shift": ".safetensors"}
@@ -141,9 +147,14 @@ def copy(source: str | os.PathLike, target: Path) -> None:
 def facts(factory: str, metric: str, dims: int | None, count: int, following: int, model: str | None) -> dict[str, Any]:
     """What a manifest says of an index of `count` rows that were given as (dims,); `following` is above all ids."""
     return {
-        "factory": factory, "metric": metric, "dims": dims, "count": count, "next": following,
-        "model": model, "faiss": faiss().__version__,
-    }  # fmt: skip
+        "factory": factory,
+        "metric": metric,
+        "dims": dims,
+        "count": count,
+        "next": following,
+        "model": model,
+        "faiss": faiss().__version__,
+    }
 
 
 def commit(folder: Path, facts: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]]) -> None:

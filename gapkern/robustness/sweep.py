@@ -22,10 +22,26 @@ from gapkern.robustness.journal import Journal
 __all__ = ["COLUMNS", "SweepResult", "best_alpha", "sweep"]
 
 COLUMNS = (
-    "alpha", "perturbation", "variance", "scale", "bins", "range", "label", "stages", "robustness",
-    "robustness_low", "robustness_high", "agreement", "accuracy", "clean_accuracy", "gini", "stderr", "method",
-    "trials", "seconds",
-)  # fmt: skip
+    "alpha",
+    "perturbation",
+    "variance",
+    "scale",
+    "bins",
+    "range",
+    "label",
+    "stages",
+    "robustness",
+    "robustness_low",
+    "robustness_high",
+    "agreement",
+    "accuracy",
+    "clean_accuracy",
+    "gini",
+    "stderr",
+    "method",
+    "trials",
+    "seconds",
+)
 
 
 @dataclass
@@ -160,9 +176,14 @@ def sweep(
         row = None if done is None else done.get(key)
         if row is None:
             result = robustness(
-                queries, gallery, perturbation, labels=labels, gallery_labels=gallery_labels, shift=_at(shift, alpha),
+                queries,
+                gallery,
+                perturbation,
+                labels=labels,
+                gallery_labels=gallery_labels,
+                shift=_at(shift, alpha),
                 **options,
-            )  # fmt: skip
+            )
             low, high = result.interval()
             bounds = {"robustness_low": low, "robustness_high": high}
             known = {"alpha": alpha, **perturbation.describe(), **result.summary(), **bounds}

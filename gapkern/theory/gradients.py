@@ -105,10 +105,19 @@ def leading_gradient(
     predicted = factor * (b @ towards)[:, None] * towards
     first_order = predicted - pull * a
     if sphere:
-        predicted, first_order, measured = (v - (v * own).sum(1, keepdim=True) * own for v in
-                                            (predicted, first_order, measured))  # fmt: skip
-    varies = torch.cat([a @ (own.mean(0) if similarity == "dot" else 2 * towards),
-                        b @ (other.mean(0) if similarity == "dot" else 2 * towards)]).abs().max()  # fmt: skip
+        predicted, first_order, measured = (
+            v - (v * own).sum(1, keepdim=True) * own for v in (predicted, first_order, measured)
+        )
+    varies = (
+        torch.cat(
+            [
+                a @ (own.mean(0) if similarity == "dot" else 2 * towards),
+                b @ (other.mean(0) if similarity == "dot" else 2 * towards),
+            ]
+        )
+        .abs()
+        .max()
+    )
     # In units of the largest entry: squares of what is the third power of small embeddings leave float64.
     top = float(torch.stack([v.abs().max() for v in (predicted, measured, first_order)]).max()) or 1.0
     p, m, f = predicted / top, measured / top, first_order / top
@@ -217,14 +226,20 @@ def freeze(
     # Both means are over N rows; the two sums of S_i - 1 are zero, so most of each prediction cancels in its mean.
     most = sum(abs(float(predicted.mean())) + float(bound.mean()) for _, predicted, bound in (of_x, of_y))
     return Freeze(
-        u, of_x[0], of_y[0], of_x[1], of_y[1], of_x[2], of_y[2],
+        u,
+        of_x[0],
+        of_y[0],
+        of_x[1],
+        of_y[1],
+        of_x[2],
+        of_y[2],
         residual_images=at.residual_images,
         residual_texts=at.residual_texts,
         deviation_images=_deviation(on_x, gap),
         deviation_texts=_deviation(on_y, gap),
         drift=moves / size if size else float("nan"),
         drift_bound=most / abs(size) if size else float("nan"),
-    )  # fmt: skip
+    )
 
 
 def _along(

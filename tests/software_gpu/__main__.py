@@ -48,11 +48,15 @@ def main() -> int:
     left = sorted(set(kernels) - ran)
     for name in left:
         print(f"NEVER RAN {name}")
-    print(f"{passed.get('random', 0) * 500} random programs, {passed.get('losses', 0)} random losses, "
-          f"{len(problems.KERNELS)} problems under each seed, {time.monotonic() - start:.0f} s")  # fmt: skip
-    print(f"kernels executed: {len(kernels) - len(left)} of {len(kernels) + len(unknown)}; "
-          f"instruction forms: {passed.get('form', 0)} of {len(every_form)}; "
-          f"planted mistakes caught: {passed.get('mistake', 0)} of {len(MISTAKES)}; seeds: {jobs.SEEDS}")  # fmt: skip
+    print(
+        f"{passed.get('random', 0) * 500} random programs, {passed.get('losses', 0)} random losses, "
+        f"{len(problems.KERNELS)} problems under each seed, {time.monotonic() - start:.0f} s"
+    )
+    print(
+        f"kernels executed: {len(kernels) - len(left)} of {len(kernels) + len(unknown)}; "
+        f"instruction forms: {passed.get('form', 0)} of {len(every_form)}; "
+        f"planted mistakes caught: {passed.get('mistake', 0)} of {len(MISTAKES)}; seeds: {jobs.SEEDS}"
+    )
     return 1 if failed or left or unknown else 0
 
 

@@ -67,11 +67,16 @@ class Device:
             ("unload", None, ctypes.c_int),
             ("map", ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int),
             ("unmap", None),
-            ("encode", ctypes.c_int, *[ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64],
-             *[ctypes.c_void_p] * 3, ctypes.c_int),
+            (
+                "encode",
+                ctypes.c_int,
+                *[ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64],
+                *[ctypes.c_void_p] * 3,
+                ctypes.c_int,
+            ),
             ("launch", ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64),
             ("knows", ctypes.c_int, ctypes.c_char_p),
-        ):  # fmt: skip
+        ):
             function = getattr(self.lib, f"software_gpu_{name}")
             function.restype, function.argtypes = result, arguments
 

@@ -336,8 +336,13 @@ def _kernels():
         yield softmax_statistics, (140, 270, 32, bf16, work_bytes), {"size": size, "scale": 100.0}
     yield softmax_statistics, (140, 270, 32, f16, 0), {"size": 8.0, "scale": 20.0}
     yield float16_gradients_of_kept, (), {}
-    for dtype, keep, apart in ((bf16, False, False), (bf16, True, False), (bf16, False, True), (f16, False, False),
-                               (f16, False, True)):  # fmt: skip
+    for dtype, keep, apart in (
+        (bf16, False, False),
+        (bf16, True, False),
+        (bf16, False, True),
+        (f16, False, False),
+        (f16, False, True),
+    ):
         yield gradient_elements, (140, 300, 72, dtype, keep, apart), {}
     yield gradient_elements, (70, 1290, 8, bf16, False), {}  # more tiles than a loop's unrolling
     for dtype in (bf16, f16):

@@ -35,8 +35,11 @@ def memory(device: Device, form: str) -> set[str]:
     body += "".join(f".reg {REGISTER[w]} {r};\n" for r in registers)
     body += f".reg .b64 %from, %to; .reg .b32 %s; mul.wide.u32 %from, %t, {total}; add.s64 %to, %a1, %from;\n"
     body += f"add.s64 %from, %a0, %from; mul.lo.s32 %s, %t, {total}; add.s32 %s, %s, %base;\n"
-    singly = {"h": ("ld.global.u16", "st.global.u16"), "w": ("ld.global.u32", "st.global.u32"),
-              "d": ("ld.global.u64", "st.global.u64")}[w]  # fmt: skip
+    singly = {
+        "h": ("ld.global.u16", "st.global.u16"),
+        "w": ("ld.global.u32", "st.global.u32"),
+        "d": ("ld.global.u64", "st.global.u64"),
+    }[w]
     into, out = "", ""
     for i, r in enumerate(registers):
         into += f"{singly[0]} {r}, [%from+{i * size}];\n"
@@ -174,9 +177,15 @@ def tensor_map(device: Device, tensor: torch.Tensor, box: tuple, swizzle: int) -
     address = device.lib.software_gpu_map(tensor.data_ptr(), tensor.numel() * 2, 1)
     room = ctypes.create_string_buffer(128)
     code = device.lib.software_gpu_encode(
-        room, 6 if tensor.dtype == torch.float16 else 9, 3, address, (ctypes.c_uint64 * 3)(columns, rows, 1),
-        (ctypes.c_uint64 * 2)(2 * columns, 2 * columns * rows), (ctypes.c_uint32 * 3)(*box, 1), swizzle,
-    )  # fmt: skip
+        room,
+        6 if tensor.dtype == torch.float16 else 9,
+        3,
+        address,
+        (ctypes.c_uint64 * 3)(columns, rows, 1),
+        (ctypes.c_uint64 * 2)(2 * columns, 2 * columns * rows),
+        (ctypes.c_uint32 * 3)(*box, 1),
+        swizzle,
+    )
     assert code == 0, device.fault()
     return room.raw
 
@@ -227,11 +236,18 @@ cp.async.bulk.wait_group.read 0; END: ret; }}
         stored[3:, 8 : 8 + columns] = inside
         assert torch.equal(to, stored)
     return {
-        "cvta.param.u64", "prefetch.tensormap", "mbarrier.init.shared::cta.b64", "fence.mbarrier_init.release.cluster",
-        "mbarrier.arrive.expect_tx.shared::cta.b64", "mbarrier.try_wait.parity.shared::cta.b64",
-        "fence.proxy.async.shared::cta", f"{LOADS}.L2::cache_hint", "cp.async.bulk.commit_group",
-        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group", "cp.async.bulk.wait_group.read",
-    }  # fmt: skip
+        "cvta.param.u64",
+        "prefetch.tensormap",
+        "mbarrier.init.shared::cta.b64",
+        "fence.mbarrier_init.release.cluster",
+        "mbarrier.arrive.expect_tx.shared::cta.b64",
+        "mbarrier.try_wait.parity.shared::cta.b64",
+        "fence.proxy.async.shared::cta",
+        f"{LOADS}.L2::cache_hint",
+        "cp.async.bulk.commit_group",
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group",
+        "cp.async.bulk.wait_group.read",
+    }
 
 
 def cluster(device: Device) -> set[str]:
@@ -259,9 +275,13 @@ barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned; ret; }}
     assert torch.equal(seen[0], source)
     assert torch.equal(seen[1], source)
     return {
-        f"{LOADS}.multicast::cluster.L2::cache_hint", "mbarrier.arrive.shared::cta.b64", "mapa.shared::cluster.u32",
-        "mbarrier.arrive.shared::cluster.b64", "barrier.cluster.arrive.relaxed.aligned", "barrier.cluster.wait.aligned",
-    }  # fmt: skip
+        f"{LOADS}.multicast::cluster.L2::cache_hint",
+        "mbarrier.arrive.shared::cta.b64",
+        "mapa.shared::cluster.u32",
+        "mbarrier.arrive.shared::cluster.b64",
+        "barrier.cluster.arrive.relaxed.aligned",
+        "barrier.cluster.wait.aligned",
+    }
 
 
 def products(device: Device) -> set[str]:
@@ -298,9 +318,11 @@ mul.wide.u32 %o, %t, 512; add.s64 %o, %o, %p; {keeps} ret; }}
             column = 8 * (i // 4) + 2 * (lane % 4) + i % 2
             assert abs(float(out[thread, i]) - float(truth[row, column])) < 1e-4, (thread, i)
     return {
-        "wgmma.fence.sync.aligned", "wgmma.commit_group.sync.aligned", "wgmma.wait_group.sync.aligned",
+        "wgmma.fence.sync.aligned",
+        "wgmma.commit_group.sync.aligned",
+        "wgmma.wait_group.sync.aligned",
         *(f"wgmma.mma_async.sync.aligned.m64n256k16.f32.{t}.{t}" for t in ("bf16", "f16")),
-    }  # fmt: skip
+    }
 
 
 PROGRAMS = [shuffles, votes, branches, barriers, registers, stored_matrix, bulk_copies, cluster, products]

@@ -8,14 +8,23 @@ from fractions import Fraction
 import numpy as np
 
 TYPES = {
-    "s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s32": np.int32, "u32": np.uint32, "b32": np.uint32,
-    "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "f32": np.float32, "f64": np.float64,
-}  # fmt: skip
+    "s16": np.int16,
+    "u16": np.uint16,
+    "b16": np.uint16,
+    "s32": np.int32,
+    "u32": np.uint32,
+    "b32": np.uint32,
+    "s64": np.int64,
+    "u64": np.uint64,
+    "b64": np.uint64,
+    "f32": np.float32,
+    "f64": np.float64,
+}
 WIDTH = {1: "p", 2: "h", 4: "w", 8: "d"}
 SPECIAL = {
     np.float32: [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-40, 1.1754944e-38, 3.4028235e38, 0.5, 2.5],
     np.float64: [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 5e-324, -1e-310, 2.2250738585072014e-308, 1.7e308, 0.5],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,10 @@ def _wide(dtype):
 
 
 def _high(a, b):
-    return np.array([(int(x) * int(y)) >> (8 * a.itemsize) & (2 ** (8 * a.itemsize) - 1)
-                     for x, y in zip(a, b, strict=True)], f"u{a.itemsize}").view(a.dtype)  # fmt: skip
+    return np.array(
+        [(int(x) * int(y)) >> (8 * a.itemsize) & (2 ** (8 * a.itemsize) - 1) for x, y in zip(a, b, strict=True)],
+        f"u{a.itemsize}",
+    ).view(a.dtype)
 
 
 def _shift(left, dtype):
@@ -213,8 +224,13 @@ def _flushed(function):
 def _table():
     integers = ("s16", "u16", "s32", "u32", "s64", "u64")
     for t in integers:
-        for name, of in (("add", np.add), ("sub", np.subtract), ("mul.lo", np.multiply), ("min", np.minimum),
-                         ("max", np.maximum)):  # fmt: skip
+        for name, of in (
+            ("add", np.add),
+            ("sub", np.subtract),
+            ("mul.lo", np.multiply),
+            ("min", np.minimum),
+            ("max", np.maximum),
+        ):
             yield Scalar(f"{name}.{t}", t, (t, t), of)
         yield Scalar(f"div.{t}", t, (t, t), _divide)
         yield Scalar(f"rem.{t}", t, (t, t), lambda a, b: _divide(a, b, True))

@@ -16,10 +16,16 @@ from gapkern.robustness import robustness
 POINT = 0.01  # what counts as a change
 
 COLUMNS = {
-    "method": "method", "embeddings": "embeddings", "accuracy": "accuracy", "agreement": "neighbours kept",
-    "robustness": "robustness", "accuracy_noisy": "accuracy under noise", "agreement_noisy": "kept under noise",
-    "gini": "Gini", "answer": "does it help?",
-}  # fmt: skip
+    "method": "method",
+    "embeddings": "embeddings",
+    "accuracy": "accuracy",
+    "agreement": "neighbours kept",
+    "robustness": "robustness",
+    "accuracy_noisy": "accuracy under noise",
+    "agreement_noisy": "kept under noise",
+    "gini": "Gini",
+    "answer": "does it help?",
+}
 
 
 def baselines(context: Context) -> Result:
@@ -44,7 +50,7 @@ def baselines(context: Context) -> Result:
         "unevenly images are spread over texts (Gini index: 0 evenly, 1 all on one).",
         partial(drawings.dots, rows, {key: COLUMNS[key] for key in ("accuracy", "agreement", "robustness", "gini")}),
         rows,
-    )  # fmt: skip
+    )
     text = (
         "Each method learns from the texts and half of the images and is judged on the other half; `procrustes` is "
         "also told which text belongs to which image. The noise is Gaussian, so strong that 70 % of the neighbours "
@@ -111,15 +117,17 @@ def _claims(rows: list[dict[str, Any]]) -> list[Claim]:
             f"{len(ours)} sets of embeddings; images that the shift was not fitted on.",
             {"least share of neighbours kept": least_kept, "least gain in robustness": least_gain},
             least_kept >= KEPT and least_gain > 0,
-            "" if least_kept >= KEPT and least_gain > 0
+            ""
+            if least_kept >= KEPT and least_gain > 0
             else f"the least gain is {least_gain:+.3f}, and {1 - least_kept:.1%} of neighbours change at worst",
         )
-    ]  # fmt: skip
+    ]
     others = [m for m in dict.fromkeys(r["method"] for r in rows) if m not in ("none", "projected_shift")]
     both = [
-        m for m in others
+        m
+        for m in others
         if all(r["agreement"] >= KEPT and gain[m, r["embeddings"]] > 0 for r in rows if r["method"] == m)
-    ]  # fmt: skip
+    ]
     claims.append(
         Claim(
             "No other published way to close the gap does both.",

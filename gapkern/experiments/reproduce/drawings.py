@@ -22,15 +22,26 @@ def plane(queries: np.ndarray, before: np.ndarray, after: np.ndarray, *, tall: b
         ax.scatter(*queries.T, c=COLOURS[0], label="images", **small)
         ax.scatter(*gallery.T, c=COLOURS[1], zorder=3, label="texts", **(stars if len(gallery) <= 50 else small))
         if ax is axes[0]:
-            ax.annotate("", gallery.mean(0), queries.mean(0),
-                        arrowprops={"arrowstyle": "<->", "color": "0.15", "linewidth": 1.5}, zorder=4)  # fmt: skip
+            ax.annotate(
+                "",
+                gallery.mean(0),
+                queries.mean(0),
+                arrowprops={"arrowstyle": "<->", "color": "0.15", "linewidth": 1.5},
+                zorder=4,
+            )
         ax.set_title(heading, fontsize=10)
         ax.set_xlim(low[0] - room[0], high[0] + room[0])
         ax.set_ylim(low[1] - room[1], high[1] + room[1])
         ax.set_xlabel("first principal component")
         ax.set_ylabel("second principal component")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False,
-                  markerscale=1.0 if len(before) <= 50 else 2.5)  # fmt: skip
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+        markerscale=1.0 if len(before) <= 50 else 2.5,
+    )
     return figure
 
 
@@ -44,8 +55,14 @@ def over_alpha(
         ax.set_title(heading, fontsize=10)
         if reference and heading in reference:
             ax.axhline(reference[heading], color="black", linewidth=1.2, linestyle="--", zorder=1)
-            ax.annotate("unperturbed", (0.02, reference[heading]), xycoords=("axes fraction", "data"), fontsize=8,
-                        xytext=(0, 3), textcoords="offset points")  # fmt: skip
+            ax.annotate(
+                "unperturbed",
+                (0.02, reference[heading]),
+                xycoords=("axes fraction", "data"),
+                fontsize=8,
+                xytext=(0, 3),
+                textcoords="offset points",
+            )
     _legend(figure, axes[-1], 1 if tall and len(next(iter(panels.values()))) < 4 else 2 if tall else columns)
     return figure
 
@@ -77,8 +94,15 @@ def dots(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], *, tall: 
             ]
             places = np.array(chosen, dtype=float).reshape(-1, 2)
             offset = 0.14 * (i - (len(sets) - 1) / 2)
-            ax.scatter(places[:, 0], places[:, 1] + offset, s=42, label=name, color=COLOURS[i % len(COLOURS)],
-                       marker=MARKERS[i % len(MARKERS)], zorder=3)  # fmt: skip
+            ax.scatter(
+                places[:, 0],
+                places[:, 1] + offset,
+                s=42,
+                label=name,
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                zorder=3,
+            )
         ax.set_yticks(range(len(methods)), methods if tall or number == 0 else [])
         ax.set_ylim(len(methods) - 0.5, -0.5)
         ax.set_xlim(-0.06, 1.06)

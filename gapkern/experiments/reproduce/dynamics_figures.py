@@ -33,10 +33,12 @@ def fig3(context: Context) -> Result:
 
     def series(value: str) -> dict[str, tuple[list[float], list[float]]]:
         return {
-            name: ([r["spread"] for r in rows if r["gap"] == name],
-                   [r[value] if r[value] > 1e-15 else math.nan for r in rows if r["gap"] == name])
+            name: (
+                [r["spread"] for r in rows if r["gap"] == name],
+                [r[value] if r[value] > 1e-15 else math.nan for r in rows if r["gap"] == name],
+            )
             for name in gaps
-        }  # fmt: skip
+        }
 
     loss = {name: torch.tensor([r["loss"] for r in rows if r["gap"] == name], dtype=torch.float64) for name in gaps}
     apart = max(float((loss[name] - loss["no gap"]).abs().max()) for name in ("gap 1 across", "gap 3 across"))
@@ -105,12 +107,15 @@ def fig4(context: Context) -> Result:
             judge(
                 "The gap that is left is orthogonal to both modalities.",
                 run,
-                {"share of the gap outside both": last["orthogonality"], "at the start": first["orthogonality"],
-                 "relative alignment": last["relative_alignment"]},
+                {
+                    "share of the gap outside both": last["orthogonality"],
+                    "at the start": first["orthogonality"],
+                    "relative alignment": last["relative_alignment"],
+                },
                 last["orthogonality"] > 0.99,
                 "more of the gap lies within the modalities",
             ),
-        ]  # fmt: skip
+        ]
         drawn += [
             Figure(
                 f"fig4_{place}",
@@ -136,8 +141,9 @@ def _from_tight_clusters(n: int, steps: int, sphere: bool, seed: int) -> Traject
     # A right angle apart, once they are of length 1.
     x[:, 0], y[:, 0] = x[:, 0] - 0.5**0.5, y[:, 0] - 0.5**0.5
     x[:, 1], y[:, 1] = x[:, 1] + 0.5**0.5, y[:, 1] + 0.5**0.5
-    return descend(x, y, 30.0, lr=n / 900, steps=steps, similarity="dot", sphere=True, record_every=5,
-                   snapshots=snapshots)  # fmt: skip
+    return descend(
+        x, y, 30.0, lr=n / 900, steps=steps, similarity="dot", sphere=True, record_every=5, snapshots=snapshots
+    )
 
 
 def _cloud(path: Trajectory, name: str) -> Figure:
@@ -206,8 +212,9 @@ def fig5(context: Context) -> Result:
     for step, at in path.snapshots.items():
         distance = (at.texts - at.images.mean(0)).norm(dim=1)
         shown[f"step {step}"] = (distance.tolist(), at.sums_texts.clamp_min(1e-12).tolist())
-        rows += [{"step": step, "distance": float(d), "sum": float(s)} for d, s in zip(distance, at.sums_texts,
-                                                                                      strict=True)]  # fmt: skip
+        rows += [
+            {"step": step, "distance": float(d), "sum": float(s)} for d, s in zip(distance, at.sums_texts, strict=True)
+        ]
     variance = {
         f"{side}, {key} the gap": path.series(f"variance_{key}_{side}")
         for key in ("along", "across")

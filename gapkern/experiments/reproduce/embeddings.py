@@ -22,9 +22,15 @@ from gapkern.robustness import robustness
 
 # What a user might type for a class; the first is the one a gallery is made with.
 TEMPLATES = (
-    "a photo of a {c}", "a {c}", "{c}", "a picture of the {c}", "an image of one {c}", "there is a {c} here",
-    "a bad photo of a {c}", "a close-up of the {c}",
-)  # fmt: skip
+    "a photo of a {c}",
+    "a {c}",
+    "{c}",
+    "a picture of the {c}",
+    "an image of one {c}",
+    "there is a {c} here",
+    "a bad photo of a {c}",
+    "a close-up of the {c}",
+)
 QUICK_STEPS, STEPS = 150, 300
 QUICK_IMAGES = 500
 FEW = 50  # gallery rows up to which they are taken for class prompts, and all of their hull is kept
@@ -107,12 +113,16 @@ def _synthetic(seed: int, count: int = 400, dims: int = 128, rank: int = 32) -> 
     for n in range(1, 5):
         reworded[f"rewording {n}"] = captions + 0.1 * draw(dims) / math.sqrt(dims) + 0.03 * draw(count, dims)
     return Embeddings(
-        "Synthetic captions", images.float(), captions.float(), torch.arange(count),
+        "Synthetic captions",
+        images.float(),
+        captions.float(),
+        torch.arange(count),
         f"{count} Gaussian captions in {rank} of {dims} dimensions, and an image near each, moved away by a gap of "
         "length 1.5, of which 80 % lies outside the captions' hull. A rewording moves all captions alike, and each a "
         "little further.",
-        {name: x.float() for name, x in reworded.items()}, "exact",
-    )  # fmt: skip
+        {name: x.float() for name, x in reworded.items()},
+        "exact",
+    )
 
 
 def trained_digits(seed: int, quick: bool, folder: Path) -> Source:
@@ -126,16 +136,23 @@ def trained_digits(seed: int, quick: bool, folder: Path) -> Source:
         def make() -> dict[str, Tensor]:
             data = digits.load(seed)
             trained = digits.train(data, seed=seed, steps=steps, on_step=lambda e: progress(e["step"] + 1, steps))
-            return {"images": digits.embed_images(trained, data.test_images),
-                    "prompts": digits.embed_prompts(trained, templates), "labels": data.test_digits}  # fmt: skip
+            return {
+                "images": digits.embed_images(trained, data.test_images),
+                "prompts": digits.embed_prompts(trained, templates),
+                "labels": data.test_digits,
+            }
 
         kept = _kept(folder / "digits.safetensors", facts, make)
         return Embeddings(
-            "Digits", kept["images"], kept["prompts"][0], kept["labels"],
+            "Digits",
+            kept["images"],
+            kept["prompts"][0],
+            kept["labels"],
             f"{len(kept['images'])} real handwritten digits scikit-learn brings and ten class prompts, embedded by a "
             f"small open_clip model (D = 128) that was trained here for {steps} steps on 1200 others.",
-            dict(zip(templates, kept["prompts"], strict=True)), "exact",
-        )  # fmt: skip
+            dict(zip(templates, kept["prompts"], strict=True)),
+            "exact",
+        )
 
     return Source(facts, load)
 
@@ -182,24 +199,31 @@ def from_files(queries: str, gallery: str, *, labels: str | None = None, paraphr
     right = _labels(labels, loader.Side(queries, len(x), "queries"), loader.Side(gallery, len(y), "gallery"))
     name = " / ".join(dict.fromkeys(Path(path.split("[")[0]).stem for path in (queries, gallery)))
     facts = {
-        "kind": "files", "name": name, "queries": files.fingerprint(x), "gallery": files.fingerprint(y),
+        "kind": "files",
+        "name": name,
+        "queries": files.fingerprint(x),
+        "gallery": files.fingerprint(y),
         "labels": None if right is None else files.fingerprint(right),
         "inputs": {
-            "queries": made_from(queries, name="embeddings"), "gallery": made_from(gallery, name="embeddings"),
+            "queries": made_from(queries, name="embeddings"),
+            "gallery": made_from(gallery, name="embeddings"),
             **loader.made_from(labels),
         },
         "paraphrases": {path: files.fingerprint(other) for path, other in others.items()},
-    }  # fmt: skip
+    }
 
     def load(progress: Progress) -> Embeddings:
         known = "row i belongs to row i" if labels is None else f"right rows in {Path(labels).name}"
         return Embeddings(
-            name, _check.finite(queries, x.float()), _check.finite(gallery, y.float()), right,
+            name,
+            _check.finite(queries, x.float()),
+            _check.finite(gallery, y.float()),
+            right,
             f"{len(x)} queries from {Path(queries).name} and a gallery of {len(y)} from {Path(gallery).name}, "
             f"D = {x.shape[1]}; {known if right is not None else 'which row is right is not known'}.",
             {"as fitted": y.float(), **{Path(p).name: o.float() for p, o in others.items()}} if others else {},
             "exact" if len(y) <= FEW else "auto",
-        )  # fmt: skip
+        )
 
     return Source(facts, load)
 
@@ -227,8 +251,13 @@ def from_model(model: str, pretrained: str | None, dataset: str, quick: bool, fo
     """
     if not os.path.isdir(dataset):
         raise ValueError(f"dataset: expected a folder with one subfolder of images for each class, got {dataset}")
-    facts = {"kind": "model", "model": model, "pretrained": pretrained, "dataset": os.path.abspath(dataset),
-             "quick": quick}  # fmt: skip
+    facts = {
+        "kind": "model",
+        "model": model,
+        "pretrained": pretrained,
+        "dataset": os.path.abspath(dataset),
+        "quick": quick,
+    }
 
     def load(progress: Progress) -> Embeddings:
         made: dict[str, Any] = {}
@@ -239,12 +268,15 @@ def from_model(model: str, pretrained: str | None, dataset: str, quick: bool, fo
         made = _kept(folder / "model.safetensors", facts, make)
         weights = pretrained or "random weights"
         return Embeddings(
-            f"{model} {Path(dataset).name}", made["images"], made["prompts"][0], made["labels"],
+            f"{model} {Path(dataset).name}",
+            made["images"],
+            made["prompts"][0],
+            made["labels"],
             f"{len(made['images'])} images of {made['prompts'].shape[1]} classes from {Path(dataset).name}, embedded "
             f"by open_clip's {model} ({weights}).",
             dict(zip((t.format(c="…") for t in TEMPLATES), made["prompts"], strict=True)),
             "exact" if made["prompts"].shape[1] <= FEW else "auto",
-        )  # fmt: skip
+        )
 
     return Source(facts, load)
 

@@ -127,8 +127,10 @@ def fig2(context: Context) -> Result:
         found = {}
         for name, shift in (("whole gap", naive), ("projected (the paper's method)", data.shift)):
             scores = [_score(data, shift.at(a).transform(data.gallery), before) for a in ALPHAS]
-            rows += [{"embeddings": data.name, "shift": name, "alpha": a, "accuracy": s[0], "kept": s[1]}
-                     for a, s in zip(ALPHAS, scores, strict=True)]  # fmt: skip
+            rows += [
+                {"embeddings": data.name, "shift": name, "alpha": a, "accuracy": s[0], "kept": s[1]}
+                for a, s in zip(ALPHAS, scores, strict=True)
+            ]
             found[name] = scores
         value = 0 if data.labels is not None else 1
         panels[f"{data.name}: {'accuracy' if value == 0 else 'neighbours kept'}"] = {
@@ -163,10 +165,16 @@ def fig2(context: Context) -> Result:
     )
     figure = Figure("fig2", caption, partial(drawings.over_alpha, panels, columns=2), rows)
     columns = {
-        "components": "components kept", "embeddings": "embeddings", "k": "k", "closed": "share of the gap closed",
-        "kept": "neighbours kept", "accuracy": "accuracy", "open": "robustness, gap open",
-        "robust": "robustness, gap closed", "noise": "noise variance",
-    }  # fmt: skip
+        "components": "components kept",
+        "embeddings": "embeddings",
+        "k": "k",
+        "closed": "share of the gap closed",
+        "kept": "neighbours kept",
+        "accuracy": "accuracy",
+        "open": "robustness, gap open",
+        "robust": "robustness, gap closed",
+        "noise": "noise variance",
+    }
     text = (
         "The paper asks why closing the gap helped in some published experiments and hurt in others. Its answer: what "
         "matters is how much of the gap lies across the gallery. The table closes as much as each number of kept "
@@ -218,10 +226,14 @@ def _margins(data: Embeddings, naive: MeanShift, before: Tensor) -> Claim:
         "Where an image's margin (how much nearer its nearest text is than the next) exceeds what the shift can take "
         "off it, the nearest text stays.",
         f"{data.name}: whole gap and projected shift at α = 1; {promised} promises in all.",
-        {"promises broken": broken, "promised, whole gap": share["whole gap"], "promised, projected":
-         share["projected"]},
-        broken == 0, f"{broken} images whose margin promised otherwise have another nearest text",
-    )  # fmt: skip
+        {
+            "promises broken": broken,
+            "promised, whole gap": share["whole gap"],
+            "promised, projected": share["projected"],
+        },
+        broken == 0,
+        f"{broken} images whose margin promised otherwise have another nearest text",
+    )
 
 
 def _closures(data: Embeddings, before: Tensor) -> list[dict[str, Any]]:
@@ -232,9 +244,17 @@ def _closures(data: Embeddings, before: Tensor) -> list[dict[str, Any]]:
         shift = MeanShift(n_components=components).fit(data.gallery, data.queries)
         accuracy, kept = _score(data, shift.transform(data.gallery), before)
         found = robustness(data.queries, data.gallery, noise, shift=shift)
-        rows.append({
-            "components": str(components), "embeddings": data.name, "k": shift.n_components_,
-            "closed": shift.orthogonality_, "kept": kept, "accuracy": accuracy, "open": unmoved,
-            "robust": found.robustness, "noise": noise.variance,
-        })  # fmt: skip
+        rows.append(
+            {
+                "components": str(components),
+                "embeddings": data.name,
+                "k": shift.n_components_,
+                "closed": shift.orthogonality_,
+                "kept": kept,
+                "accuracy": accuracy,
+                "open": unmoved,
+                "robust": found.robustness,
+                "noise": noise.variance,
+            }
+        )
     return rows

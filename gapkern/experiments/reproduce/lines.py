@@ -28,8 +28,9 @@ def lines(panels: Sequence[Panel], *, tall: bool = False) -> Any:
         for i, (label, (x, y)) in enumerate(panel.series.items()):
             marker = MARKERS[i % len(MARKERS)] if panel.markers else None
             style = ("-", "--", ":", "-.")[i % 4]
-            ax.plot(x, y, style, label=label, color=COLOURS[i % len(COLOURS)], marker=marker, markersize=4,
-                    linewidth=1.7)  # fmt: skip
+            ax.plot(
+                x, y, style, label=label, color=COLOURS[i % len(COLOURS)], marker=marker, markersize=4, linewidth=1.7
+            )
         if "x" in panel.log and min(x) > 0:
             ax.set_xscale("log")
         elif "x" in panel.log:  # steps, from 0 on

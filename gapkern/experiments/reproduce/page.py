@@ -16,19 +16,31 @@ PAPER = (
 VERDICTS = {True: ("yes", "holds"), False: ("no", "does not hold"), None: ("unknown", "cannot tell")}
 
 WORDS = (
-    ("image, text", "a vector (embedding) that a model such as CLIP made of an image or of a text; where the vectors "
-     "come from files, whatever the files hold. Images ask; texts are the gallery that is searched, by Euclidean "
-     "distance"),
+    (
+        "image, text",
+        "a vector (embedding) that a model such as CLIP made of an image or of a text; where the vectors "
+        "come from files, whatever the files hold. Images ask; texts are the gallery that is searched, by Euclidean "
+        "distance",
+    ),
     ("gap", "the difference of the two modalities' means"),
     ("α", "how much of the gap is closed by moving all texts alike: 0 leaves it, 1 closes it, more overshoots"),
-    ("projected shift", "the paper's method: only that part of the gap is closed which is orthogonal to the texts' "
-     "leading principal components, so that no text moves past another"),
-    ("robustness", "share of images whose nearest text stays the same once the texts are disturbed (by noise, by "
-     "rounding, by rewording)"),
-    ("hull", "all points that texts can be mixed into; what is orthogonal to it is at right angles to every difference "
-     "between two texts"),
+    (
+        "projected shift",
+        "the paper's method: only that part of the gap is closed which is orthogonal to the texts' "
+        "leading principal components, so that no text moves past another",
+    ),
+    (
+        "robustness",
+        "share of images whose nearest text stays the same once the texts are disturbed (by noise, by "
+        "rounding, by rewording)",
+    ),
+    (
+        "hull",
+        "all points that texts can be mixed into; what is orthogonal to it is at right angles to every difference "
+        "between two texts",
+    ),
     ("accuracy", "share of images whose nearest text is the right one"),
-)  # fmt: skip
+)
 
 
 def narrow(folder: Path, figure: str) -> Path:

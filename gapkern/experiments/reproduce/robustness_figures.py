@@ -39,8 +39,17 @@ def _sweeps(context: Context, kinds) -> list[tuple[Embeddings, SweepResult]]:
 
 
 def _points(data: Embeddings, result: SweepResult) -> list[dict[str, Any]]:
-    names = ("alpha", "robustness", "robustness_low", "robustness_high", "agreement", "accuracy", "clean_accuracy",
-             "gini", "method")  # fmt: skip
+    names = (
+        "alpha",
+        "robustness",
+        "robustness_low",
+        "robustness_high",
+        "agreement",
+        "accuracy",
+        "clean_accuracy",
+        "gini",
+        "method",
+    )
     return [{"embeddings": data.name, "perturbation": title(r), **{n: r[n] for n in names}} for r in result.rows]
 
 
@@ -142,15 +151,19 @@ def _clean(data: Embeddings, result: SweepResult) -> Claim:
 def _survival(claim: str, run: str, data: Embeddings, kinds: list[Perturbation], otherwise: str) -> Claim:
     """Judges mean robustness with the gap closed against that with it open, by what so many images can tell."""
     kept = [
-        torch.stack([
-            robustness(data.queries, data.gallery, kind, shift=data.shift.at(alpha)).per_query for kind in kinds
-        ]).mean(0)
+        torch.stack(
+            [robustness(data.queries, data.gallery, kind, shift=data.shift.at(alpha)).per_query for kind in kinds]
+        ).mean(0)
         for alpha in (0.0, 1.0)
-    ]  # fmt: skip
+    ]
     change = kept[1] - kept[0]
     gain, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
-    number = {"gain": gain, "standard error": error, "gap open": float(kept[0].mean()),
-              "gap closed": float(kept[1].mean())}  # fmt: skip
+    number = {
+        "gain": gain,
+        "standard error": error,
+        "gap open": float(kept[0].mean()),
+        "gap closed": float(kept[1].mean()),
+    }
     if float(kept[0].mean()) == 1:
         return Claim(claim, run, number, None, "nothing is lost with the gap open, so nothing can be gained")
     if abs(gain) <= 2 * error:
@@ -166,8 +179,10 @@ def fig9(context: Context) -> Result:
 
     claims, drawn = [], []
     for data, result in _sweeps(context, kinds):
-        for extent, words in (("per_dimension", "its own range for each coordinate"),
-                              ("global", "one range for all coordinates")):  # fmt: skip
+        for extent, words in (
+            ("per_dimension", "its own range for each coordinate"),
+            ("global", "one range for all coordinates"),
+        ):
             some = SweepResult([r for r in result.rows if r["range"] == extent], result.shift)
             claims.append(
                 _survival(

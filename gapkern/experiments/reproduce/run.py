@@ -79,9 +79,15 @@ def run(
 
 
 def _run(
-    folder: Path, wanted: Sequence[str], seed: int, quick: bool, sources: Sequence[Source], again: bool, command: str,
+    folder: Path,
+    wanted: Sequence[str],
+    seed: int,
+    quick: bool,
+    sources: Sequence[Source],
+    again: bool,
+    command: str,
     on_progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     started = time.perf_counter()
     sources = list(sources) or [synthetic(seed), trained_digits(seed, quick, folder / "embeddings")]
     settings = {name: _settings(name, seed, quick, sources) for name in TARGETS}

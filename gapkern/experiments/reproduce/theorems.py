@@ -35,8 +35,13 @@ def thm3_1(context: Context) -> Result:
     order = np.polyfit(np.log([r["radius"] for r in rows[3:]]), np.log([r["first_order_error"] for r in rows[3:]]), 1)[
         0
     ]
-    path = descend(*tight_clusters(n, dims, 1e-3, gap, seed=context.seed), scale, lr=n / (8 * scale**2 * gap**2),
-                   steps=20, record_every=1)  # fmt: skip
+    path = descend(
+        *tight_clusters(n, dims, 1e-3, gap, seed=context.seed),
+        scale,
+        lr=n / (8 * scale**2 * gap**2),
+        steps=20,
+        record_every=1,
+    )
     first, last = path.rows[0], path.rows[-1]
     left = {k: last[f"variance_{k}_texts"] / first[f"variance_{k}_texts"] for k in ("along", "across")}
     run = f"{n} pairs in {dims} dimensions, two clusters {gap:g} apart, logit scale {scale:g}, squared distances"
@@ -52,9 +57,11 @@ def thm3_1(context: Context) -> Result:
         judge(
             "What the leading term leaves out vanishes as the clusters tighten and draw apart.",
             f"{run}, radii 1e-2 to 1e-6; with the pull of a text's partner, −(4 s / N) (x − μ), added.",
-            {"power of the radius with which the error falls": float(order),
-             "error at the least radius": tightest["first_order_error"],
-             "without the pull": tightest["relative_error"]},
+            {
+                "power of the radius with which the error falls": float(order),
+                "error at the least radius": tightest["first_order_error"],
+                "without the pull": tightest["relative_error"],
+            },
             abs(order - 1) < 0.1 and tightest["first_order_error"] < 1e-3,
             "the error does not fall linearly",
         ),
@@ -65,18 +72,24 @@ def thm3_1(context: Context) -> Result:
             left["along"] < 0.1 < 0.5 < left["across"],
             "the variance along the gap is not the first to shrink",
         ),
-    ]  # fmt: skip
+    ]
 
     def series(name: str) -> tuple[list[float], list[float]]:
         return [r["radius"] for r in rows], [abs(r[name] - 1) if name == "slope" else r[name] for r in rows]
 
     panels = [
-        Panel("The theorem's term, and all of first order", "radius of the clusters", "relative error of the gradient",
-              {"leading term": series("relative_error"), "with the partner's pull": series("first_order_error")},
-              "xy", True),
-        Panel("Measured over predicted", "radius of the clusters", "|slope − 1|", {"slope": series("slope")},
-              "xy", True),
-    ]  # fmt: skip
+        Panel(
+            "The theorem's term, and all of first order",
+            "radius of the clusters",
+            "relative error of the gradient",
+            {"leading term": series("relative_error"), "with the partner's pull": series("first_order_error")},
+            "xy",
+            True,
+        ),
+        Panel(
+            "Measured over predicted", "radius of the clusters", "|slope − 1|", {"slope": series("slope")}, "xy", True
+        ),
+    ]
     caption = (
         "How far the gradient on the texts is from what is predicted. The leading term's error levels off at the "
         "pull of each text's partner, which is smaller by the factor s ‖g‖²; with it the error falls as the radius."
@@ -113,10 +126,13 @@ def thm3_2(context: Context) -> Result:
             "Where both modalities are constant along the gap and the softmaxes doubly stochastic, the gap feels "
             "nothing while the rest aligns.",
             f"Seven pairs on two rings, one turned against the other, {steps} steps of descent.",
-            {"change of the gap": abs(ring.rows[-1]["gap_norm"] - 0.8) / 0.8,
-             "largest gradient along it": float(felt.texts.abs().max()),
-             "loss left": ring.rows[-1]["loss"] / ring.rows[0]["loss"]},
-            abs(ring.rows[-1]["gap_norm"] - 0.8) < 1e-9 and float(felt.texts.abs().max()) < 1e-12
+            {
+                "change of the gap": abs(ring.rows[-1]["gap_norm"] - 0.8) / 0.8,
+                "largest gradient along it": float(felt.texts.abs().max()),
+                "loss left": ring.rows[-1]["loss"] / ring.rows[0]["loss"],
+            },
+            abs(ring.rows[-1]["gap_norm"] - 0.8) < 1e-9
+            and float(felt.texts.abs().max()) < 1e-12
             and ring.rows[-1]["loss"] < 0.5 * ring.rows[0]["loss"],
             "the gap moved, or the loss did not fall",
         ),
@@ -130,8 +146,12 @@ def thm3_2(context: Context) -> Result:
         judge(
             "Once the softmax sums are within a millionth of one, the gap is frozen while the loss still falls.",
             f"{n} pairs from two tight clusters, {steps} steps of descent.",
-            {"change of the gap in 1000 steps": change, "frozen from step": math.nan if frozen is None else frozen,
-             "loss left since": last["loss"] / start["loss"], "gap": last["gap_norm"]},
+            {
+                "change of the gap in 1000 steps": change,
+                "frozen from step": math.nan if frozen is None else frozen,
+                "loss left since": last["loss"] / start["loss"],
+                "gap": last["gap_norm"],
+            },
             frozen is not None and change < 1e-6 and last["loss"] < 0.9 * start["loss"] and last["gap_norm"] > 1,
             "the gap did not freeze, or the loss no longer fell",
         ),
@@ -143,15 +163,25 @@ def thm3_2(context: Context) -> Result:
             worst <= 1,
             "a gradient lies outside its bound",
         ),
-    ]  # fmt: skip
+    ]
     gap = [abs(row["gap_norm"] - last["gap_norm"]) / last["gap_norm"] for row in path.rows]
     steps_seen = [row["step"] for row in path.rows]
     panels = [
-        Panel("Sums and loss", "step", "", {"max |S − 1|": path.series("residual_texts"), "loss": path.series("loss")},
-              "xy"),
-        Panel("The gap", "step", "relative distance from where it ends",
-              {"gap": (steps_seen[:-1], [max(g, 1e-17) for g in gap[:-1]])}, "xy"),
-    ]  # fmt: skip
+        Panel(
+            "Sums and loss",
+            "step",
+            "",
+            {"max |S − 1|": path.series("residual_texts"), "loss": path.series("loss")},
+            "xy",
+        ),
+        Panel(
+            "The gap",
+            "step",
+            "relative distance from where it ends",
+            {"gap": (steps_seen[:-1], [max(g, 1e-17) for g in gap[:-1]])},
+            "xy",
+        ),
+    ]
     caption = (
         "Descent from two tight clusters: as the softmax sums approach one the gap stops, the loss goes on falling."
     )
@@ -190,13 +220,15 @@ def thm3_3(context: Context) -> Result:
         judge(
             "Training makes the gap orthogonal to both modalities.",
             f"{n} pairs in {n + 4} dimensions from two tight clusters, 1500 steps of descent.",
-            {"share of the gap outside the hulls": min(after.outside_gallery, after.outside_queries),
-             "share of the variance along the gap": _share_along(path.texts, path.images),
-             "at the start": _share_along(start.texts, start.images)},
+            {
+                "share of the gap outside the hulls": min(after.outside_gallery, after.outside_queries),
+                "share of the variance along the gap": _share_along(path.texts, path.images),
+                "at the start": _share_along(start.texts, start.images),
+            },
             min(after.outside_gallery, after.outside_queries) > 0.999,
             "more than a thousandth of the gap lies in a modality's hull",
         )
-    ]  # fmt: skip
+    ]
     rows = [{"embeddings": "after descent", **vars(after)}, {"embeddings": "before descent", **vars(before)}]
     for data in context.embeddings:
         found = orthogonality(data.queries, data.gallery)
@@ -205,19 +237,25 @@ def thm3_3(context: Context) -> Result:
             judge(
                 "The gap is orthogonal to what is searched.",
                 f"{data.name}: share of the gap outside the texts' hull.",
-                {"share of the gap outside the texts' hull": found.outside_gallery,
-                 "texts' deviation along the gap, of its length": found.deviation_gallery,
-                 "images' deviation along the gap": found.deviation_queries},
+                {
+                    "share of the gap outside the texts' hull": found.outside_gallery,
+                    "texts' deviation along the gap, of its length": found.deviation_gallery,
+                    "images' deviation along the gap": found.deviation_queries,
+                },
                 found.outside_gallery > 0.95,
                 f"{1 - found.outside_gallery**2:.0%} of the gap's square lies within the texts' hull; only the rest "
                 "can be closed without moving a neighbour",
             )
-        )  # fmt: skip
+        )
     columns = {
-        "embeddings": "embeddings", "gap_norm": "gap", "outside_gallery": "outside the texts", "outside_queries":
-        "outside the images", "rank_gallery": "texts' dimensions", "deviation_gallery": "texts along g",
+        "embeddings": "embeddings",
+        "gap_norm": "gap",
+        "outside_gallery": "outside the texts",
+        "outside_queries": "outside the images",
+        "rank_gallery": "texts' dimensions",
+        "deviation_gallery": "texts along g",
         "deviation_queries": "images along g",
-    }  # fmt: skip
+    }
     return Result(claims, tables=[Table("How far the assumption is met", columns, rows)], numbers={"rows": rows})
 
 
@@ -255,8 +293,10 @@ def thm3_4(context: Context) -> Result:
     series, numbers = {}, {}
     for data in context.embeddings:
         curve, chosen = _curve(data, context.quick)
-        rows += [{"embeddings": data.name, "alpha": a, "robustness": r} for a, r in zip(curve.alphas, curve.robustness,
-                                                                                      strict=True)]  # fmt: skip
+        rows += [
+            {"embeddings": data.name, "alpha": a, "robustness": r}
+            for a, r in zip(curve.alphas, curve.robustness, strict=True)
+        ]
         series[data.name] = (curve.alphas, curve.robustness)
         numbers[data.name] = curve.to_dict()
         ends = {a: r for a, r in zip(curve.alphas, curve.robustness, strict=True) if a in (0.0, 1.0)}
@@ -275,7 +315,7 @@ def thm3_4(context: Context) -> Result:
                 curve.worst_fall_to_peak < STEADY,
                 "a query falls before the texts are level with it",
             ),
-        ]  # fmt: skip
+        ]
     figures = []
     if series:
         panel = Panel("Exact robustness", "α, the share of the gap that is closed", "robustness", series, "", True)
@@ -326,24 +366,35 @@ def thm3_5(context: Context) -> Result:
             wrong += int((kept & ~same).sum()) + int((sure & ~same).sum())
             shares.append([float(of.double().mean()) for of in (same, kept, sure)])
         kinds = ("measured", "predicted", "guaranteed")
-        rows += [{"embeddings": data.name, "alpha": alpha, **dict(zip(kinds, of, strict=True))}
-                 for alpha, of in zip(alphas, shares, strict=True)]  # fmt: skip
+        rows += [
+            {"embeddings": data.name, "alpha": alpha, **dict(zip(kinds, of, strict=True))}
+            for alpha, of in zip(alphas, shares, strict=True)
+        ]
         measured, predicted, guaranteed = shares[alphas.index(1)]
         claims.append(
             judge(
                 "A shift that is only partly orthogonal keeps every neighbour whose margin it cannot overcome.",
                 f"{data.name}: the whole gap closed, unprojected, at {len(alphas)} alphas; margins from one search.",
-                {"guarantees that failed": wrong, "neighbours kept at alpha 1": measured, "predicted": predicted,
-                 "guaranteed by the smallest margin": guaranteed},
+                {
+                    "guarantees that failed": wrong,
+                    "neighbours kept at alpha 1": measured,
+                    "predicted": predicted,
+                    "guaranteed by the smallest margin": guaranteed,
+                },
                 wrong == 0,
                 "a neighbour left that was predicted to stay",
             )
-        )  # fmt: skip
+        )
         panels.append(
-            Panel(data.name, "α, the share of the gap that is closed", "share of neighbours kept",
-                  {kind: (alphas, list(values)) for kind, values in zip(kinds, zip(*shares, strict=True), strict=True)},
-                  "", True)
-        )  # fmt: skip
+            Panel(
+                data.name,
+                "α, the share of the gap that is closed",
+                "share of neighbours kept",
+                {kind: (alphas, list(values)) for kind, values in zip(kinds, zip(*shares, strict=True), strict=True)},
+                "",
+                True,
+            )
+        )
     caption = (
         "The whole gap closed, nothing projected out: the share of neighbours that stay, what the margins of one "
         "search predict for every alpha, and what the smallest margin alone guarantees."
