@@ -7,14 +7,14 @@
 
 namespace gapkern {
 
-// Uninitialised, aligned to a cache line; null where there is no memory. For give_block alone to free.
-void* take_block(int64_t bytes);
-void give_block(void* block) noexcept;
+// Uninitialised, aligned to a cache line; null where there is no memory. For deallocate alone to free.
+void* allocate(int64_t bytes);
+void deallocate(void* block) noexcept;
 
 // Unmaps what is held and not in use; returns how many bytes that were.
 int64_t empty_cache();
 
 // From now on every block handed out is filled with NaN (as integers: -1), so that what is never written is found.
-void fill_blocks(bool wanted);
+void fill_allocations(bool wanted);
 
 }  // namespace gapkern
