@@ -42,7 +42,7 @@ class ForwardPass {
   }
 
  private:
-  // A block's sums lie apart, by stripe for the rows and by block for the columns, until all its neighbours are done.
+  // Blocks are summed in parallel: rows have a partial sum for each stripe, columns one for each block.
   int64_t row_at(int64_t stripe, int64_t i) const { return stripe * cut_.forward_chunk + i; }
   int64_t column_at(int64_t block, int64_t stripe) const { return block * padded_ + stripe * kStripe; }
 

@@ -172,7 +172,7 @@ void forward(const ForwardBlock<typename E::T>& b) {
 #endif
 }
 
-// The first `count` lanes of a vector: what follows the last row of an allocation may not be read.
+// The first `count` lanes of a vector: past the last row of an allocation nothing may be read.
 template <class T>
 GAPKERN_INLINE auto load_first(const T* p, int64_t count) {
   T lanes[Vec<T>::size] = {};
