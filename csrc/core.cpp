@@ -1,4 +1,4 @@
-// _core: build facts and numerics that need no framework. Kept apart from the operator libraries, since pybind11 and
+// _core: build facts and numerics that need no framework. Separate from the operator libraries, since pybind11 and
 // the stable ABI headers do not share a translation unit on every supported PyTorch.
 #include <pybind11/pybind11.h>
 

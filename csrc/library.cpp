@@ -2,7 +2,7 @@
 // fake, autograd and autocast rules live beside the Python callers in gapkern/ops/.
 #include <torch/csrc/stable/library.h>
 
-#include "common/blocks.h"
+#include "common/allocator.h"
 
 STABLE_TORCH_LIBRARY(gapkern, m) {
   // Log-sum-exps of the logits S [N, M] of images [N, D] and texts [M, D], without forming S.
@@ -72,17 +72,17 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def(
       "robustness_nearest(Tensor queries, Tensor gallery, Tensor centre)"
       " -> (Tensor row, Tensor best, Tensor second, Tensor slack)");
-  // The caching allocator of the CPU operators; common/blocks.h.
+  // The caching allocator of the CPU operators; common/allocator.h.
   m.def("empty_cache() -> int");
-  m.def("fill_blocks(bool wanted) -> ()");
+  m.def("fill_allocations(bool wanted) -> ()");
 }
 
 namespace {
 int64_t empty_cache() { return gapkern::empty_cache(); }
-void fill_blocks(bool wanted) { gapkern::fill_blocks(wanted); }
+void fill_allocations(bool wanted) { gapkern::fill_allocations(wanted); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gapkern, CompositeExplicitAutograd, m) {
   m.impl("empty_cache", TORCH_BOX(&empty_cache));
-  m.impl("fill_blocks", TORCH_BOX(&fill_blocks));
+  m.impl("fill_allocations", TORCH_BOX(&fill_allocations));
 }

@@ -58,9 +58,9 @@ def poisoned():
 
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.ops.gapkern.fill_blocks(True)
+    torch.ops.gapkern.fill_allocations(True)
     yield
-    torch.ops.gapkern.fill_blocks(False)
+    torch.ops.gapkern.fill_allocations(False)
     torch.use_deterministic_algorithms(False)
 
 

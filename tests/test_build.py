@@ -54,7 +54,7 @@ def test_wheel_and_sdist_hold_what_they_must_and_nothing_is_compiled_twice(check
     files = Counter({name: count for name, count in files.items() if not name.startswith("tests/software_gpu/")})
     instruction_sets = 4 if platform.machine() in ("x86_64", "AMD64") else 1
     assert files == {
-        path.relative_to(checkout).as_posix(): instruction_sets if path.name == "kernels.cpp" else 1
+        path.relative_to(checkout).as_posix(): instruction_sets if path.name.startswith("kernels") else 1
         for path in (checkout / "csrc").rglob("*.cpp")
     }
     (wheel,) = (checkout / "dist").glob("*.whl")

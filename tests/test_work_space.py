@@ -184,7 +184,7 @@ def test_a_recycled_block_is_poisoned(poisoned):
         assert found.isnan().all()
         found.fill_(1)
         del found
-    torch.ops.gapkern.fill_blocks(False)
+    torch.ops.gapkern.fill_allocations(False)
     assert not kept().isnan().all()
 
 

@@ -55,8 +55,8 @@ inline void expect(const Tensor& like, const Tensor& x, int64_t count, const cha
   STD_TORCH_CHECK(x.numel() == count, name, ": expected ", count, " elements, got ", x.numel());
 }
 
-// Rows x [N, D] that are to be shifted: contiguous, with the shift in the type of the arithmetic and room for the
-// result.
+// Rows x [N, D] that are to be shifted: contiguous, with the shift in the type of the arithmetic and the result
+// allocated.
 struct Shifted {
   Tensor x, by, out;
 };

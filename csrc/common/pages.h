@@ -9,7 +9,7 @@
 
 namespace gapkern {
 
-// Asks for 2 MiB pages behind [p, p + bytes), before anything is written there. A wish: without them all works as well.
+// Asks for 2 MiB pages behind [p, p + bytes), before anything is written there. Advisory.
 inline void want_huge_pages(void* p, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t(2) << 20;

@@ -1,20 +1,21 @@
-// The CPU tile engine of the contrastive losses: what cpu.cpp asks of each instruction set.
+// The CPU kernels of the contrastive losses: what each instruction set provides for a block of logits.
 //
-// Words: a *stripe* is a run of columns (texts), a *panel* a group of rows or columns that the register tile covers at
-// once. Operands are packed so that the inner loop reads them in order:
+// Words: a *stripe* is a run of columns (texts), a *block* some rows against one stripe, a *panel* the rows or columns
+// that the register tile covers at once. Operands are packed so that the inner loop reads them in order:
 //   panels   [ceil(n / width)][depth][width]   D is the depth: both sides of the logits; width = mr or nr
 //   slices   [ceil(D / nr)][depth][nr]         the rows are the depth: right-hand sides of the gradients
-// T is the arithmetic type (float or double). With bfloat16 products the packed words are pairs of bfloat16 along the
+// T is the arithmetic type (float or double). With bfloat16 products a packed word is two bfloat16 neighbours along the
 // depth, accumulated in float32. Every sum has a fixed order that does not depend on the number of threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/each_isa.h"
 
 namespace gapkern::contrastive {
 
-// The columns of a stripe at most: a multiple of every engine's nr. Wide ones read and write dX less often; small
+// The columns of a stripe at most: a multiple of every arithmetic's nr. Wide ones read and write dX less often; small
 // problems take narrow ones, so that every thread has some.
 constexpr int kStripe = 448, kNarrowStripe = 224;
 constexpr int64_t kNarrowUpTo = 2048;  // columns
@@ -25,27 +26,39 @@ constexpr int row_stride(int group) { return kStripe / group + 16; }
 struct Shape {
   int mr;     // rows of the register tile
   int nr;     // columns of the register tile
-  int group;  // depth elements per packed word: 1, or 2 with bfloat16 pairs
+  int group;  // depth elements per packed word: 1, or 2 with bfloat16 products
   int word;   // bytes of a packed word
 };
 
+// U, const where T is.
+template <class T, class U>
+using SameConst = std::conditional_t<std::is_const_v<T>, const U, U>;
+
 // `rows` rows against one stripe of `cols` columns: t = <x, y> or, where `distances` is set, -||x - y||^2. Distances
-// are summed as they are written: norms and a product would cancel for near pairs, which count most, and save nothing
-// where subtractions have ports of their own. Arrays over columns are read and written in whole vectors: they need a
-// vector's room behind their last element.
+// are sums of squared differences: norms and a product would cancel for near pairs, which count most, and save nothing
+// where subtractions have ports of their own. Arrays over columns are read and written in whole vectors: their
+// allocation extends one vector past the last element.
 template <class T>
 struct LogitBlock {
   const void* images;  // panels of the rows
   const void* texts;   // panels of the stripe
   int64_t rows, cols, depth;
-  bool distances;  // not where words are pairs
+  bool distances;  // never with bfloat16 products
   int64_t label;   // column within the stripe of row 0's label; row i's is i further
+};
+
+// A block's logits between the forward and the backward pass, which reads them (T const). Both null: not kept.
+template <class T>
+struct KeptBlock {
+  T* t;                          // [rows, cols]
+  SameConst<T, int16_t>* codes;  // [rows, cols] t / unit, rounded; bfloat16 products only
+  std::remove_const_t<T> unit;
 };
 
 // Where dS, the gradient of the loss by the logit, goes.
 struct GradientOutput {
   void* by_rows;      // left operand of dX, row-major, row_stride(group) words a row; null: no product wants dS
-  void* by_columns;   // where words are pairs: left operand of dY, panels of mr columns, pairs down the rows
+  void* by_columns;   // with bfloat16 products: left operand of dY, panels of mr columns, two rows a word
   int64_t panel;      // words between those panels
   double* scale_sum;  // sum of dS t over the block
 };
@@ -75,10 +88,8 @@ struct ForwardBlock : LogitBlock<T> {
   T* row_largest;     // out [rows]  tracked only: sign(k) times the row's reference; -inf: no logit but the label's
   T* column_sum;      // out [kStripe]
   T* column_largest;  // out [kStripe]
-  T* positive;        // out [rows]: t at the label, where the stripe holds it
-  T* keep;            // out [rows, cols]: t; null: not kept
-  int16_t* codes;     // or, where words are pairs: t / unit, rounded
-  T unit;
+  T* label_t;         // out [rows]: t at the label, where the stripe holds it
+  KeptBlock<T> kept;  // out
 };
 
 // The same block in the backward pass.
@@ -96,9 +107,7 @@ struct GradientBlock : LogitBlock<T> {
   const T* column_log2;
   const T* label_t;  // t at the label [rows]
   const T* label_gradient;
-  const T* kept;         // t [rows, cols] from the forward pass; null: not kept so
-  const int16_t* codes;  // t / unit [rows, cols]; null: not kept so
-  T unit;
+  KeptBlock<const T> kept;
   GradientOutput out;
   double* sum;    // out: the sum of dS over the block
   T* row_sum;     // out [rows]: sums of dS; null: not wanted
@@ -125,29 +134,48 @@ struct ProductBlock {
   int64_t depth, rows, cols;
   T* c;
   int64_t c_stride;
-  bool first;  // C holds nothing yet
+  bool first;  // C is written, not added to
 };
 
+// kernels_products.cpp
 template <class T>
-struct Engine {
+struct ProductKernels {
   Shape shape;
   double (*squared_norm)(const T* x, const T* centre, int64_t depth);
   void (*pack_panel)(const T* x, int64_t rows, int width, int64_t depth, void* out);
   void (*pack_slice)(const T* x, int64_t rows, int64_t depth, int64_t slice, const T* centre, void* out);
-  void (*forward)(const ForwardBlock<T>&);
-  void (*gradient)(const GradientBlock<T>&);
-  void (*sigmoid)(const SigmoidBlock<T>&);
   void (*product_rows)(const ProductBlock<T>&);     // A read along by_rows: dX
   void (*product_columns)(const ProductBlock<T>&);  // A read down by_rows or by_columns: dY
 };
 
-// bf16 is null where the instruction set has no native products.
-struct EngineSet {
-  const Engine<float>* f32;
-  const Engine<double>* f64;
-  const Engine<float>* bf16;
+// kernels_softmax.cpp
+template <class T>
+struct SoftmaxKernels {
+  void (*forward)(const ForwardBlock<T>&);
+  void (*gradient)(const GradientBlock<T>&);
 };
 
-GAPKERN_DECLARE_FOR_EACH_ISA(const EngineSet& engines())
+// kernels_sigmoid.cpp
+template <class T>
+struct SigmoidKernels {
+  void (*sigmoid)(const SigmoidBlock<T>&);
+};
+
+// One file's kernels in each arithmetic.
+template <template <class> class Kernels>
+struct KernelSet {
+  Kernels<float> f32;
+  Kernels<double> f64;
+  bool has_bf16;  // native bfloat16 products
+  Kernels<float> bf16;
+};
+
+GAPKERN_DECLARE_FOR_EACH_ISA(const KernelSet<ProductKernels>& product_kernels();
+                             const KernelSet<SoftmaxKernels>& softmax_kernels();
+                             const KernelSet<SigmoidKernels>& sigmoid_kernels())
+
+// All kernels of one arithmetic.
+template <class T>
+struct Engine : ProductKernels<T>, SoftmaxKernels<T>, SigmoidKernels<T> {};
 
 }  // namespace gapkern::contrastive

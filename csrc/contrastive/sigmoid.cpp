@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "contrastive/blocking.h"
+#include "contrastive/gradients.h"
 
 namespace gapkern::contrastive {
 namespace {
@@ -16,67 +16,72 @@ struct Sums {
 // images, texts: null where no gradient is wanted.
 template <class T>
 Sums run(const Problem<T>& p, double bias, T* images, T* texts) {
-  const Shape& s = p.engine.shape;
-  const Buffer packed_texts = p.pack_texts();
-  const Buffer packed_images(round_up(p.chunk, s.mr) * p.panel_bytes());
-  LogitGradients<T> gradients(p, images, texts);
-  std::vector<Sums> blocks(p.stripes * divide_up(p.chunk, p.block));
+  const Blocking& cut = p.blocking;
+  LogitOperands<T> operands(p, cut.chunk);
+  operands.pack_texts();
+  const LogitGradients<T> gradients(p, images, texts);
+  std::vector<Sums> sums(cut.stripes * divide_up(cut.chunk, cut.block));
   Sums total;
-  for (int64_t row0 = 0; row0 < p.n; row0 += p.chunk) {
-    const int64_t rows = std::min(p.chunk, p.n - row0), here = divide_up(rows, p.block);
-    p.pack_images(row0, rows, packed_images);
-    parallel(p.stripes * here, [&](int64_t item) {
-      const auto [t, b] = p.place(item, here);
-      SigmoidBlock<T> block{p.block_at(packed_images, packed_texts, row0, rows, t, b)};
-      block.scale = T(p.scale);
-      block.bias = T(bias);
-      block.loss_sum = &blocks[item].loss;
-      block.bias_sum = &blocks[item].bias;
-      block.out = gradients.output(t, b * p.block, &blocks[item].scale);
-      p.engine.sigmoid(block);
+  cut.for_each_chunk(cut.chunk, [&](const Chunk& chunk) {
+    operands.pack_images(chunk);
+    cut.for_each_block(chunk, [&](const BlockIndex& at, int64_t item) {
+      SigmoidBlock<T> b{operands.block(chunk, at)};
+      b.scale = T(p.scale);
+      b.bias = T(bias);
+      b.loss_sum = &sums[item].loss;
+      b.bias_sum = &sums[item].bias;
+      b.out = gradients.output(at, &sums[item].scale);
+      p.engine.sigmoid(b);
     });
-    for (int64_t item = 0; item < p.stripes * here; ++item) {
-      total.loss += blocks[item].loss;
-      total.scale += blocks[item].scale;
-      total.bias += blocks[item].bias;
+    for (int64_t item = 0; item < cut.items(chunk); ++item) {
+      total.loss += sums[item].loss;
+      total.scale += sums[item].scale;
+      total.bias += sums[item].bias;
     }
-    gradients.multiply(row0, rows);
-  }
+    gradients.multiply(chunk);
+  });
   gradients.finish(1, {}, {});
   return total;
 }
 
+struct Outputs {
+  Tensor loss, images, texts, logit_scale, logit_bias;  // the loss and its gradients
+};
+
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> call(const Arguments& a, const Tensor& images, const Tensor& texts,
-                                                        double bias, int64_t label_offset,
-                                                        const std::vector<bool>& needs) {
-  const Tensor x = as_type(images, a.type), y = as_type(texts, a.type);
-  const Problem<T> p = problem_of<T>(a, x, y, label_offset);
-  if (p.wants_double()) {
-    auto [loss, dx, dy, scale, of_bias] = call<double>(a.in_double(), images, texts, bias, label_offset, needs);
-    return {loss, as_type(dx, a.type), as_type(dy, a.type), scale, of_bias};
+Outputs call(const Arguments& a, double bias, const std::vector<bool>& needs) {
+  const Problem<T> p(a);
+  if (p.range.wants_double()) {
+    Outputs out = call<double>(a.in_double(), bias, needs);
+    out.images = as_type(out.images, a.type);
+    out.texts = as_type(out.texts, a.type);
+    return out;
   }
-  Tensor dx = gradient_of(x, needs[0], a.type), dy = gradient_of(y, needs[1], a.type);
-  const Sums sums = run<T>(p, bias, needs[0] ? dx.template mutable_data_ptr<T>() : nullptr,
-                           needs[1] ? dy.template mutable_data_ptr<T>() : nullptr);
+  Tensor images = gradient_of(p.images, needs[0], a.type), texts = gradient_of(p.texts, needs[1], a.type);
+  const Sums sums = run<T>(p, bias, needs[0] ? images.template mutable_data_ptr<T>() : nullptr,
+                           needs[1] ? texts.template mutable_data_ptr<T>() : nullptr);
   const auto scalar = [&](double value) {
-    Tensor t = empty(x, {}, ScalarType::Double);
+    Tensor t = empty(p.images, {}, ScalarType::Double);
     *t.mutable_data_ptr<double>() = value;
     return t;
   };
-  return {scalar(sums.loss), dx, dy, scalar(sums.scale), scalar(sums.bias)};
+  return {.loss = scalar(sums.loss),
+          .images = images,
+          .texts = texts,
+          .logit_scale = scalar(sums.scale),
+          .logit_bias = scalar(sums.bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss(const Tensor& images, const Tensor& texts,
                                                                 const Tensor& logit_scale, const Tensor& logit_bias,
                                                                 int64_t label_offset, std::string precision,
                                                                 std::vector<bool> needs) {
-  const Arguments a = check(images, texts, logit_scale, "dot", precision);
+  const Arguments a = check(images, texts, logit_scale, "dot", label_offset, precision);
   STD_TORCH_CHECK(logit_bias.numel() == 1, "logit_bias: expected one element, got ", logit_bias.numel());
   STD_TORCH_CHECK(needs.size() == 2, "needs: expected two flags");
   const double bias = *as_type(logit_bias, ScalarType::Double).const_data_ptr<double>();
-  if (a.type == ScalarType::Double) return call<double>(a, images, texts, bias, label_offset, needs);
-  return call<float>(a, images, texts, bias, label_offset, needs);
+  const Outputs out = a.type == ScalarType::Double ? call<double>(a, bias, needs) : call<float>(a, bias, needs);
+  return {out.loss, out.images, out.texts, out.logit_scale, out.logit_bias};
 }
 
 }  // namespace

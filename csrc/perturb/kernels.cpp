@@ -9,7 +9,7 @@
 namespace gapkern::perturb::GAPKERN_ISA {
 namespace {
 
-constexpr int kBlocks = 64;  // Philox blocks at hand: 256 columns
+constexpr int kBlocks = 64;  // Philox blocks at a time: 256 columns
 
 struct Words {
   uint32_t at[4][kBlocks];  // at[w][b]: word w of block first + b

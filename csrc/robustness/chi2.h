@@ -157,7 +157,7 @@ GAPKERN_CHI2 bool near_mean(double q, double dims, double lambda) {
   return s > 0.71 && s < 1.41;
 }
 
-// q = D + lambda + excess; the excess comes apart, since q and lambda may be near. `near_only`: near_mean() for all.
+// q = D + lambda + excess; separate, since q and lambda may be near. `near_only`: near_mean() for all.
 template <class T, bool near_only, class V = typename Vec<T>::type>
 GAPKERN_INLINE Saddle<V> saddle(V q, V excess, V lambda, T dims) {
   const V s = (q + q) / (dims + root(dims * dims + T(4) * lambda * q));

@@ -13,7 +13,7 @@ namespace {
 
 const Kernels& table() { return GAPKERN_FOR_ACTIVE_ISA(kernels); }
 
-// p[i][c] for the T targets of each of Q queries: of_row(scores of the query, G, target, query, room).
+// p[i][c] for the T targets of each of Q queries: of_row(scores of the query, G, target, query, scratch).
 template <class T, class Probability>
 void fill(const Tensor& scores, const Tensor& rows, const Probability& probability, Tensor& out) {
   const int64_t g = scores.size(1), t = rows.size(1);
@@ -21,10 +21,10 @@ void fill(const Tensor& scores, const Tensor& rows, const Probability& probabili
   const int64_t* target = rows.const_data_ptr<int64_t>();
   double* p = out.mutable_data_ptr<double>();
   parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> room(g + 1);
+    std::vector<float> scratch(g + 1);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t c = 0; c < t; ++c)
-        if (target[i * t + c] >= 0) p[i * t + c] = probability(d + i * g, g, target[i * t + c], i, room.data());
+        if (target[i * t + c] >= 0) p[i * t + c] = probability(d + i * g, g, target[i * t + c], i, scratch.data());
   });
 }
 
@@ -47,11 +47,11 @@ Tensor exact(const Tensor& distances, const Tensor& targets, double variance, in
   check_exact(distances, targets, variance, dims);
   return probabilities(
       distances, targets,
-      [&](const float* d, int64_t g, int64_t target, int64_t, float* room) {
-        return table().stays_nearest_f32(d, g, target, variance, double(dims), room);
+      [&](const float* d, int64_t g, int64_t target, int64_t, float* scratch) {
+        return table().stays_nearest_f32(d, g, target, variance, double(dims), scratch);
       },
-      [&](const double* d, int64_t g, int64_t target, int64_t, float* room) {
-        return table().stays_nearest_f64(d, g, target, variance, double(dims), room);
+      [&](const double* d, int64_t g, int64_t target, int64_t, float* scratch) {
+        return table().stays_nearest_f64(d, g, target, variance, double(dims), scratch);
       });
 }
 
@@ -63,11 +63,11 @@ Tensor exact_inner(const Tensor& scores, const Tensor& targets, const Tensor& de
     STD_TORCH_CHECK(deviation[i] >= 0, "deviations: expected numbers >= 0, got ", deviation[i]);
   return probabilities(
       scores, targets,
-      [&](const float* s, int64_t g, int64_t target, int64_t i, float* room) {
-        return table().stays_largest_f32(s, g, target, deviation[i], room);
+      [&](const float* s, int64_t g, int64_t target, int64_t i, float* scratch) {
+        return table().stays_largest_f32(s, g, target, deviation[i], scratch);
       },
-      [&](const double* s, int64_t g, int64_t target, int64_t i, float* room) {
-        return table().stays_largest_f64(s, g, target, deviation[i], room);
+      [&](const double* s, int64_t g, int64_t target, int64_t i, float* scratch) {
+        return table().stays_largest_f64(s, g, target, deviation[i], scratch);
       });
 }
 

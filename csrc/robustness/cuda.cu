@@ -76,8 +76,8 @@ void search(const Tensor& y, const Tensor& x, const float* centre, Nearest& out)
   Tensor largest = torch::stable::new_empty(x, {blocks(g, kNormWarps, kNormBlocks)}, ScalarType::Float);
   Tensor unused = torch::stable::new_empty(x, {blocks(q, kNormWarps, kNormBlocks)}, ScalarType::Float);
   const Tensor norms = norms_of<T>(x, centre, largest), own = norms_of<T>(y, centre, unused);
-  Tensor room = torch::stable::new_empty(x, {parts, q, int64_t(sizeof(Found))}, ScalarType::Byte);
-  Found* found = static_cast<Found*>(room.data_ptr());
+  Tensor scratch = torch::stable::new_empty(x, {parts, q, int64_t(sizeof(Found))}, ScalarType::Byte);
+  Found* found = static_cast<Found*>(scratch.data_ptr());
   const T *queries = static_cast<const T*>(y.data_ptr()), *gallery = static_cast<const T*>(x.data_ptr());
   const auto aligned = [](const void* p, size_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; };
   const bool packed = d % 4 == 0 && aligned(queries, sizeof(Pack<T, 4>)) && aligned(gallery, sizeof(Pack<T, 4>)) &&

@@ -159,7 +159,7 @@ void multiply_grid(const Spread& grid, double lambda, float dims, const float* q
 }
 
 template <class T>
-double stays_nearest(const T* squared, int64_t count, int64_t target, double variance, double dims, float* room) {
+double stays_nearest(const T* squared, int64_t count, int64_t target, double variance, double dims, float* scratch) {
   // Rounding may have left a distance of zero below it.
   const double inverse = 1 / variance, lambda = std::max(double(squared[target]), 0.) * inverse;
   if (small(dims, lambda)) return small_stays_nearest(squared, count, target, variance, dims);
@@ -175,7 +175,7 @@ double stays_nearest(const T* squared, int64_t count, int64_t target, double var
       if (ahead > 0) continue;
       return 0;
     }
-    room[rivals++] = float(ahead);
+    scratch[rivals++] = float(ahead);
     least = std::min(least, ahead);
     most = std::max(most, ahead);
   }
@@ -195,10 +195,10 @@ double stays_nearest(const T* squared, int64_t count, int64_t target, double var
   const bool near = near_mean(dims + lambda + excess[0], dims, lambda + highest) &&
                     near_mean(dims + lambda + excess[kNodes - 1], dims, lambda + lowest);
   if (gridded) {
-    grid.spread(room, rivals);
+    grid.spread(scratch, rivals);
     (near ? multiply_grid<true> : multiply_grid<false>)(grid, lambda, float(dims), q32, excess32, product);
   } else {
-    (near ? multiply<true> : multiply<false>)(room, rivals, lambda, float(dims), q32, excess32, product);
+    (near ? multiply<true> : multiply<false>)(scratch, rivals, lambda, float(dims), q32, excess32, product);
   }
   double total = 0;
   for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
@@ -238,7 +238,7 @@ void multiply_normal_grid(const Spread& grid, double* product) {
 }
 
 template <class T>
-double stays_largest(const T* scores, int64_t count, int64_t target, double deviation, float* room) {
+double stays_largest(const T* scores, int64_t count, int64_t target, double deviation, float* scratch) {
   // Without noise on the scores, a tie is decided by none: the target stays where no score is above its own.
   const double own = double(scores[target]), inverse = 1 / deviation;
   int64_t rivals = 0;
@@ -248,7 +248,7 @@ double stays_largest(const T* scores, int64_t count, int64_t target, double devi
     const double lead = own - double(scores[j]), ahead = deviation > 0 ? lead * inverse : lead < 0 ? -kApart : kApart;
     if (ahead >= kApart) continue;
     if (ahead <= -kApart) return 0;
-    room[rivals++] = float(ahead);
+    scratch[rivals++] = float(ahead);
     least = std::min(least, ahead);
     most = std::max(most, ahead);
   }
@@ -257,10 +257,10 @@ double stays_largest(const T* scores, int64_t count, int64_t target, double devi
   std::fill(product, product + kNodes, 1.);
   Spread grid(least, most, 1.);
   if (grid.pays(rivals)) {
-    grid.spread(room, rivals);
+    grid.spread(scratch, rivals);
     multiply_normal_grid(grid, product);
   } else {
-    multiply_normal(room, rivals, product);
+    multiply_normal(scratch, rivals, product);
   }
   double total = 0;
   for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];

@@ -7,14 +7,14 @@
 namespace gapkern::robustness {
 
 struct Kernels {
-  // The probability that row `target` of `count` stays nearest; room [count] is work space.
+  // The probability that row `target` of `count` stays nearest; scratch [count]: uninitialised.
   double (*stays_nearest_f32)(const float* squared, int64_t count, int64_t target, double variance, double dims,
-                              float* room);
+                              float* scratch);
   double (*stays_nearest_f64)(const double* squared, int64_t count, int64_t target, double variance, double dims,
-                              float* room);
+                              float* scratch);
   // The probability that row `target` of `count` keeps the largest score; deviation: of each noisy score, >= 0.
-  double (*stays_largest_f32)(const float* scores, int64_t count, int64_t target, double deviation, float* room);
-  double (*stays_largest_f64)(const double* scores, int64_t count, int64_t target, double deviation, float* room);
+  double (*stays_largest_f32)(const float* scores, int64_t count, int64_t target, double deviation, float* scratch);
+  double (*stays_largest_f64)(const double* scores, int64_t count, int64_t target, double deviation, float* scratch);
   // Survival function of the noncentral chi-square distribution, as stays_nearest evaluates it; for tests.
   double (*survival)(double x, double dims, double noncentrality);
 };

@@ -30,8 +30,8 @@
 //   queries [Q, D], gallery [G, D] of one dtype, float32, bfloat16 or float16; centre float32 [D], near the gallery's
 //   mean: distances are formed about it in float32, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from cancelling.
 //   row: the nearest gallery row, the lowest of those with equal distances; best and second: the squared distances of
-//   it and of the next, infinite for G = 1; slack: rows whose distances differ by less cannot be told apart in
-//   float32 and are for gapkern/_nearest.py to decide.
+//   it and of the next, infinite for G = 1; slack: rows whose distances differ by less are near-ties for
+//   float32, which gapkern/_search.py re-ranks in float64.
 // Work: 2 Q G D operations; nothing of size Q x G is written. The result does not depend on how the work is divided.
 #pragma once
 

@@ -1,4 +1,4 @@
-#include "common/blocks.h"
+#include "common/allocator.h"
 
 #include <algorithm>
 #include <atomic>
@@ -182,7 +182,7 @@ std::atomic<bool> filling{false};
 
 }  // namespace
 
-void* take_block(int64_t bytes) {
+void* allocate(int64_t bytes) {
   bytes = std::max<int64_t>(bytes, 1) + kHeader;
   Header* header = nullptr;
   if (bytes >= kLeast) {
@@ -198,7 +198,7 @@ void* take_block(int64_t bytes) {
   return block;
 }
 
-void give_block(void* block) noexcept {
+void deallocate(void* block) noexcept {
   if (block == nullptr) return;
   Header* const header = static_cast<Header*>(block) - 1;
   if (header->pooled)
@@ -209,6 +209,6 @@ void give_block(void* block) noexcept {
 
 int64_t empty_cache() { return Pool::pool().empty_cache(); }
 
-void fill_blocks(bool wanted) { filling.store(wanted, std::memory_order_relaxed); }
+void fill_allocations(bool wanted) { filling.store(wanted, std::memory_order_relaxed); }
 
 }  // namespace gapkern

@@ -1,0 +1,280 @@
+// The softmax statistics and the logit gradient behind the register-tile product; compiled once per instruction set. A
+// tile of mr x stripe logits lives in the first-level cache and is never written out whole.
+#include "contrastive/gradient_tile.h"
+#include "contrastive/mask.h"
+#include "contrastive/tile.h"
+
+namespace gapkern::contrastive {
+namespace {
+
+template <Range kRange, class T, class V>
+GAPKERN_INLINE V exponential(V t, const Exponents<T>& e) {
+  return exp2_of_product<kRange == Range::shifted>(t, e.k, e.k_low, kRange == Range::shifted ? e.shift : T(0));
+}
+
+// A known number of rows keeps their sums in registers.
+template <Range kRange, class T, int kKnown>
+GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int some, int64_t i0) {
+  using V = typename Vec<T>::type;
+  const int rows = kKnown ? kKnown : some;
+  const AllButLabel<T> mask(b.cols, b.label + i0, rows);
+  V row_sum[kRows] = {};
+  for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+    V column = load(b.column_sum + j);
+    if (mask.partial(j)) {
+      for (int r = 0; r < rows; ++r) {
+        const V e = exponential<kRange>(load(tile + r * kStripe + j), b.exponents);
+        const V counted = mask.lanes(j, r) ? e : V{};
+        row_sum[r] += counted;
+        column += counted;
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+        const V e = exponential<kRange>(load(tile + r * kStripe + j), b.exponents);
+        row_sum[r] += e;
+        column += e;
+      }
+    }
+    store(b.column_sum + j, column);
+  }
+  for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
+}
+
+// The reference of exponents: the largest logit, or zero where there is none.
+template <class V>
+GAPKERN_INLINE V finite_reference(V largest, V lowest) {
+  return largest == lowest ? V{} : largest;
+}
+
+template <class T>
+GAPKERN_INLINE void sum_exponentials_tracked(const ForwardBlock<T>& b, T* tile, int rows, int64_t i0) {
+  using V = typename Vec<T>::type;
+  const V lowest = splat<T>(T(-__builtin_inf()));
+  const T sign = b.exponents.k < 0 ? T(-1) : T(1), k = b.exponents.k * sign;
+  V row_sum[kRows] = {};
+  V row_reference[kRows];
+  for (int r = 0; r < rows; ++r) {
+    V best = lowest;
+    const AllButLabel<T> mask(b.cols, b.label + i0 + r, 1);
+    for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+      V t = load(tile + r * kStripe + j) * sign;
+      if (mask.partial(j)) t = mask.lanes(j, 0) ? t : lowest;
+      store(tile + r * kStripe + j, t);
+      best = best < t ? t : best;
+    }
+    b.row_largest[i0 + r] = largest<T>(best);
+    row_reference[r] = finite_reference(splat<T>(b.row_largest[i0 + r]), lowest);
+  }
+  for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+    const V before = load(b.column_largest + j);
+    V best = before;
+    for (int r = 0; r < rows; ++r) {
+      const V t = load(tile + r * kStripe + j);
+      best = best < t ? t : best;
+    }
+    const V reference = finite_reference(best, lowest);
+    V column = load(b.column_sum + j) * exp2((before - reference) * k);
+    for (int r = 0; r < rows; ++r) {
+      const V t = load(tile + r * kStripe + j);
+      column += exp2((t - reference) * k);
+      row_sum[r] += exp2((t - row_reference[r]) * k);
+    }
+    store(b.column_largest + j, best);
+    store(b.column_sum + j, column);
+  }
+  for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
+}
+
+template <Range kRange, class T>
+GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, int rows, int64_t i0) {
+  if (rows == kRows)
+    sum_exponentials<kRange, T, kRows>(b, tile, rows, i0);
+  else
+    sum_exponentials<kRange, T, 0>(b, tile, rows, i0);
+}
+
+// Copies by non-temporal stores, where there are any: nobody reads the copy before the backward pass.
+template <class T>
+GAPKERN_INLINE void stream(T* to, const T* from, int64_t count) {
+#if GAPKERN_VECTOR_BYTES == 64
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && count % Vec<T>::size == 0) {
+    for (int64_t j = 0; j < count; j += Vec<T>::size)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), (__m512i)load(from + j));
+    return;
+  }
+#endif
+  std::memcpy(to, from, size_t(count) * sizeof(T));
+}
+
+#if defined(GAPKERN_ISA_avx512bf16)
+GAPKERN_INLINE void encode(const float* t, float per_unit, int64_t count, int16_t* codes) {
+  for (int64_t j = 0; j < count; j += 16) {
+    const __m256i code = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(load(t + j) * per_unit)));
+    if (count - j < 16)
+      std::memcpy(codes + j, &code, size_t(count - j) * sizeof *codes);
+    else if (reinterpret_cast<uintptr_t>(codes + j) % 32 == 0)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(codes + j), code);
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j), code);
+  }
+}
+
+GAPKERN_INLINE void decode(const int16_t* codes, float unit, int64_t count, float* t) {
+  for (int64_t j = 0; j < count; j += 16) {
+    __m256i code{};
+    if (count - j < 16)
+      std::memcpy(&code, codes + j, size_t(count - j) * sizeof *codes);
+    else
+      code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
+    __builtin_prefetch(codes + j + kRows * count);
+    store(t + j, (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(code)) * unit);
+  }
+}
+#endif
+
+template <class E>
+GAPKERN_INLINE void keep(const ForwardBlock<typename E::T>& b, const typename E::T* tile, int rows, int64_t i0) {
+  if (b.kept.t != nullptr)
+    for (int r = 0; r < rows; ++r) stream(b.kept.t + (i0 + r) * b.cols, tile + r * kStripe, b.cols);
+  if constexpr (E::group > 1)
+    if (b.kept.codes != nullptr)
+      for (int r = 0; r < rows; ++r)
+        encode(tile + r * kStripe, 1 / b.kept.unit, b.cols, b.kept.codes + (i0 + r) * b.cols);
+}
+
+template <class E>
+void forward(const ForwardBlock<typename E::T>& b) {
+  using T = typename E::T;
+  alignas(64) T tile[kRows * kStripe];
+  const Range range = b.exponents.range;
+  for (int64_t j = 0; j < kStripe; ++j) {
+    b.column_sum[j] = T(0);
+    if (range == Range::tracked) b.column_largest[j] = T(-__builtin_inf());
+  }
+  for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
+    const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
+    logit_tile<E>(b, i0, tile);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t label = b.label + i0 + r;
+      if (label >= 0 && label < b.cols) b.label_t[i0 + r] = tile[r * kStripe + label];
+    }
+    keep<E>(b, tile, rows, i0);
+    if (range == Range::tracked)
+      sum_exponentials_tracked(b, tile, rows, i0);
+    else if (range == Range::shifted)
+      sum_exponentials<Range::shifted>(b, tile, rows, i0);
+    else
+      sum_exponentials<Range::normal>(b, tile, rows, i0);
+  }
+#if GAPKERN_VECTOR_BYTES == 64
+  _mm_sfence();  // orders the streaming stores before other threads' reads
+#endif
+}
+
+// The first `count` lanes of a vector: past the last row of an allocation nothing may be read.
+template <class T>
+GAPKERN_INLINE auto load_first(const T* p, int64_t count) {
+  T lanes[Vec<T>::size] = {};
+  std::memcpy(lanes, p, size_t(count) * sizeof(T));
+  return load(lanes);
+}
+
+// Of dS t and of dS.
+struct GradientSums {
+  double of_scale = 0, of_all = 0;
+};
+
+// Turns t, which lies in rows of `stride`, into a tile of dS.
+template <Range kRange, class T>
+GAPKERN_INLINE GradientSums logit_gradient(const GradientBlock<T>& b, const T* logits, int64_t stride, T* tile,
+                                           int rows, int64_t i0) {
+  using V = typename Vec<T>::type;
+  constexpr bool kTracked = kRange == Range::tracked;
+  const T k = b.exponents.k;
+  GradientSums sums;
+  for (int r = 0; r < rows; ++r) {
+    const T* t = logits + r * stride;
+    T* const out = tile + r * kStripe;
+    const int64_t label = b.label + i0 + r;
+    const bool labelled = label >= 0 && label < b.cols;
+    const V weight = splat<T>(b.row_weight[i0 + r]);
+    const V reference = splat<T>(kTracked ? b.row_reference[i0 + r] : T(0));
+    const V log2 = splat<T>(kTracked ? b.row_log2[i0 + r] : T(0));
+    const AllButLabel<T> mask(b.cols, label, 1);
+    V dot{}, row{};
+    for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
+      const bool edge = j + Vec<T>::size > b.cols;
+      const V value = edge ? load_first(t + j, b.cols - j) : load(t + j), column = load(b.column_weight + j);
+      V d;
+      if (kTracked)
+        d = weight * exp2((value - reference) * k - log2) +
+            column * exp2((value - load(b.column_reference + j)) * k - load(b.column_log2 + j));
+      else
+        d = exponential<kRange>(value, b.exponents) * (weight + column);
+      V product = d * value;
+      if (mask.partial(j)) {
+        const auto counted = mask.lanes(j, 0);
+        d = counted ? d : V{};
+        product = counted ? product : V{};
+      }
+      dot += product;
+      row += d;
+      if (b.column_sum != nullptr) store(b.column_sum + j, load(b.column_sum + j) + d);
+      store(out + j, d);
+    }
+    T row_total = sum<T>(row);
+    sums.of_scale += sum<T>(dot);
+    sums.of_all += row_total;
+    if (labelled) {
+      const T d = b.label_gradient[i0 + r];
+      out[label] = d;
+      row_total += d;
+      sums.of_scale += double(d) * b.label_t[i0 + r];
+      sums.of_all += d;
+      if (b.column_sum != nullptr) b.column_sum[label] += d;
+    }
+    if (b.row_sum != nullptr) b.row_sum[i0 + r] = row_total;
+  }
+  return sums;
+}
+
+template <class E>
+void gradient(const GradientBlock<typename E::T>& b) {
+  using T = typename E::T;
+  alignas(64) T tile[kRows * kStripe];
+  const Range range = b.exponents.range;
+  if (b.column_sum != nullptr)
+    for (int64_t j = 0; j < kStripe; ++j) b.column_sum[j] = T(0);
+  GradientSums all;
+  for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
+    const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
+    if (b.kept.t == nullptr && b.kept.codes == nullptr) logit_tile<E>(b, i0, tile);
+    if constexpr (E::group > 1)
+      for (int r = 0; b.kept.codes != nullptr && r < rows; ++r)
+        decode(b.kept.codes + (i0 + r) * b.cols, b.kept.unit, b.cols, tile + r * kStripe);
+    const T* const t = b.kept.t == nullptr ? tile : b.kept.t + i0 * b.cols;
+    const int64_t stride = b.kept.t == nullptr ? kStripe : b.cols;
+    const GradientSums sums = range == Range::tracked   ? logit_gradient<Range::tracked>(b, t, stride, tile, rows, i0)
+                              : range == Range::shifted ? logit_gradient<Range::shifted>(b, t, stride, tile, rows, i0)
+                                                        : logit_gradient<Range::normal>(b, t, stride, tile, rows, i0);
+    all.of_scale += sums.of_scale;
+    all.of_all += sums.of_all;
+    if (b.out.by_rows != nullptr) store_gradient(E{}, b.out, tile, rows, b.cols, i0);
+  }
+  *b.out.scale_sum = all.of_scale;
+  *b.sum = all.of_all;
+}
+
+constexpr auto set = kernel_set<SoftmaxKernels>([](auto arithmetic) {
+  using E = decltype(arithmetic);
+  return SoftmaxKernels<typename E::T>{&forward<E>, &gradient<E>};
+});
+
+}  // namespace
+
+namespace GAPKERN_ISA {
+const KernelSet<SoftmaxKernels>& softmax_kernels() { return set; }
+}  // namespace GAPKERN_ISA
+
+}  // namespace gapkern::contrastive

@@ -1,0 +1,79 @@
+// The state of the softmax losses between the passes, and the sums it is made from.
+#pragma once
+#include <cmath>
+
+#include "contrastive/kept.h"
+
+namespace gapkern::contrastive {
+
+// sum * 2^(k reference): a sum of exponentials about the largest logit seen so far.
+struct Exponentials {
+  double sum = 0;
+  double reference = 0;
+  bool empty = true;
+
+  void add(double other_sum, double other_reference, double k) {
+    if (other_sum == 0) return;
+    if (empty || other_reference == reference) {
+      sum += other_sum;
+      reference = other_reference;
+      empty = false;
+      return;
+    }
+    const double above = k * (other_reference - reference);
+    if (above > 0) {
+      sum = sum * std::exp2(-above) + other_sum;
+      reference = other_reference;
+    } else {
+      sum += other_sum * std::exp2(above);
+    }
+  }
+};
+
+// The log-sum-exps of one side in two parts, lse = scale reference + ln(2) log2: together they would round where |k t|
+// is large.
+template <class Real>  // double, const in the backward pass
+struct Statistics {
+  Real *reference, *log2;  // [count]
+  int64_t count;
+
+  void set(int64_t i, const Exponentials& e) const {
+    reference[i] = e.reference;
+    log2[i] = std::log2(e.sum);
+  }
+  // With the label's exponential, which no sum has yet. Relative to it, where it is the larger, log2 is the loss.
+  void set(int64_t i, const Exponentials& e, double scale, double label_t) const {
+    const double above = scale * kLog2e * (e.reference - label_t), others = std::log2(e.sum) + above;
+    if (e.empty || others <= 0) {
+      reference[i] = label_t;
+      log2[i] = e.empty ? 0 : std::log1p(std::exp2(others)) * kLog2e;
+    } else {
+      reference[i] = e.reference;
+      log2[i] = std::log2(e.sum + std::exp2(-above));
+    }
+  }
+  double lse(int64_t i, double scale) const { return scale * reference[i] + log2[i] / kLog2e; }
+
+  template <class T>
+  bool within(const ExponentRange<T>& range) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (!range.holds(reference[i], log2[i])) return false;
+    return true;
+  }
+};
+
+// What the forward pass leaves to the backward pass, in which T is const.
+template <class T>
+struct Softmax {
+  using Real = SameConst<T, double>;
+  Statistics<Real> rows, columns;
+  Real* label_t;  // [n] t at the labels
+  KeptLogits<T> kept;
+
+  // Whether no sum fell below the range: shifted exponents may do that.
+  bool within(const ExponentRange<std::remove_const_t<T>>& range) const {
+    return !range.shifted() || (rows.within(range) && columns.within(range));
+  }
+};
+
+}  // namespace gapkern::contrastive
