@@ -45,9 +45,10 @@ def trained_digits():
     """The digits under seed 0, and the model that the demo trains on them with its defaults; once for all tests."""
     pytest.importorskip("open_clip")
     pytest.importorskip("sklearn")
+    from gapkern import datasets
     from gapkern.experiments import digits
 
-    data = digits.load(0)
+    data = datasets.scans(0)
     return data, digits.train(data)
 
 

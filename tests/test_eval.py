@@ -313,7 +313,7 @@ def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, ca
     data = datasets.load("digits")
     for i in range(20):
         data.image(i).save(tmp_path / f"{i:012d}.png")
-    names = [digits.NAMES[label] for label in data.labels[:20]]
+    names = [datasets.DIGITS[label] for label in data.labels[:20]]
     captions = [f"the number {name}" for name in names]
     (tmp_path / "captions.json").write_text(
         json.dumps(
@@ -327,7 +327,7 @@ def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, ca
         {
             "image": f"{i:012d}.png",
             "question": "the number",
-            "choices": list(digits.NAMES),
+            "choices": list(datasets.DIGITS),
             "correct_choice_idx": data.labels[i],
         }
         for i in range(20)

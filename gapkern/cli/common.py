@@ -109,7 +109,7 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
     from rich.table import Table
     from rich.text import Text
 
-    from gapkern.report import number
+    from gapkern.experiments.report import number
 
     def cell(text: str) -> Text:  # not markup: file names hold brackets
         return Text(spelled(text, sys.stdout.encoding))

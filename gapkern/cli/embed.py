@@ -118,7 +118,7 @@ def run(arguments) -> int:
 
 
 def _sources(arguments) -> dict[str, Any]:
-    from gapkern import prompts
+    from gapkern import datasets, prompts
     from gapkern.embeddings import sources
 
     if arguments.dataset and arguments.images:
@@ -131,7 +131,7 @@ def _sources(arguments) -> dict[str, Any]:
     if arguments.captions:
         given["texts"] = sources.captions(arguments.captions, arguments.split)
     if arguments.dataset:
-        given["images"], captions = sources.dataset(
+        given["images"], captions = datasets.embeddable(
             arguments.dataset, arguments.root, arguments.split, arguments.annotation_file
         )
         given["texts"] = captions if given["texts"] is None else given["texts"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import _check, figures, files
+from gapkern import _check, datasets, files
 from gapkern._lock import locked
-from gapkern.experiments import demo_report, digits, environment
+from gapkern.experiments import demo_report, digits, environment, figures
 from gapkern.gap import MeanShift, gap_metrics
 from gapkern.perturb import Gaussian, Quantize, Replace
 from gapkern.robustness import SweepResult, robustness, sweep
@@ -57,7 +57,7 @@ def run(
 
 def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    data = digits.load(seed)
+    data = datasets.scans(seed)
     trained = digits.train(
         data, seed=seed, steps=steps, on_step=lambda entry: on_progress("train", entry["step"] + 1, steps)
     )
