@@ -58,7 +58,7 @@ def model(given: str | None, **paths: str) -> tuple[str | None, str]:
         ValueError: two of them differ.
     """
     from gapkern import embeddings
-    from gapkern.embeddings.folder import agreed
+    from gapkern.embeddings.provenance import agreed
 
     known = {name: embeddings.model_of(path, name=name) for name, path in paths.items()}
     found = agreed({"--model": given, **known})

@@ -22,8 +22,8 @@ def add(verbs) -> None:
 
 def run(arguments) -> int:
     from gapkern import gap_metrics
-    from gapkern.embeddings.folder import made_from
     from gapkern.embeddings.labels import Side, check_paired
+    from gapkern.embeddings.provenance import made_from
 
     sides = {"images": "img_emb", "texts": "text_emb"}
     places = {name: str(layout.place(getattr(arguments, name), kind, name=name)) for name, kind in sides.items()}

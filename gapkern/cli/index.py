@@ -80,8 +80,8 @@ def run(arguments) -> int:
 
 
 def _compare(arguments, shift) -> int:
-    from gapkern.embeddings import folder
     from gapkern.embeddings import labels as loader
+    from gapkern.embeddings import provenance
     from gapkern.retrieval import compare_quantisers
 
     common.model(arguments.model, gallery=arguments.gallery, queries=arguments.compare)
@@ -104,7 +104,7 @@ def _compare(arguments, shift) -> int:
             progress=lambda done, total: step("compare", done, total),
         )
     inputs = {
-        name: folder.made_from(path, name=name)
+        name: provenance.made_from(path, name=name)
         for name, path in (("gallery", arguments.gallery), ("compare", arguments.compare))
     }
     inputs |= loader.made_from(arguments.labels)

@@ -36,14 +36,14 @@ def add(verbs) -> None:
 
 def run_fit(arguments) -> int:
     from gapkern import Projection
-    from gapkern.embeddings import folder
+    from gapkern.embeddings import provenance
 
     model, said = moves.fitting(arguments)
     projection = Projection(
         arguments.components, arguments.metric, arguments.agreement, arguments.reduce, model
     ).check_parameters()
     moves.learn(projection, arguments)
-    made_from = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+    made_from = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
     projection.save(arguments.out, made_from=made_from)
     facts = {
         "offset": projection.offset_,

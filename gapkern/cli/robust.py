@@ -68,9 +68,9 @@ def _run(arguments, out: Path | None) -> int:
     import sys
 
     from gapkern import MeanShift, Projection, Replace, sweep
-    from gapkern.embeddings import folder
     from gapkern.embeddings import labels as loader
-    from gapkern.embeddings.folder import agreed
+    from gapkern.embeddings import provenance
+    from gapkern.embeddings.provenance import agreed
     from gapkern.gap import transforms
     from gapkern.perturb import title
 
@@ -113,8 +113,8 @@ def _run(arguments, out: Path | None) -> int:
         progress=sys.stderr.isatty(),
         journal=out and out / JOURNAL,
     )
-    inputs = {name: folder.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}
-    inputs |= {f"replace {i}": folder.made_from(path, name="replace") for i, path in enumerate(arguments.replace)}
+    inputs = {name: provenance.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}
+    inputs |= {f"replace {i}": provenance.made_from(path, name="replace") for i, path in enumerate(arguments.replace)}
     inputs |= loader.made_from(arguments.labels)
     inputs["shift"] = transforms.facts(shift) | {"fitted_here": not (arguments.shift or arguments.project)}
     if out is not None:

@@ -50,7 +50,7 @@ def add(verbs) -> None:
 
 
 def run(arguments) -> int:
-    from gapkern.embeddings.folder import agreed, model_of
+    from gapkern.embeddings.provenance import agreed, model_of
     from gapkern.retrieval import GapIndex, lookup
 
     out = Path(arguments.out) if arguments.out else None
@@ -117,12 +117,12 @@ def _projected(index: Any, path: str) -> Any:
 
 def _inputs(arguments: Any) -> dict[str, Any]:
     """What the answer was made from: the files' hashes; an index's are those of its manifest, which has the others'."""
-    from gapkern.embeddings import folder
+    from gapkern.embeddings import provenance
     from gapkern.retrieval.store import MANIFEST
 
     inputs = {
         "index": {"sha256": files.digest(Path(arguments.index) / MANIFEST)},
-        "queries": folder.made_from(arguments.queries, name="queries"),
+        "queries": provenance.made_from(arguments.queries, name="queries"),
     }
     if arguments.project:
         inputs["project"] = {"sha256": files.digest(arguments.project)}

@@ -62,7 +62,7 @@ def add(verbs) -> None:
 
 def run_fit(arguments) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
-    from gapkern.embeddings import folder
+    from gapkern.embeddings import provenance
 
     model, said = moves.fitting(arguments)
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
@@ -79,7 +79,7 @@ def run_fit(arguments) -> int:
     if noise is not None:
         gallery, queries = shift.samples()
         shift = shift.at(round(best_alpha(queries, gallery, noise, shift=shift), 2))
-    made_from = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+    made_from = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
     shift.save(arguments.out, made_from=made_from)
     facts = {
         "gap_norm": float(shift.gap_vector_.norm()),
@@ -98,8 +98,8 @@ def run_fit(arguments) -> int:
 def run_compare(arguments) -> int:
     from gapkern import MeanShift, Projection
     from gapkern._search import nearest
-    from gapkern.embeddings import folder
     from gapkern.embeddings import labels as loader
+    from gapkern.embeddings import provenance
     from gapkern.gap import transforms
 
     common.model(None, gallery=arguments.gallery, queries=arguments.queries)
@@ -125,7 +125,7 @@ def run_compare(arguments) -> int:
             step("compare", i + 1, len(wanted))
     unmoved = None if labels is None else float((before.numpy() == labels).mean())
     if arguments.json:
-        sides = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+        sides = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
         common.print_json(
             {
                 "clean_accuracy": unmoved,

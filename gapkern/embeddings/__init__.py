@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from gapkern.embeddings.folder import Embeddings, described, manifest, model_of, write_folder
+from gapkern.embeddings.folder import Embeddings
+from gapkern.embeddings.manifests import manifest
+from gapkern.embeddings.provenance import described, model_of
 from gapkern.embeddings.verification import verify
+from gapkern.embeddings.writing import write_folder
 
 __all__ = ["Embeddings", "RankLost", "described", "embed", "manifest", "model_of", "verify", "write_folder"]
 

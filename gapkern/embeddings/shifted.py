@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import files, layout
-from gapkern.embeddings.folder import FORMAT, MANIFEST, VERSION, described, metadata_files, write_manifest
+from gapkern.embeddings.folder import metadata_files
+from gapkern.embeddings.manifests import write_manifest
+from gapkern.embeddings.provenance import described
 from gapkern.gap import transforms
 from gapkern.gap.transforms import Transform
 
@@ -75,7 +77,7 @@ class Target:
             for shard in shards
         ]
         if any(target for _, target in self.pairs):
-            (self.out / MANIFEST).unlink(missing_ok=True)
+            (self.out / layout.MANIFEST).unlink(missing_ok=True)
 
     def _take_up(self, names: set[str]) -> None:
         """Reads the note of a run before; removes its shards that the source no longer has."""
@@ -87,12 +89,12 @@ class Target:
                 raise ValueError(f"{other} holds another's")
             if odd := [name for name in self.known if not layout.is_shard(name)]:
                 raise ValueError(f"out: expected the names of shards in {note}, got {odd[0]!r}")
-        ours = {NOTE, MANIFEST, "metadata", *self.known, *(names if note.exists() else ())}
+        ours = {NOTE, layout.MANIFEST, "metadata", *self.known, *(names if note.exists() else ())}
         if foreign := sorted(p.name for p in self.out.iterdir() if p.name not in ours and not p.name.startswith(".")):
             raise ValueError(f"{other} holds other files ({foreign[0]})")
         stale = [name for name in self.known if name not in names]
         if stale:
-            (self.out / MANIFEST).unlink(missing_ok=True)
+            (self.out / layout.MANIFEST).unlink(missing_ok=True)
         for name in stale:
             (self.out / name).unlink(missing_ok=True)
             del self.known[name]
@@ -142,8 +144,8 @@ class Target:
     def _describe(self, facts: dict[str, Any]) -> dict[str, Any]:
         x = files.load_embeddings(self.out, name="out")
         told = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": layout.FORMAT,
+            "version": layout.VERSION,
             **facts,
             "rows": len(x),
             "dims": x.shape[1],

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gapkern import files, layout
 from gapkern.embeddings import keys
-from gapkern.embeddings.folder import Embeddings, manifest
+from gapkern.embeddings.folder import Embeddings
+from gapkern.embeddings.manifests import manifest
 
 NAME, FORMAT, VERSION = "rows.json", "gapkern.rows", 1
 LABELS, CLASSES, CLASSNAMES, IMAGE_OF = "labels.npy", "classes.npy", "classnames.json", "image_of.npy"

@@ -10,7 +10,8 @@ import torch
 
 from gapkern import _formats, files, layout
 from gapkern.embeddings import sides
-from gapkern.embeddings.folder import Embeddings, manifest, metadata_files
+from gapkern.embeddings.folder import Embeddings, metadata_files
+from gapkern.embeddings.manifests import manifest
 from gapkern.layout import KINDS, MANIFEST
 
 

@@ -21,7 +21,7 @@ class patch_open_clip:
         >>> import open_clip
         >>> with patch_open_clip():
         ...     open_clip.ClipLoss.__module__
-        'gapkern.losses.open_clip'
+        'gapkern.losses.open_clip.clip'
         >>> open_clip.ClipLoss.__module__
         'open_clip.loss'
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
-from gapkern.embeddings.folder import described
+from gapkern.embeddings.provenance import described
 from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval import families, intake, store, stored
 from gapkern.retrieval._faiss import errors, faiss, train

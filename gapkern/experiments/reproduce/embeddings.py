@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gapkern import _check, _formats, datasets, files
 from gapkern.embeddings import labels as loader
-from gapkern.embeddings.folder import made_from
+from gapkern.embeddings.provenance import made_from
 from gapkern.experiments import digits
 from gapkern.gap import MeanShift
 from gapkern.perturb import Gaussian
