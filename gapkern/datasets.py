@@ -222,7 +222,7 @@ def check(name: str) -> None:
     _check.choice("dataset", name, sorted(DATASETS))
 
 
-def load(name: str, root: str | os.PathLike = ".", split: str = "test", annotation_file: str | None = None) -> Any:
+def load(name: str, root: str | os.PathLike[str] = ".", split: str = "test", annotation_file: str | None = None) -> Any:
     """A data set by name.
 
     Args:
@@ -245,7 +245,7 @@ def load(name: str, root: str | os.PathLike = ".", split: str = "test", annotati
 
 
 def embeddable(
-    name: str, root: str | os.PathLike = ".", split: str = "test", annotation_file: str | None = None
+    name: str, root: str | os.PathLike[str] = ".", split: str = "test", annotation_file: str | None = None
 ) -> tuple[rows.Images, rows.Texts | None]:
     """A data set as `gapkern.embeddings.embed` takes it: its images with labels, and its captions where it has some.
 

@@ -66,6 +66,34 @@ def poisoned():
 
 
 @pytest.fixture
+def empty_folder(monkeypatch, tmp_path):
+    """The working folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def coded_models(monkeypatch, empty_folder):
+    """Models whose embeddings say what they were made from, in an empty working folder: see `tests.coded`."""
+    from gapkern import models
+    from tests import coded
+
+    monkeypatch.setattr(models, "load", coded.model)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line: its status, and what it printed to stdout and stderr."""
+    from gapkern.cli import main
+
+    def run(*line):
+        status = main([str(part) for part in line])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made and saved as empty files: for tests of the numbers beside them."""
     figure = pytest.importorskip("matplotlib.figure").Figure

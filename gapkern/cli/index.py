@@ -1,10 +1,13 @@
 """`gapkern index`: an index of embedding files, or what each quantiser would cost and keep."""
 
+import argparse
+from typing import Any
+
 from gapkern import _check, files
 from gapkern.cli import common, repair
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "index",
         help="build a FAISS index of embedding files, or compare quantisers",
@@ -36,7 +39,7 @@ def add(verbs) -> None:
     parser.actions["repair"] = repair.parser(type(parser))
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern.embeddings.shifted import check_unmoved
     from gapkern.gap import transforms
 
@@ -79,7 +82,7 @@ def run(arguments) -> int:
     return 0
 
 
-def _compare(arguments, shift) -> int:
+def _compare(arguments: argparse.Namespace, shift: Any) -> int:
     from gapkern.embeddings import labels as loader
     from gapkern.embeddings import provenance
     from gapkern.retrieval import compare_quantisers

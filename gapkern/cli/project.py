@@ -1,9 +1,12 @@
 """`gapkern project fit` and `apply`: queries on the gallery's hull, in files."""
 
+import argparse
+from typing import Any
+
 from gapkern.cli import moves
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "project",
         help="fit the projection of queries on the gallery's hull and apply it to embedding files",
@@ -34,7 +37,7 @@ def add(verbs) -> None:
     apply.set_defaults(run=lambda arguments: moves.apply(arguments, arguments.projection))
 
 
-def run_fit(arguments) -> int:
+def run_fit(arguments: argparse.Namespace) -> int:
     from gapkern import Projection
     from gapkern.embeddings import provenance
 

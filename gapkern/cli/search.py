@@ -1,5 +1,6 @@
 """`gapkern search`: nearest neighbours of embedding files in an index."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ SHOWN = 10  # queries in the table
 MOST = 10_000  # neighbours that may be asked for where there are fewer vectors
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "search",
         help="search an index for the nearest neighbours of embeddings",
@@ -49,7 +50,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern.embeddings.provenance import agreed, model_of
     from gapkern.retrieval import GapIndex, lookup
 

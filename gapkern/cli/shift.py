@@ -1,6 +1,7 @@
 """`gapkern shift fit`, `apply` and `compare`: close the gap in files."""
 
 import argparse
+from typing import Any
 
 from gapkern import files
 from gapkern.cli import common, moves
@@ -19,7 +20,7 @@ def strength(text: str) -> float | tuple[str, float]:
         raise argparse.ArgumentTypeError(f"expected a number or best:VARIANCE, got {text!r}") from None
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser("shift", help="fit the mean shift and apply it to embedding files")
     actions = parser.add_subparsers(dest="action", metavar="fit|apply|compare", required=True)
 
@@ -60,7 +61,7 @@ def add(verbs) -> None:
     compare.set_defaults(run=run_compare)
 
 
-def run_fit(arguments) -> int:
+def run_fit(arguments: argparse.Namespace) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
     from gapkern.embeddings import provenance
 
@@ -95,7 +96,7 @@ def run_fit(arguments) -> int:
     return 0
 
 
-def run_compare(arguments) -> int:
+def run_compare(arguments: argparse.Namespace) -> int:
     from gapkern import MeanShift, Projection
     from gapkern._search import nearest
     from gapkern.embeddings import labels as loader
@@ -106,7 +107,7 @@ def run_compare(arguments) -> int:
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.queries, name="queries")
     labels = common.labels(arguments, len(queries), len(gallery))
-    found: dict[type, list[dict]] = {MeanShift: [], Projection: []}
+    found: dict[type, list[dict[str, Any]]] = {MeanShift: [], Projection: []}
     wanted = [(kind, k) for kind in found for k in arguments.components]
     before = nearest(queries, gallery)
     with common.progress({"compare": "components"}) as step:

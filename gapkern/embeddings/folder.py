@@ -52,7 +52,7 @@ class Embeddings:
         (5, 4, 'mine', [0.0, 4.0])
     """
 
-    def __init__(self, path: str | os.PathLike, kind: str | None = None, *, name: str = "path"):
+    def __init__(self, path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path"):
         self.path = place(path, kind, name=name)
         self.kind = self.path.name if self.path.name in KINDS else None
         self.manifest = manifest(self.path, name=name)

@@ -31,7 +31,17 @@ class Job:
     """
 
     def __init__(
-        self, kind, source, model: models.Model, folder: Path, facts, ranks, workers: int, tick: Tick, *, skip: bool
+        self,
+        kind: str,
+        source: Any,
+        model: models.Model,
+        folder: Path,
+        facts: dict[str, Any],
+        ranks: Any,
+        workers: int,
+        tick: Tick,
+        *,
+        skip: bool,
     ):
         self.kind, self.source, self.model, self.folder, self.facts = kind, source, model, folder, facts
         self.ranks, self.workers, self.tick, self.skip = ranks, workers, tick, skip

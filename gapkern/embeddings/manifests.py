@@ -28,7 +28,7 @@ FACTS: dict[str, type] = {
 }
 
 
-def manifest(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any] | None:
+def manifest(path: str | os.PathLike[str], *, name: str = "path") -> dict[str, Any] | None:
     """The manifest of a folder of shards; None where there is none.
 
     Raises:
@@ -95,7 +95,9 @@ def differences(found: Mapping[str, Any], shards: Sequence[str], mapped: Sequenc
     return result
 
 
-def write_manifest(folder: Path, entries: list[dict[str, Any]], dims: int, dtype: torch.dtype, **facts: Any) -> dict:
+def write_manifest(
+    folder: Path, entries: list[dict[str, Any]], dims: int, dtype: torch.dtype, **facts: Any
+) -> dict[str, Any]:
     """Writes the manifest of a folder's shards and returns it."""
     found = {
         "format": FORMAT,

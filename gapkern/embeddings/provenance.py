@@ -10,7 +10,7 @@ from gapkern.embeddings.manifests import manifest
 from gapkern.layout import FORMAT, KINDS, place
 
 
-def described(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
+def described(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
     """What is known of embeddings beside their values: the manifest of a folder, or what stands beside a file.
 
     Raises:
@@ -30,13 +30,13 @@ def described(path: str | os.PathLike, kind: str | None = None, *, name: str = "
     return told if told.get("sha256") == files.digest(found) else {}
 
 
-def kind_of(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> str | None:
+def kind_of(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> str | None:
     """ "img_emb" or "text_emb", as the manifest or the folder's name says; None where neither does."""
     told = described(path, kind, name=name).get("kind") or place(path, kind, name=name).name
     return told if told in KINDS else None
 
 
-def made_from(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
+def made_from(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
     """What a result says of embeddings that it was made from.
 
     Returns:
@@ -57,7 +57,7 @@ def made_from(path: str | os.PathLike, kind: str | None = None, *, name: str = "
     return {key: value for key, value in facts.items() if value}
 
 
-def model_of(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> str | None:
+def model_of(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> str | None:
     """The id of the model that made a folder's embeddings, from its manifest; None where nothing says it.
 
     Args:

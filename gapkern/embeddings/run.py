@@ -16,18 +16,19 @@ import torch
 from gapkern import _check, files, layout, models, prompts
 from gapkern.embeddings import manifests, sides, sources
 from gapkern.embeddings.folder import Embeddings
-from gapkern.embeddings.job import DTYPES, Job, RankLost, Tick
+from gapkern.embeddings.job import DTYPES, Job, Tick
+from gapkern.ranks import RankLost
 
 ON_ERROR = ("stop", "skip")
 
 
 def embed(
     model: str | models.Model,
-    pretrained: str | os.PathLike | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
     *,
     images: Any = None,
     texts: Any = None,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     batch_size: int = 64,
     resume: bool = True,
     classnames: Sequence[str] | Mapping[str, str] | None = None,

@@ -21,7 +21,7 @@ from gapkern.gap.transforms import Transform
 NOTE = layout.SHIFTED
 
 
-def check_unmoved(path: str | os.PathLike, *, name: str = "embeddings") -> None:
+def check_unmoved(path: str | os.PathLike[str], *, name: str = "embeddings") -> None:
     """Raises ValueError where a shift has moved embeddings already."""
     if moved := described(path, name=name).get("transforms"):
         told = ", ".join(map(_told, moved))
@@ -55,7 +55,9 @@ class Target:
         ValueError: `out` is the source, or holds another shift's or other files; a shift has moved the source already.
     """
 
-    def __init__(self, source: str | os.PathLike, out: str | os.PathLike, facts: dict[str, Any], model: str | None):
+    def __init__(
+        self, source: str | os.PathLike[str], out: str | os.PathLike[str], facts: dict[str, Any], model: str | None
+    ):
         check_unmoved(source)
         self.out, self.facts, self.model = Path(out), facts, model
         self.told = described(source, name="embeddings")

@@ -225,7 +225,7 @@ def texts(source: Any, split: str = "test") -> Texts:
     return found
 
 
-def captions(annotation_file: str | os.PathLike, split: str = "test") -> Texts:
+def captions(annotation_file: str | os.PathLike[str], split: str = "test") -> Texts:
     """Captions, image by image, and each one's image among those with captions: see `gapkern.captions`."""
     found = read_captions(annotation_file, split)
     return Texts(found.texts, found.image_of, found.images, found.keys)
@@ -298,5 +298,5 @@ def _tars(paths: list[Path], found: tars.Index) -> Images:
     )
 
 
-def _counted(counts: Counter) -> str:
+def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))

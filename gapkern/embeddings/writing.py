@@ -27,7 +27,7 @@ def write_shard(
 
 
 def write_folder(
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     kind: str,
     parts: Iterable[Tensor],
     *,

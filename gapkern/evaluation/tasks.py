@@ -65,7 +65,7 @@ class Settings:
     seeds: Sequence[int] = (0,)
     label: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for perturbation in self.perturbations:
             check(perturbation)
         if not self.seeds:
@@ -168,13 +168,17 @@ def classification(
     gallery = normalized(ranks.rows(classes))
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(gallery, images, ranks)}
 
-    def measure(current, perturbation, seed):
+    def measure(
+        current: dict[str, Any], perturbation: Perturbation | None, seed: int
+    ) -> tuple[Metrics, dict[str, Any]]:
         return _classify(images, labels, gallery, current.get("text_retrieval"), perturbation, seed, ranks), {}
 
     return settings.outcomes(shifts, measure)
 
 
-def _classify(images: Rows, labels: Tensor, classes: Rows, shift, perturbation, seed: int, ranks: Ranks) -> Metrics:
+def _classify(
+    images: Rows, labels: Tensor, classes: Rows, shift: Any, perturbation: Perturbation | None, seed: int, ranks: Ranks
+) -> Metrics:
     queries, gallery = _texts_to(shift, images.values, classes.values)
     found = topk(queries, perturbed(classes.of(gallery), perturbation, seed, ranks), 5, ranks)
     hits = found == labels[:, None]
@@ -226,7 +230,9 @@ def templates(
     alone = [normalized(ranks.rows(prompt)) for prompt in prompts]
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(together, images, ranks)}
 
-    def measure(current, perturbation, seed):
+    def measure(
+        current: dict[str, Any], perturbation: Perturbation | None, seed: int
+    ) -> tuple[Metrics, dict[str, Any]]:
         found = [
             _classify(images, labels, classes, current.get("text_retrieval"), perturbation, seed, ranks)
             for classes in (together, *alone)
@@ -287,14 +293,16 @@ def retrieval(
         if not isinstance(settings.shift, MeanShift | Projection):
             shifts["image_retrieval"] = settings.fitted(images, texts, ranks)
 
-    def measure(current, perturbation, seed):
+    def measure(
+        current: dict[str, Any], perturbation: Perturbation | None, seed: int
+    ) -> tuple[Metrics, dict[str, Any]]:
         return {
             f"{direction}_recall@{k}": value
             for direction, values in _both(current, perturbation, seed).items()
             for k, value in zip(ks, values, strict=True)
         }, {}
 
-    def _both(current, perturbation, seed):
+    def _both(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> dict[str, list[float]]:
         to_texts = _texts_to(current.get("text_retrieval"), images.values, texts.values)
         # The hull is the texts': where texts ask, nothing is projected.
         to_images = (images.values, texts.values) if isinstance(settings.shift, Projection) else to_texts
@@ -354,7 +362,9 @@ def multiple_choice(
     right = starts + answers
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(choices, images, ranks)}
 
-    def measure(current, perturbation, seed):
+    def measure(
+        current: dict[str, Any], perturbation: Perturbation | None, seed: int
+    ) -> tuple[Metrics, dict[str, Any]]:
         queries, moved = _texts_to(current.get("text_retrieval"), images.values, choices.values)
         gallery = perturbed(choices.of(moved), perturbation, seed, ranks)
         least = queries.new_full((len(queries),), torch.inf, dtype=torch.float64)

@@ -55,7 +55,12 @@ def captions(tokenizer: Any, templates: tuple[str, ...] = TEMPLATES) -> Tensor:
 
 
 def train(
-    data: Scans, *, seed: int = 0, steps: int = 300, scale: float = 100.0, on_step: Callable[[dict], None] | None = None
+    data: Scans,
+    *,
+    seed: int = 0,
+    steps: int = 300,
+    scale: float = 100.0,
+    on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> Trained:
     """Trains open_clip's CLIP (D = 128) with `gapkern.ClipLoss`, the logit scale fixed; the same weights for a seed.
 

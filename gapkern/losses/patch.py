@@ -26,7 +26,7 @@ class patch_open_clip:
         'open_clip.loss'
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         open_clip = _check.extra("open_clip", "open_clip_torch", "demo")
         if not _active:
             _replace(open_clip)

@@ -347,7 +347,7 @@ class GapIndex:
             self._looked_up = lookup.Lookup(self._index, self.metric, self.factory, self.device, self._read_only)
         return self._looked_up
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the index into a folder: FAISS's file, the shift, a manifest with counts and hashes. Atomic.
 
         Raises:
@@ -368,7 +368,7 @@ class GapIndex:
 
     @staticmethod
     def load(
-        path: str | os.PathLike, mmap: bool = False, *, verify: bool | None = None, device: str = "auto"
+        path: str | os.PathLike[str], mmap: bool = False, *, verify: bool | None = None, device: str = "auto"
     ) -> "GapIndex":
         """Reads what `save` or `gapkern index` wrote.
 

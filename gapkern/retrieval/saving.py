@@ -27,7 +27,7 @@ def write(folder: Path, index: Any, shift: Transform | None) -> dict[str, dict[s
     return data
 
 
-def read(path: str | os.PathLike, mmap: bool, verify: bool | None) -> tuple[dict[str, Any], Any, Transform | None]:
+def read(path: str | os.PathLike[str], mmap: bool, verify: bool | None) -> tuple[dict[str, Any], Any, Transform | None]:
     """The manifest of a folder, its index and its shift.
 
     Raises:
@@ -44,7 +44,7 @@ def read(path: str | os.PathLike, mmap: bool, verify: bool | None) -> tuple[dict
 
 
 def _of(
-    path: str | os.PathLike, found: dict[str, Any], mmap: bool, verify: bool | None
+    path: str | os.PathLike[str], found: dict[str, Any], mmap: bool, verify: bool | None
 ) -> tuple[Any, Transform | None]:
     paths = store.checked(path, found, verify, mmap)
     shift = transforms.load(paths["shift"]) if "shift" in paths else None

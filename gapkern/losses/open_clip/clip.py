@@ -122,12 +122,14 @@ class ClipLoss(DropIn):
     def _terms(self) -> str:
         return f"{type(self).__name__}(local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad})"
 
-    def _contrastive(self, image_features, text_features, logit_scale, logit_bias=None) -> Tensor:
+    def _contrastive(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
         if self._is_dense(image_features):
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias=logit_bias)
             return self._cross_entropies(*logits)
 
-        def check():
+        def check() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
             images, texts, scale = check_pairs(image_features, text_features, logit_scale, NAMES)
             return images, texts, scale, None if logit_bias is None else scalar("logit_bias", logit_bias, images)
 
@@ -179,7 +181,15 @@ class CoCaLoss(ClipLoss):
         self.caption_loss_weight = caption_loss_weight
         self.caption_loss = torch.nn.CrossEntropyLoss(ignore_index=pad_id)
 
-    def forward(self, image_features, text_features, logits, labels, logit_scale, output_dict=False):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(contrastive, caption), or a dict of "contrastive_loss" and "caption_loss"; logits (N, L, V)."""
         if self.clip_loss_weight:
             contrastive = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)

@@ -33,14 +33,14 @@ class DistillClipLoss(ClipLoss):
 
     def forward(  # type: ignore[override]
         self,
-        image_features,
-        text_features,
-        logit_scale,
-        dist_image_features,
-        dist_text_features,
-        dist_logit_scale,
-        output_dict=False,
-    ):
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(contrastive, distill), or a dict of "contrastive_loss" and "distill_loss"."""
         student = image_features, text_features, logit_scale
         teacher = dist_image_features, dist_text_features, dist_logit_scale
@@ -56,7 +56,7 @@ class DistillClipLoss(ClipLoss):
         return self._cross_entropies(*logits), (per_image + per_text) / 2
 
     def _fused(self, student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any]) -> tuple[Tensor, Tensor]:
-        def check():
+        def check() -> Any:
             of_student = check_pairs(*student, names=NAMES)
             of_teacher = check_pairs(*teacher, names=TEACHER_NAMES)
             _check.same_rows(image_features=of_student[0], dist_image_features=of_teacher[0])

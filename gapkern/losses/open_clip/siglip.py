@@ -79,11 +79,15 @@ class SigLipLoss(DropIn):
         offset = texts.shape[0] if negative_only else 0
         return in_float(sigmoid_rows(images, texts, scale, bias, offset) / images.shape[0], images)
 
-    def _pairs(self, image_features, text_features, logit_scale, logit_bias) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _pairs(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         images, texts, scale = check_pairs(image_features, text_features, logit_scale, NAMES)
         return images, texts, scale, scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, images)
 
-    def _over_ranks(self, image_features, text_features, logit_scale, logit_bias) -> Tensor:
+    def _over_ranks(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
+    ) -> Tensor:
         place, (images, texts, scale, bias) = self._checked(
             lambda: self._pairs(image_features, text_features, logit_scale, logit_bias)
         )
