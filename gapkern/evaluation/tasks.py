@@ -24,6 +24,7 @@ from gapkern.ranks import Ranks, Rows
 
 TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
 Metrics = dict[str, float]
+Measured = tuple[Metrics, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Settings:
         }
         return head | (facts[0] if len(facts) == 1 else dict(zip(shifts, facts, strict=True)))
 
-    def outcomes(self, shifts: dict[str, Any], measure: Callable[..., tuple[Metrics, dict[str, Any]]]) -> list[Outcome]:
+    def outcomes(self, shifts: dict[str, Any], measure: Callable[..., Measured]) -> list[Outcome]:
         """`measure(shifts, perturbation, seed)` for every setting, without shift first."""
         result = []
         for current in [{}, shifts] if shifts else [{}]:
@@ -168,9 +169,7 @@ def classification(
     gallery = normalized(ranks.rows(classes))
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(gallery, images, ranks)}
 
-    def measure(
-        current: dict[str, Any], perturbation: Perturbation | None, seed: int
-    ) -> tuple[Metrics, dict[str, Any]]:
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         return _classify(images, labels, gallery, current.get("text_retrieval"), perturbation, seed, ranks), {}
 
     return settings.outcomes(shifts, measure)
@@ -230,9 +229,7 @@ def templates(
     alone = [normalized(ranks.rows(prompt)) for prompt in prompts]
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(together, images, ranks)}
 
-    def measure(
-        current: dict[str, Any], perturbation: Perturbation | None, seed: int
-    ) -> tuple[Metrics, dict[str, Any]]:
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         found = [
             _classify(images, labels, classes, current.get("text_retrieval"), perturbation, seed, ranks)
             for classes in (together, *alone)
@@ -293,9 +290,7 @@ def retrieval(
         if not isinstance(settings.shift, MeanShift | Projection):
             shifts["image_retrieval"] = settings.fitted(images, texts, ranks)
 
-    def measure(
-        current: dict[str, Any], perturbation: Perturbation | None, seed: int
-    ) -> tuple[Metrics, dict[str, Any]]:
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         return {
             f"{direction}_recall@{k}": value
             for direction, values in _both(current, perturbation, seed).items()
@@ -362,9 +357,7 @@ def multiple_choice(
     right = starts + answers
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(choices, images, ranks)}
 
-    def measure(
-        current: dict[str, Any], perturbation: Perturbation | None, seed: int
-    ) -> tuple[Metrics, dict[str, Any]]:
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         queries, moved = _texts_to(current.get("text_retrieval"), images.values, choices.values)
         gallery = perturbed(choices.of(moved), perturbation, seed, ranks)
         least = queries.new_full((len(queries),), torch.inf, dtype=torch.float64)

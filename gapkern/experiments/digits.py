@@ -60,7 +60,7 @@ def train(
     seed: int = 0,
     steps: int = 300,
     scale: float = 100.0,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:
     """Trains open_clip's CLIP (D = 128) with `gapkern.ClipLoss`, the logit scale fixed; the same weights for a seed.
 
