@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import files
-from gapkern.figures import COLOURS, MARKERS
+from gapkern.figures.canvas import COLOURS, MARKERS
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -64,7 +64,6 @@ _SUBMODULES = frozenset(
         "prompts",
         "ranks",
         "reference",
-        "report",
         "retrieval",
         "selfcheck",
         "testing",

@@ -39,7 +39,7 @@ def reason(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def text(path: str | os.PathLike, name: str) -> str:
+def text(path: str | os.PathLike[str], name: str) -> str:
     """`gapkern.files.read_text`."""
     try:
         # A pipe that nobody writes into is empty then, instead of waited for.

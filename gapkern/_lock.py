@@ -65,7 +65,7 @@ def _release(descriptor: int) -> None:
             os.close(descriptor)
 
 
-def make(folder: str | os.PathLike, *, name: str = "out") -> Path:
+def make(folder: str | os.PathLike[str], *, name: str = "out") -> Path:
     """Makes a folder where there is none.
 
     Raises:
@@ -82,7 +82,7 @@ def make(folder: str | os.PathLike, *, name: str = "out") -> Path:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike, *, name: str = "out") -> Iterator[Path]:
+def locked(folder: str | os.PathLike[str], *, name: str = "out") -> Iterator[Path]:
     """Makes a folder and keeps every other run out of it while the block lasts.
 
     What killed runs left half written there, in files of `files.replacing`, is removed first. The lock is the file

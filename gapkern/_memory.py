@@ -13,7 +13,7 @@ _VERSIONS = {
 UNLIMITED = 2**63
 
 
-def available(root: str | os.PathLike = "/") -> int:
+def available(root: str | os.PathLike[str] = "/") -> int:
     """Bytes that can be taken without swapping: what the system has, and no more than any control group leaves.
 
     Files that are only kept for later count as free, in the system (MemAvailable) as in a group.

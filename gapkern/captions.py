@@ -31,7 +31,7 @@ class Captions:
     keys: list[str]
 
 
-def read(path: str | os.PathLike, split: str = "test", *, name: str = "annotation_file") -> Captions:
+def read(path: str | os.PathLike[str], split: str = "test", *, name: str = "annotation_file") -> Captions:
     """Reads captions.
 
     Args:
@@ -73,7 +73,7 @@ class _Contradiction(Exception):
 Pairs = list[tuple[str, list[tuple[Any, Any]]]]
 
 
-def _captions(pairs: Pairs, path: str | os.PathLike, name: str) -> Captions:
+def _captions(pairs: Pairs, path: str | os.PathLike[str], name: str) -> Captions:
     pairs = [(file, texts) for file, texts in pairs if texts]
     if not pairs:
         raise ValueError(f"{name}: expected at least one caption, got none in {path}")
@@ -134,7 +134,7 @@ def _listed(found: list[Any]) -> Pairs:
     return list(merged.items())
 
 
-def _table(path: str | os.PathLike, name: str) -> Pairs:
+def _table(path: str | os.PathLike[str], name: str) -> Pairs:
     text = read_text(name, path)
     delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
     try:

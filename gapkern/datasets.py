@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gapkern import _check, captions
+from gapkern.embeddings import keys, pictures
+from gapkern.embeddings import sources as rows
 from gapkern.prompts import read_json
 
 Image = Any  # PIL.Image.Image
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SCANS_TO_TRAIN = 1200
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,6 @@ class ImageFiles:
             raise self._unread(i, error.strerror) from None
 
     def __call__(self, i: int) -> Image:
-        from gapkern.embeddings import pictures
-
         content = self.content(i)
         try:
             return pictures.decode(content, self.names[i])
@@ -95,14 +100,33 @@ class ImageFiles:
         return ValueError(f"dataset_root: cannot read the image {self.root / self.names[i]} ({reason})")
 
 
+@dataclass(frozen=True)
+class Scans:
+    """Real scans (N, 3, 8, 8) in [0, 1] and their digits, split once by the seed."""
+
+    train_images: Tensor
+    train_digits: Tensor
+    test_images: Tensor
+    test_digits: Tensor
+
+
+def scans(seed: int) -> Scans:
+    """The digits, shuffled by `seed`: 1200 for training, 597 for testing."""
+    digits = _check.extra("sklearn.datasets", "scikit-learn", "demo").load_digits()
+    images = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1).repeat(1, 3, 1, 1)
+    classes = torch.tensor(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:SCANS_TO_TRAIN], order[SCANS_TO_TRAIN:]
+    return Scans(images[train], classes[train], images[test], classes[test])
+
+
 def digits(root: Path, split: str, annotations: str | None) -> Labelled:
     """scikit-learn's 1797 scans, split as the demo splits them by seed 0; nothing on disk is needed."""
-    from gapkern.experiments import digits
-
-    data = digits.load(0)
-    scans, labels = (data.train_images, data.train_digits) if split == "train" else (data.test_images, data.test_digits)
-
-    return Labelled(Arrays((scans[:, 0] * 255).round().byte().numpy()), labels.tolist(), list(digits.NAMES))
+    data = scans(0)
+    chosen, labels = (
+        (data.train_images, data.train_digits) if split == "train" else (data.test_images, data.test_digits)
+    )
+    return Labelled(Arrays((chosen[:, 0] * 255).round().byte().numpy()), labels.tolist(), list(DIGITS))
 
 
 def cifar(name: str) -> Callable[..., Labelled]:
@@ -124,15 +148,13 @@ def folders(root: Path, split: str, annotations: str | None) -> Labelled:
 
     ImageNet's folders are named by WordNet ids: give class names in a file.
     """
-    from gapkern.embeddings import sources
-
     names = [split, "val"] if split == "test" else [split]
     place = next((root / name for name in names if (root / name).is_dir()), root)
     expected = f"dataset_root: expected a folder of images for each class in {place}"
     if not place.is_dir():
         raise ValueError(f"{expected}, which is no folder")
     try:
-        found = sources.images(place)
+        found = rows.images(place)
     except ValueError as error:
         raise ValueError(f"{expected} ({error})") from None
     if found.labels is None or found.classes is None:
@@ -200,7 +222,7 @@ def check(name: str) -> None:
     _check.choice("dataset", name, sorted(DATASETS))
 
 
-def load(name: str, root: str | os.PathLike = ".", split: str = "test", annotation_file: str | None = None) -> Any:
+def load(name: str, root: str | os.PathLike[str] = ".", split: str = "test", annotation_file: str | None = None) -> Any:
     """A data set by name.
 
     Args:
@@ -220,6 +242,31 @@ def load(name: str, root: str | os.PathLike = ".", split: str = "test", annotati
     """
     check(name)
     return DATASETS[name][1](Path(os.fspath(root).replace("{dataset}", name)), split, annotation_file)
+
+
+def embeddable(
+    name: str, root: str | os.PathLike[str] = ".", split: str = "test", annotation_file: str | None = None
+) -> tuple[rows.Images, rows.Texts | None]:
+    """A data set as `gapkern.embeddings.embed` takes it: its images with labels, and its captions where it has some.
+
+    Raises:
+        ValueError: no such data set, or it does not lie there; one of questions, which have images many times.
+        ImportError: torchvision or scikit-learn is needed and not installed.
+    """
+    found = load(name, root, split, annotation_file)
+    if isinstance(found, Questions):
+        raise ValueError(f"dataset: expected one of images with labels or captions, got {name}, which has questions")
+    names = found.names or [f"{name}/{split}/{i}" for i in range(len(found))]
+    content = getattr(found.image, "content", None)
+    if isinstance(found, Captioned):
+        told = rows.Texts(found.captions, found.image_of, names, found.keys)
+        return rows.Images(found.image, names, content, _identity(name, split, found.captions)), told
+    identity = _identity(name, split, found.labels)
+    return rows.Images(found.image, names, content, identity, found.labels, found.classes), None
+
+
+def _identity(name: str, split: str, facts: Sequence[Any]) -> str:
+    return keys.order([name, split, *map(str, facts)])
 
 
 def _wanted(annotations: str | None, what: str) -> str:

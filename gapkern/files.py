@@ -23,7 +23,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike, *, name: str = "path") -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, name: str = "path") -> Iterator[Path]:
     """A temporary name beside `path`; the file written there takes its place once the block is left without an error.
 
     A link is followed: the file that it names is replaced. What killed runs left half written in the folder is removed.
@@ -77,7 +77,7 @@ def _named(doing: str) -> Iterator[None]:
         raise ValueError(f"{doing}: {words[0]}") from None
 
 
-def writable(path: str | os.PathLike, *, name: str = "path") -> Path:
+def writable(path: str | os.PathLike[str], *, name: str = "path") -> Path:
     """`path`, or the file that it links to, once a file can be put there: to be asked before the work for it is done.
 
     Raises:
@@ -96,14 +96,14 @@ def writable(path: str | os.PathLike, *, name: str = "path") -> Path:
     return path
 
 
-def write(path: str | os.PathLike, save: Callable[[Path], Any]) -> Path:
+def write(path: str | os.PathLike[str], save: Callable[[Path], Any]) -> Path:
     """Calls `save` with a temporary name and renames what it wrote to `path`."""
     with replacing(path) as temporary:
         save(temporary)
     return Path(path)
 
 
-def sync(path: str | os.PathLike) -> None:
+def sync(path: str | os.PathLike[str]) -> None:
     """Waits until the file's bytes are on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -129,13 +129,13 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: str | os.PathLike, value: Any) -> Path:
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Writes JSON that any reader takes: `plain` values, two spaces, a final newline."""
     text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
     return write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def read_text(path: str | os.PathLike, *, name: str = "path") -> str:
+def read_text(path: str | os.PathLike[str], *, name: str = "path") -> str:
     """What a file of text holds, in UTF-8 with or without a byte-order mark; line ends as they are.
 
     A pipe is read where something writes into it, as the shell's `<(...)` does.
@@ -154,7 +154,7 @@ def read_text(path: str | os.PathLike, *, name: str = "path") -> str:
     return _formats.text(path, name)
 
 
-def read_json(path: str | os.PathLike, *, name: str = "path") -> Any:
+def read_json(path: str | os.PathLike[str], *, name: str = "path") -> Any:
     """What a JSON file holds, in UTF-8 with or without a byte-order mark.
 
     Raises:
@@ -175,7 +175,7 @@ def read_json(path: str | os.PathLike, *, name: str = "path") -> Any:
         raise ValueError(f"{name}: expected JSON in {path}, got {_formats.reason(error)}") from None
 
 
-def folder(path: str | os.PathLike, *, name: str = "out") -> Path:
+def folder(path: str | os.PathLike[str], *, name: str = "out") -> Path:
     """`path` as a folder that exists and can be written.
 
     Raises:
@@ -190,7 +190,7 @@ def folder(path: str | os.PathLike, *, name: str = "out") -> Path:
     return path
 
 
-def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
+def shards(path: str | os.PathLike[str], *, name: str = "path") -> list[str]:
     """The embedding files that `path` means, in natural order (2 before 10); `path` alone where it is no folder.
 
     Raises:
@@ -208,7 +208,7 @@ def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
     return layout.shards(path, name=name)
 
 
-def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:
+def size(path: str | os.PathLike[str], *, name: str = "path") -> tuple[int, int]:
     """Rows and columns of a file's or a folder's embeddings; `.npy` files are not read for it.
 
     Raises:
@@ -230,7 +230,7 @@ def size(path: str | os.PathLike, *, name: str = "path") -> tuple[int, int]:
     return rows, first[0].shape[1]
 
 
-def digest(path: str | os.PathLike) -> str:
+def digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, in hexadecimal.
 
     Raises:
@@ -258,7 +258,7 @@ def fingerprint(x: Tensor) -> str:
     return digest.hexdigest()
 
 
-def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
+def load_embeddings(path: str | os.PathLike[str], *, name: str = "path") -> Tensor:
     """Embeddings (N, D) from a `.npy` or `.safetensors` file, or from a folder of either, shard after shard.
 
     `file.npy[0]` takes the first matrix of an array (K, N, D); `file.safetensors[key]` the tensor of that key. A `.npy`
@@ -283,7 +283,7 @@ def load_embeddings(path: str | os.PathLike, *, name: str = "path") -> Tensor:
 
 
 def chunks(
-    path: str | os.PathLike, rows: int | None = None, *, name: str = "path", finite: bool = False
+    path: str | os.PathLike[str], rows: int | None = None, *, name: str = "path", finite: bool = False
 ) -> Iterator[Tensor]:
     """The embeddings of a file or folder, some rows at a time (by default about 4 million numbers), in memory.
 
@@ -307,7 +307,11 @@ def chunks(
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, change: Callable[[Tensor], Tensor], *, name: str = "path"
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    change: Callable[[Tensor], Tensor],
+    *,
+    name: str = "path",
 ) -> Iterator[int]:
     """Writes `change(rows)` for the rows of a file to another file, a chunk at a time; yields the rows done so far.
 
@@ -332,7 +336,7 @@ def convert(
             yield done
 
 
-def parted(path: str | os.PathLike) -> tuple[str, str | None]:
+def parted(path: str | os.PathLike[str]) -> tuple[str, str | None]:
     """The file of `file[key]`, and the key; None where there is none.
 
     Example:
@@ -344,7 +348,7 @@ def parted(path: str | os.PathLike) -> tuple[str, str | None]:
     return file, key
 
 
-def _load(path: str | os.PathLike, name: str) -> Tensor:
+def _load(path: str | os.PathLike[str], name: str) -> Tensor:
     text, index = parted(path)
     file = Path(text)
     if file.suffix == ".safetensors":
@@ -366,7 +370,7 @@ def _load(path: str | os.PathLike, name: str) -> Tensor:
         raise ValueError(f"{error} in {path}") from None
 
 
-def load_array(path: str | os.PathLike, *, name: str = "path") -> np.ndarray:
+def load_array(path: str | os.PathLike[str], *, name: str = "path") -> np.ndarray:
     """The array of a `.npy` file of any dtype and shape, as labels and ids are, mapped.
 
     Raises:
@@ -375,7 +379,7 @@ def load_array(path: str | os.PathLike, *, name: str = "path") -> np.ndarray:
     return _formats.read_npy(Path(path), name)
 
 
-def save_embeddings(path: str | os.PathLike, x: Tensor) -> Path:
+def save_embeddings(path: str | os.PathLike[str], x: Tensor) -> Path:
     """Writes (N, D) embeddings as `.npy` or `.safetensors`, by the name's ending; bfloat16 needs the latter."""
     with replacing(path) as temporary:
         save(temporary, x)

@@ -59,7 +59,7 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     return [(not t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in re.split(r"(\d+)", name)]
 
 
-def place(path: str | os.PathLike, kind: str | None = None, *, name: str = "path") -> Path:
+def place(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> Path:
     """The file or the folder of shards that `path` means.
 
     Raises:
@@ -89,7 +89,7 @@ def place(path: str | os.PathLike, kind: str | None = None, *, name: str = "path
     return _finished(path, name)
 
 
-def shards(path: str | os.PathLike, *, name: str = "path") -> list[str]:
+def shards(path: str | os.PathLike[str], *, name: str = "path") -> list[str]:
     """The files that hold what `path` means, in natural order (2 before 10); `path` itself where it is a file.
 
     Raises:

@@ -102,7 +102,7 @@ def zero_shot_classifier(prompts: Tensor) -> Tensor:
 
 def load(
     model: str,
-    pretrained: str | os.PathLike | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device = "auto",
     precision: str = "auto",

@@ -14,7 +14,7 @@ DEFAULT = ("a photo of a {c}.",)
 Templates = list[str] | dict[str, list[str]]
 
 
-def read_json(name: str, path: str | os.PathLike) -> Any:
+def read_json(name: str, path: str | os.PathLike[str]) -> Any:
     """What a JSON file holds. A name without a folder is looked for among CLIP_benchmark's files too, if installed.
 
     Raises:
@@ -30,7 +30,7 @@ def read_json(name: str, path: str | os.PathLike) -> Any:
         return files.read_json(file, name=name)
 
 
-def read_text(name: str, path: str | os.PathLike) -> str:
+def read_text(name: str, path: str | os.PathLike[str]) -> str:
     """What a UTF-8 file holds, without a byte-order mark.
 
     Raises:
@@ -40,7 +40,7 @@ def read_text(name: str, path: str | os.PathLike) -> str:
         return files.read_text(path, name=name)
 
 
-def read_lines(name: str, path: str | os.PathLike) -> list[str]:
+def read_lines(name: str, path: str | os.PathLike[str]) -> list[str]:
     """The lines of a UTF-8 file. LF or CRLF ends a line and nothing else does; blank lines at the end are none.
 
     Raises:
@@ -60,7 +60,7 @@ def read_lines(name: str, path: str | os.PathLike) -> list[str]:
 
 
 @contextlib.contextmanager
-def _there(name: str, path: str | os.PathLike) -> Iterator[None]:
+def _there(name: str, path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -82,7 +82,7 @@ def check_text(name: str, value: Any, where: str) -> str:
     return value
 
 
-def load_templates(path: str | os.PathLike, dataset: str) -> Templates:
+def load_templates(path: str | os.PathLike[str], dataset: str) -> Templates:
     """Templates with {c} for the class, or each class's own prompts.
 
     The file holds one per line, or JSON: a list; or, by dataset, a list or a dictionary of prompts by class. A dataset
@@ -125,7 +125,7 @@ def check_templates(templates: Any) -> list[str]:
 
 
 def load_classnames(
-    path: str | os.PathLike, dataset: str = "", fits: Callable[[Any], bool] = lambda names: False
+    path: str | os.PathLike[str], dataset: str = "", fits: Callable[[Any], bool] = lambda names: False
 ) -> list[str] | dict[str, str]:
     """Class names, or a mapping of what the classes are called where the images are to their names.
 
@@ -177,7 +177,7 @@ def fill(templates: Templates, classnames: list[str]) -> list[list[str]]:
     return [[template.format(c=name) for template in templates] for name in classnames]
 
 
-def _read(name: str, path: str | os.PathLike) -> Any:
+def _read(name: str, path: str | os.PathLike[str]) -> Any:
     if os.fspath(path).endswith(".json"):
         return read_json(name, path)
     lines = read_lines(name, path)
@@ -186,7 +186,7 @@ def _read(name: str, path: str | os.PathLike) -> Any:
     return lines
 
 
-def _chosen(path: str | os.PathLike, dataset: str) -> tuple[str, str]:
+def _chosen(path: str | os.PathLike[str], dataset: str) -> tuple[str, str]:
     """The file and the data set of `file[dataset]`."""
     file, key = files.parted(path)
     return (os.fspath(path), dataset) if key is None or os.path.exists(path) else (file, key)

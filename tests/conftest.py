@@ -45,9 +45,10 @@ def trained_digits():
     """The digits under seed 0, and the model that the demo trains on them with its defaults; once for all tests."""
     pytest.importorskip("open_clip")
     pytest.importorskip("sklearn")
+    from gapkern import datasets
     from gapkern.experiments import digits
 
-    data = digits.load(0)
+    data = datasets.scans(0)
     return data, digits.train(data)
 
 
@@ -62,6 +63,34 @@ def poisoned():
     yield
     torch.ops.gapkern.fill_allocations(False)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def empty_folder(monkeypatch, tmp_path):
+    """The working folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def coded_models(monkeypatch, empty_folder):
+    """Models whose embeddings say what they were made from, in an empty working folder: see `tests.coded`."""
+    from gapkern import models
+    from tests import coded
+
+    monkeypatch.setattr(models, "load", coded.model)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line: its status, and what it printed to stdout and stderr."""
+    from gapkern.cli import main
+
+    def run(*line):
+        status = main([str(part) for part in line])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

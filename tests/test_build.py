@@ -61,6 +61,7 @@ def test_wheel_and_sdist_hold_what_they_must_and_nothing_is_compiled_twice(check
     names = set(zipfile.ZipFile(wheel).namelist())
     assert any(n.startswith("gapkern/_core.") for n in names)
     assert {"gapkern/lib/libgapkern_cpu.so", "gapkern/py.typed", "gapkern/reference/perturb.py"} <= names
+    assert {"gapkern/experiments/report/style.css", "gapkern/experiments/report/sort.js"} <= names
     assert not any(n.startswith(("tests/", "csrc/")) for n in names)
     target = checkout / "installed"
     with zipfile.ZipFile(wheel) as archive:

@@ -395,9 +395,10 @@ def test_a_rank_that_dies_ends_the_others_and_loses_nothing(place, whole, tmp_pa
 
 
 def test_the_demos_export_embeds_as_the_demo_does(tmp_path):
+    from gapkern import datasets
     from gapkern.experiments import digits
 
-    data = digits.load(0)
+    data = datasets.scans(0)
     trained = digits.train(data, steps=2)
     digits.export(trained, data, tmp_path)
     there = {
@@ -420,4 +421,4 @@ def test_the_demos_export_embeds_as_the_demo_does(tmp_path):
     classes = torch.nn.functional.normalize(prompts.mean(0), dim=1)
     assert torch.allclose(torch.from_numpy(np.load(tmp_path / "out" / "classes.npy")), classes, atol=1e-5)
     captions = (tmp_path / "captions.txt").read_text().splitlines()
-    assert all(digits.NAMES[d] in text for d, text in zip(data.test_digits[rows], captions, strict=True))
+    assert all(datasets.DIGITS[d] in text for d, text in zip(data.test_digits[rows], captions, strict=True))

@@ -313,7 +313,7 @@ def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, ca
     data = datasets.load("digits")
     for i in range(20):
         data.image(i).save(tmp_path / f"{i:012d}.png")
-    names = [digits.NAMES[label] for label in data.labels[:20]]
+    names = [datasets.DIGITS[label] for label in data.labels[:20]]
     captions = [f"the number {name}" for name in names]
     (tmp_path / "captions.json").write_text(
         json.dumps(
@@ -327,7 +327,7 @@ def test_retrieval_and_multiple_choice_from_the_model(digits_model, tmp_path, ca
         {
             "image": f"{i:012d}.png",
             "question": "the number",
-            "choices": list(digits.NAMES),
+            "choices": list(datasets.DIGITS),
             "correct_choice_idx": data.labels[i],
         }
         for i in range(20)
@@ -484,6 +484,7 @@ def test_build_says_what_it_leaves_out(tmp_path, capsys):
     assert run(capsys, "build", tmp_path)[0] == 2
 
 
+STORED = ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "labels.npy"]
 BAD = {
     "unknown data set": (["--dataset", "cifar11", "--model", "x"], "dataset: expected one of 'aokvqa', 'cifar10'"),
     "nothing to evaluate": ([], "expected --images and --texts, or --dataset and --model"),
@@ -523,18 +524,7 @@ BAD = {
         "templates: expected a string with {c} for the class, got 'a {}'",
     ),
     "templates of another number": (
-        [
-            "--images",
-            "images.npy",
-            "--texts",
-            "prompts.npy",
-            "--labels",
-            "labels.npy",
-            "--task",
-            "template_robustness",
-            "--custom_template_file",
-            "two.json",
-        ],
+        [*STORED, "--task", "template_robustness", "--custom_template_file", "two.json"],
         "names: expected 4, one per template, got 2",
     ),
     "another width": (
@@ -542,41 +532,19 @@ BAD = {
         "classes: expected shape (C, 24), D as the images', got (12, 7)",
     ),
     "a shift that is none": (
-        ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "labels.npy", "--shift", "much"],
+        [*STORED, "--shift", "much"],
         "shift: expected a file, 'auto', 'exact' or components, got 'much'",
     ),
     "a shift of another model": (
-        [
-            "--images",
-            "images.npy",
-            "--texts",
-            "prompts.npy",
-            "--labels",
-            "labels.npy",
-            "--shift",
-            "s.safetensors",
-            "--model",
-            "mine",
-        ],
+        [*STORED, "--shift", "s.safetensors", "--model", "mine"],
         "shift: expected one fitted on mine, got one of theirs",
     ),
     "one name for several results": (
-        [
-            "--images",
-            "images.npy",
-            "--texts",
-            "prompts.npy",
-            "--labels",
-            "labels.npy",
-            "--shift",
-            "auto",
-            "--output",
-            "x.json",
-        ],
+        [*STORED, "--shift", "auto", "--output", "x.json"],
         "output: expected {variant} in the template of several results",
     ),
     "a bad variance": (
-        ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "labels.npy", "--gaussian", "-1"],
+        [*STORED, "--gaussian", "-1"],
         "variance: expected a finite number >= 0, got -1",
     ),
     "a task of another data set": (

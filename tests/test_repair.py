@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from gapkern import MeanShift, Projection
-from gapkern.cli import main
 from gapkern.retrieval import GapIndex, repair
 from tests.scenes import strict
 
 faiss = pytest.importorskip("faiss")
-pytestmark = [pytest.mark.faiss, pytest.mark.filterwarnings("ignore:.*FAISS")]
+pytestmark = [pytest.mark.faiss, pytest.mark.filterwarnings("ignore:.*FAISS"), pytest.mark.usefixtures("empty_folder")]
 FACTORIES = ["Flat", "IVF8,Flat", "HNSW16", "SQ4", "PQ16x4np", "RaBitQ", "IVF8,RaBitQ", "IDMap2,SQ4", "PCA32,SQ8"]
 
 
@@ -86,18 +85,6 @@ def test_without_embeddings_rows_are_what_the_index_holds(factory, tmp_path):
         # What codes decode to is searched without error.
         assert found.agreement_before >= 0.98
         assert found.recall_before >= 0.98
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*line):
-        status = main([str(part) for part in line])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def test_from_the_command_line(run, tmp_path):

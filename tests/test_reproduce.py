@@ -220,9 +220,9 @@ def counted():
         return reproduce_it
 
     def draw(tall=False):
-        from gapkern.figures import _figure
+        from gapkern.figures.canvas import panels
 
-        return _figure(1, tall=tall)[0]
+        return panels(1, tall=tall)[0]
 
     class Fake(Target):
         def __call__(self, context):

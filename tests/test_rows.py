@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import models
-from gapkern.cli import main
 from gapkern.embeddings import Embeddings, keys, verify, write_folder
 from tests import coded
 
@@ -21,20 +19,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("pyarrow")
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "load", coded.model)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*line):
-        status = main([str(part) for part in line])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+pytestmark = pytest.mark.usefixtures("coded_models")
 
 
 def embed(run, *line, out="out", status=0):

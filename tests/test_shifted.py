@@ -10,20 +10,9 @@ import pytest
 import torch
 
 from gapkern import MeanShift
-from gapkern.cli import main
 from gapkern.embeddings import Embeddings, described, model_of, verify, write_folder
 
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*line):
-        status = main([str(part) for part in line])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def refused(run, *line):

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gapkern import MeanShift, files, layout, models
-from gapkern.cli import main
+from gapkern import MeanShift, files, layout
 from gapkern.embeddings import Embeddings, keys, verify, write_folder
 from tests import coded
 
@@ -22,21 +21,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("pyarrow")
 from tests.test_rows import NUMBERS, embed, measured, refused
 
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "load", coded.model)
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*line):
-        status = main([str(part) for part in line])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+pytestmark = pytest.mark.usefixtures("coded_models")
 
 
 def values(folder, kind="img_emb"):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from typing import Any, NoReturn
 
 from gapkern import layout
 from gapkern.cli import answer, boundary
@@ -24,23 +25,23 @@ VERBS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.actions: dict[str, argparse.ArgumentParser] = {}
 
-    def add_argument(self, *names, **options):
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Options of several words, with hyphens, or with underscores as open_clip and CLIP_benchmark spell them."""
         if names and names[0].startswith("--"):
             head = [f"--{name[2:].replace('_', '-')}" for name in names]
             names = tuple(dict.fromkeys([*head, *(f"--{name[2:].replace('-', '_')}" for name in names)]))
         return super().add_argument(*names, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """A verb whose first word may be an action of its own: `actions` has their parsers."""
         action = self.actions.get(args[0]) if args else None
         return action.parse_known_args(args[1:], namespace) if action else super().parse_known_args(args, namespace)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage."""
         self.exit(2, f"{self.prog}: {boundary.line(message)} (see {self.prog} --help)\n")
 

@@ -1,11 +1,13 @@
 """`gapkern build`: result files of `gapkern eval`, or of CLIP_benchmark, as one CSV."""
 
+import argparse
 import sys
+from typing import Any
 
 from gapkern.cli import common
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "build",
         help="collect result files into one CSV",
@@ -17,7 +19,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern.evaluation import records
 
     results, others = records.find(arguments.files)

@@ -58,7 +58,7 @@ def model(given: str | None, **paths: str) -> tuple[str | None, str]:
         ValueError: two of them differ.
     """
     from gapkern import embeddings
-    from gapkern.embeddings.folder import agreed
+    from gapkern.embeddings.provenance import agreed
 
     known = {name: embeddings.model_of(path, name=name) for name, path in paths.items()}
     found = agreed({"--model": given, **known})
@@ -109,7 +109,7 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
     from rich.table import Table
     from rich.text import Text
 
-    from gapkern.report import number
+    from gapkern.experiments.report import number
 
     def cell(text: str) -> Text:  # not markup: file names hold brackets
         return Text(spelled(text, sys.stdout.encoding))

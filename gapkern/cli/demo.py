@@ -1,11 +1,13 @@
 """`gapkern demo`: the paper's effect on real handwritten digits."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from gapkern.cli import common
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "demo",
         help="train on handwritten digits, measure the gap, close it, write a report",
@@ -24,7 +26,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern.experiments import demo, demo_report
     from gapkern.perturb import title
 

@@ -1,6 +1,8 @@
 """`gapkern doctor`: versions, devices, libraries, and every operator against its reference."""
 
+import argparse
 import sys
+from typing import Any
 
 from gapkern.cli import common
 
@@ -10,7 +12,7 @@ _EXECUTED = (
 )
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "doctor",
         help="check this installation",
@@ -21,7 +23,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def examine() -> dict:
+def examine() -> dict[str, Any]:
     """What `doctor` knows, with `healthy` as its verdict."""
     import torch
 
@@ -47,7 +49,7 @@ def examine() -> dict:
     }
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     found = examine()
     if arguments.json:
         common.print_json(found)

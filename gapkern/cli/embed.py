@@ -1,5 +1,6 @@
 """`gapkern embed`: images and texts to a folder of embeddings, and `--verify` of one."""
 
+import argparse
 import os
 import sys
 from typing import Any
@@ -9,7 +10,7 @@ from gapkern.cli import common
 SHOWN = 10  # skipped images that are printed
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "embed",
         help="embed images and texts with a model of open_clip; verify a folder of embeddings",
@@ -74,7 +75,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern import embeddings
 
     if arguments.verify is not None:
@@ -117,8 +118,8 @@ def run(arguments) -> int:
     return 0
 
 
-def _sources(arguments) -> dict[str, Any]:
-    from gapkern import prompts
+def _sources(arguments: argparse.Namespace) -> dict[str, Any]:
+    from gapkern import datasets, prompts
     from gapkern.embeddings import sources
 
     if arguments.dataset and arguments.images:
@@ -131,7 +132,7 @@ def _sources(arguments) -> dict[str, Any]:
     if arguments.captions:
         given["texts"] = sources.captions(arguments.captions, arguments.split)
     if arguments.dataset:
-        given["images"], captions = sources.dataset(
+        given["images"], captions = datasets.embeddable(
             arguments.dataset, arguments.root, arguments.split, arguments.annotation_file
         )
         given["texts"] = captions if given["texts"] is None else given["texts"]
@@ -147,7 +148,7 @@ def _sources(arguments) -> dict[str, Any]:
     return given
 
 
-def _show(arguments, found: dict[str, Any]) -> None:
+def _show(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     if arguments.json:
         common.print_json({"out": arguments.out, **found})
         return

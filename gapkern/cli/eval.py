@@ -12,7 +12,7 @@ from gapkern.cli import common
 TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "eval",
         help="zero-shot classification, retrieval, multiple choice; with and without the shift and perturbations",
@@ -101,7 +101,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from gapkern.ranks import RankLost, Ranks
@@ -121,7 +121,7 @@ def run(arguments) -> int:
     return 0
 
 
-def _settings(arguments) -> Any:
+def _settings(arguments: argparse.Namespace) -> Any:
     from gapkern.cli.moves import components
     from gapkern.evaluation.tasks import Settings
     from gapkern.gap import transforms
@@ -138,7 +138,7 @@ def _settings(arguments) -> Any:
     return Settings(shift, common.perturbations(arguments), arguments.seeds, label)
 
 
-def _runs(arguments) -> list[dict[str, str]]:
+def _runs(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """Data set, model and the rest of what names each run."""
     from gapkern import datasets
     from gapkern.evaluation.tasks import TASKS
@@ -170,7 +170,7 @@ def _runs(arguments) -> list[dict[str, str]]:
     return result
 
 
-def _one(arguments, facts: dict[str, str], settings, ranks) -> list[dict[str, Any]]:
+def _one(arguments: argparse.Namespace, facts: dict[str, str], settings: Any, ranks: Any) -> list[dict[str, Any]]:
     """The records of one run; read back where they were there already."""
     from gapkern import files
     from gapkern.evaluation import inputs, records
@@ -198,7 +198,7 @@ def _one(arguments, facts: dict[str, str], settings, ranks) -> list[dict[str, An
     return result
 
 
-def _targets(arguments, facts, settings) -> list[Any]:
+def _targets(arguments: argparse.Namespace, facts: dict[str, str], settings: Any) -> list[Any]:
     from gapkern.evaluation import records
 
     template = arguments.output
@@ -220,7 +220,9 @@ def _targets(arguments, facts, settings) -> list[Any]:
     return targets
 
 
-def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+def _inputs(
+    arguments: argparse.Namespace, facts: dict[str, str], shift: Any, ranks: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the task takes, and what the records say beside its facts."""
     from gapkern import datasets, layout, prompts
     from gapkern.embeddings.shifted import check_unmoved
@@ -261,13 +263,13 @@ def _inputs(arguments, facts, shift, ranks) -> tuple[dict[str, Any], dict[str, A
     return given, {key: value for key, value in told.items() if value} | kept
 
 
-def _made_from(arguments, ranks) -> dict[str, Any]:
+def _made_from(arguments: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     from gapkern.evaluation import inputs
 
     return inputs.made_from(arguments.images, arguments.texts, arguments.labels) if ranks.rank == 0 else {}
 
 
-def _encoder(arguments, facts, ranks, step) -> Any:
+def _encoder(arguments: argparse.Namespace, facts: dict[str, str], ranks: Any, step: Any) -> Any:
     from gapkern import models
     from gapkern.evaluation.encode import Encoder
 
@@ -279,7 +281,7 @@ def _encoder(arguments, facts, ranks, step) -> Any:
     return Encoder(model, ranks, arguments.batch_size, arguments.num_workers, quiet)
 
 
-def _show(arguments, results: list[dict[str, Any]]) -> None:
+def _show(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     from gapkern.evaluation import records
 
     if arguments.json:

@@ -1,10 +1,13 @@
 """`gapkern gap`: the metrics of a pair of embedding files."""
 
+import argparse
+from typing import Any
+
 from gapkern import files, layout
 from gapkern.cli import common
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "gap",
         help="measure the modality gap of paired embeddings",
@@ -20,10 +23,10 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern import gap_metrics
-    from gapkern.embeddings.folder import made_from
     from gapkern.embeddings.labels import Side, check_paired
+    from gapkern.embeddings.provenance import made_from
 
     sides = {"images": "img_emb", "texts": "text_emb"}
     places = {name: str(layout.place(getattr(arguments, name), kind, name=name)) for name, kind in sides.items()}

@@ -1,10 +1,13 @@
 """`gapkern index`: an index of embedding files, or what each quantiser would cost and keep."""
 
+import argparse
+from typing import Any
+
 from gapkern import _check, files
 from gapkern.cli import common, repair
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "index",
         help="build a FAISS index of embedding files, or compare quantisers",
@@ -36,7 +39,7 @@ def add(verbs) -> None:
     parser.actions["repair"] = repair.parser(type(parser))
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern.embeddings.shifted import check_unmoved
     from gapkern.gap import transforms
 
@@ -79,9 +82,9 @@ def run(arguments) -> int:
     return 0
 
 
-def _compare(arguments, shift) -> int:
-    from gapkern.embeddings import folder
+def _compare(arguments: argparse.Namespace, shift: Any) -> int:
     from gapkern.embeddings import labels as loader
+    from gapkern.embeddings import provenance
     from gapkern.retrieval import compare_quantisers
 
     common.model(arguments.model, gallery=arguments.gallery, queries=arguments.compare)
@@ -104,7 +107,7 @@ def _compare(arguments, shift) -> int:
             progress=lambda done, total: step("compare", done, total),
         )
     inputs = {
-        name: folder.made_from(path, name=name)
+        name: provenance.made_from(path, name=name)
         for name, path in (("gallery", arguments.gallery), ("compare", arguments.compare))
     }
     inputs |= loader.made_from(arguments.labels)

@@ -1,9 +1,12 @@
 """`gapkern project fit` and `apply`: queries on the gallery's hull, in files."""
 
+import argparse
+from typing import Any
+
 from gapkern.cli import moves
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "project",
         help="fit the projection of queries on the gallery's hull and apply it to embedding files",
@@ -34,16 +37,16 @@ def add(verbs) -> None:
     apply.set_defaults(run=lambda arguments: moves.apply(arguments, arguments.projection))
 
 
-def run_fit(arguments) -> int:
+def run_fit(arguments: argparse.Namespace) -> int:
     from gapkern import Projection
-    from gapkern.embeddings import folder
+    from gapkern.embeddings import provenance
 
     model, said = moves.fitting(arguments)
     projection = Projection(
         arguments.components, arguments.metric, arguments.agreement, arguments.reduce, model
     ).check_parameters()
     moves.learn(projection, arguments)
-    made_from = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+    made_from = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
     projection.save(arguments.out, made_from=made_from)
     facts = {
         "offset": projection.offset_,

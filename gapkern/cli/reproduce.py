@@ -1,13 +1,15 @@
 """`gapkern reproduce`: the paper's figures and theorems, run again."""
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from gapkern.cli import common
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "reproduce",
         help="run the paper's figures and theorems again, and report which claims hold",
@@ -48,7 +50,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def _sources(arguments) -> list:
+def _sources(arguments: argparse.Namespace) -> list[Any]:
     from gapkern.experiments.reproduce import embeddings
 
     if not arguments.embeddings and (arguments.labels or arguments.paraphrase):
@@ -82,7 +84,7 @@ def _sources(arguments) -> list:
     return found
 
 
-def _command(arguments) -> str:
+def _command(arguments: argparse.Namespace) -> str:
     """The command line again, with every setting that matters."""
     words = ["gapkern", "reproduce", *(arguments.targets or ["all"]), "--out", arguments.out]
     for given in arguments.embeddings:
@@ -96,7 +98,7 @@ def _command(arguments) -> str:
     return shlex.join([*words, "--seed", str(arguments.seed)])
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     from gapkern.experiments.reproduce import TARGETS
     from gapkern.experiments.reproduce.run import choose
     from gapkern.experiments.reproduce.run import run as reproduce

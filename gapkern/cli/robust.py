@@ -1,6 +1,8 @@
 """`gapkern robust`: robustness over shift strengths and perturbations, from files."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from gapkern import _check, files
 from gapkern._lock import locked
@@ -10,7 +12,7 @@ from gapkern.cli.moves import components
 JOURNAL, INPUTS = "unfinished.jsonl", "inputs.json"
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "robust",
         help="sweep robustness over shift strengths and perturbations",
@@ -55,7 +57,7 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     if not arguments.out:
         return _run(arguments, None)
     for module, package, extra in (("pandas", "pandas", "tables"), ("matplotlib.figure", "matplotlib", "demo")):
@@ -64,13 +66,13 @@ def run(arguments) -> int:
         return _run(arguments, out)
 
 
-def _run(arguments, out: Path | None) -> int:
+def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     import sys
 
     from gapkern import MeanShift, Projection, Replace, sweep
-    from gapkern.embeddings import folder
     from gapkern.embeddings import labels as loader
-    from gapkern.embeddings.folder import agreed
+    from gapkern.embeddings import provenance
+    from gapkern.embeddings.provenance import agreed
     from gapkern.gap import transforms
     from gapkern.perturb import title
 
@@ -113,8 +115,8 @@ def _run(arguments, out: Path | None) -> int:
         progress=sys.stderr.isatty(),
         journal=out and out / JOURNAL,
     )
-    inputs = {name: folder.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}
-    inputs |= {f"replace {i}": folder.made_from(path, name="replace") for i, path in enumerate(arguments.replace)}
+    inputs = {name: provenance.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}
+    inputs |= {f"replace {i}": provenance.made_from(path, name="replace") for i, path in enumerate(arguments.replace)}
     inputs |= loader.made_from(arguments.labels)
     inputs["shift"] = transforms.facts(shift) | {"fitted_here": not (arguments.shift or arguments.project)}
     if out is not None:

@@ -1,5 +1,6 @@
 """`gapkern search`: nearest neighbours of embedding files in an index."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ SHOWN = 10  # queries in the table
 MOST = 10_000  # neighbours that may be asked for where there are fewer vectors
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "search",
         help="search an index for the nearest neighbours of embeddings",
@@ -49,8 +50,8 @@ def add(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments) -> int:
-    from gapkern.embeddings.folder import agreed, model_of
+def run(arguments: argparse.Namespace) -> int:
+    from gapkern.embeddings.provenance import agreed, model_of
     from gapkern.retrieval import GapIndex, lookup
 
     out = Path(arguments.out) if arguments.out else None
@@ -117,12 +118,12 @@ def _projected(index: Any, path: str) -> Any:
 
 def _inputs(arguments: Any) -> dict[str, Any]:
     """What the answer was made from: the files' hashes; an index's are those of its manifest, which has the others'."""
-    from gapkern.embeddings import folder
+    from gapkern.embeddings import provenance
     from gapkern.retrieval.store import MANIFEST
 
     inputs = {
         "index": {"sha256": files.digest(Path(arguments.index) / MANIFEST)},
-        "queries": folder.made_from(arguments.queries, name="queries"),
+        "queries": provenance.made_from(arguments.queries, name="queries"),
     }
     if arguments.project:
         inputs["project"] = {"sha256": files.digest(arguments.project)}

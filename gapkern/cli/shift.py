@@ -1,6 +1,7 @@
 """`gapkern shift fit`, `apply` and `compare`: close the gap in files."""
 
 import argparse
+from typing import Any
 
 from gapkern import files
 from gapkern.cli import common, moves
@@ -19,7 +20,7 @@ def strength(text: str) -> float | tuple[str, float]:
         raise argparse.ArgumentTypeError(f"expected a number or best:VARIANCE, got {text!r}") from None
 
 
-def add(verbs) -> None:
+def add(verbs: Any) -> None:
     parser = verbs.add_parser("shift", help="fit the mean shift and apply it to embedding files")
     actions = parser.add_subparsers(dest="action", metavar="fit|apply|compare", required=True)
 
@@ -60,9 +61,9 @@ def add(verbs) -> None:
     compare.set_defaults(run=run_compare)
 
 
-def run_fit(arguments) -> int:
+def run_fit(arguments: argparse.Namespace) -> int:
     from gapkern import Gaussian, MeanShift, best_alpha
-    from gapkern.embeddings import folder
+    from gapkern.embeddings import provenance
 
     model, said = moves.fitting(arguments)
     best = arguments.alpha if isinstance(arguments.alpha, tuple) else None
@@ -79,7 +80,7 @@ def run_fit(arguments) -> int:
     if noise is not None:
         gallery, queries = shift.samples()
         shift = shift.at(round(best_alpha(queries, gallery, noise, shift=shift), 2))
-    made_from = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+    made_from = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
     shift.save(arguments.out, made_from=made_from)
     facts = {
         "gap_norm": float(shift.gap_vector_.norm()),
@@ -95,18 +96,18 @@ def run_fit(arguments) -> int:
     return 0
 
 
-def run_compare(arguments) -> int:
+def run_compare(arguments: argparse.Namespace) -> int:
     from gapkern import MeanShift, Projection
     from gapkern._search import nearest
-    from gapkern.embeddings import folder
     from gapkern.embeddings import labels as loader
+    from gapkern.embeddings import provenance
     from gapkern.gap import transforms
 
     common.model(None, gallery=arguments.gallery, queries=arguments.queries)
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.queries, name="queries")
     labels = common.labels(arguments, len(queries), len(gallery))
-    found: dict[type, list[dict]] = {MeanShift: [], Projection: []}
+    found: dict[type, list[dict[str, Any]]] = {MeanShift: [], Projection: []}
     wanted = [(kind, k) for kind in found for k in arguments.components]
     before = nearest(queries, gallery)
     with common.progress({"compare": "components"}) as step:
@@ -125,7 +126,7 @@ def run_compare(arguments) -> int:
             step("compare", i + 1, len(wanted))
     unmoved = None if labels is None else float((before.numpy() == labels).mean())
     if arguments.json:
-        sides = {side: folder.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
+        sides = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
         common.print_json(
             {
                 "clean_accuracy": unmoved,

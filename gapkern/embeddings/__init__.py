@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from gapkern.embeddings.folder import Embeddings, described, manifest, model_of, write_folder
+from gapkern.embeddings.folder import Embeddings
+from gapkern.embeddings.manifests import manifest
+from gapkern.embeddings.provenance import described, model_of
 from gapkern.embeddings.verification import verify
+from gapkern.embeddings.writing import write_folder
 
 __all__ = ["Embeddings", "RankLost", "described", "embed", "manifest", "model_of", "verify", "write_folder"]
 
@@ -11,7 +14,7 @@ __all__ = ["Embeddings", "RankLost", "described", "embed", "manifest", "model_of
 def __getattr__(name: str) -> Any:
     # `run` stands above `gapkern.models`, which reads hashes from here.
     if name in ("embed", "RankLost"):
-        from gapkern.embeddings import job, run
+        from gapkern.embeddings import run
 
-        return run.embed if name == "embed" else job.RankLost
+        return getattr(run, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

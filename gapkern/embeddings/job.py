@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gapkern import _formats, files, models
-from gapkern.embeddings import folder as folders
-from gapkern.embeddings import keys, loading
-from gapkern.layout import PROGRESS
+from gapkern.embeddings import keys, loading, manifests, writing
+from gapkern.embeddings.folder import METADATA
+from gapkern.layout import MANIFEST, PROGRESS
 from gapkern.ranks import RankLost
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -31,12 +31,22 @@ class Job:
     """
 
     def __init__(
-        self, kind, source, model: models.Model, folder: Path, facts, ranks, workers: int, tick: Tick, *, skip: bool
+        self,
+        kind: str,
+        source: Any,
+        model: models.Model,
+        folder: Path,
+        facts: dict[str, Any],
+        ranks: Any,
+        workers: int,
+        tick: Tick,
+        *,
+        skip: bool,
     ):
         self.kind, self.source, self.model, self.folder, self.facts = kind, source, model, folder, facts
         self.ranks, self.workers, self.tick, self.skip = ranks, workers, tick, skip
         self.notes = folder / PROGRESS
-        self.beside = folder.parent / folders.METADATA[kind][0]
+        self.beside = folder.parent / METADATA[kind][0]
         self.keys = list(source.keys)
         self.spans: list[range] = []
         self.skipped: dict[str, str] = {}
@@ -69,7 +79,7 @@ class Job:
         finally:
             if lock is not None:
                 lock.close()
-        found = folders.manifest(self.folder)
+        found = manifests.manifest(self.folder)
         assert found is not None
         return found, computed
 
@@ -111,7 +121,7 @@ class Job:
         plan = self.notes / "plan.json"
         if not resume:
             self._clear()
-        found = folders.manifest(self.folder, name="out")
+        found = manifests.manifest(self.folder, name="out")
         known = self._plan(plan) if found is None and plan.exists() else found
         if known is None and (there := [p.name for p in self.folder.iterdir() if p.suffix in (".npy", ".safetensors")]):
             raise ValueError(
@@ -136,7 +146,7 @@ class Job:
     def _plan(self, path: Path) -> dict[str, Any]:
         """What a run that was killed had begun."""
         known = files.read_json(path, name="out")
-        if not isinstance(known, dict) or not folders.is_spans(known.get("spans") or []):
+        if not isinstance(known, dict) or not manifests.is_spans(known.get("spans") or []):
             raise ValueError(
                 f"out: expected a plan as embed writes it in {path} (resume=False or --no_resume begins anew)"
             )
@@ -203,7 +213,7 @@ class Job:
 
     def _clear(self) -> None:
         for old in (
-            self.folder / folders.MANIFEST,
+            self.folder / MANIFEST,
             *self.folder.glob(f"{self.kind}_*.npy"),
             *self.beside.glob("metadata_*.parquet"),
             *self.notes.glob("*.json"),
@@ -216,7 +226,7 @@ class Job:
             note = files.read_json(self.notes / f"{shard}.json")
         except (OSError, ValueError):
             return None
-        return note if folders.is_note(note, self._name(shard), self._told(shard)) else None
+        return note if manifests.is_note(note, self._name(shard), self._told(shard)) else None
 
     def _finished(self, shard: int) -> bool:
         note = self._note(shard)
@@ -231,7 +241,7 @@ class Job:
             return False
         if note["metadata"] and note["told"] != self._told_of(rows := self._kept(shard, note)):
             # The same rows with other labels or images: what is told of them is written anew, and no more.
-            told = folders.write_metadata(self.folder, shard, self.source.columns(rows))
+            told = writing.write_metadata(self.folder, shard, self.source.columns(rows))
             files.write_json(self.notes / f"{shard}.json", {**note, "metadata": told, "told": self._told_of(rows)})
         return True
 
@@ -254,7 +264,7 @@ class Job:
         encoded = self._encoded(spans)
         computed = 0
         if pending:
-            (self.folder / folders.MANIFEST).unlink(missing_ok=True)
+            (self.folder / MANIFEST).unlink(missing_ok=True)
         for shard in pending:
             parts: list[Tensor] = []
             signatures: list[str] = []
@@ -290,9 +300,9 @@ class Job:
             )
         told = None
         if self.facts["has_metadata"]:
-            told = folders.write_metadata(self.folder, shard, self.source.columns(kept))
+            told = writing.write_metadata(self.folder, shard, self.source.columns(kept))
         before = partial(self._write_note, path, {"metadata": told, **note})
-        folders.write_shard(self.folder, self._name(shard), x, before)
+        writing.write_shard(self.folder, self._name(shard), x, before)
         return len(x)
 
     @staticmethod
@@ -354,5 +364,5 @@ class Job:
             "spans": [self._ends(rows) for rows in self.spans],
             "sources": [{key: note[key] for key in ("source", "told", "skipped")} for note in whole],
         }
-        folders.write_manifest(self.folder, entries, first.shape[1], first.dtype, **facts)
+        manifests.write_manifest(self.folder, entries, first.shape[1], first.dtype, **facts)
         shutil.rmtree(self.notes, ignore_errors=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gapkern import _formats, files, layout
 from gapkern.embeddings import keys, sides
-from gapkern.embeddings.folder import Embeddings, described
+from gapkern.embeddings.folder import Embeddings
+from gapkern.embeddings.provenance import described
 from gapkern.prompts import read_json, read_lines
 
 KINDS = {"images": "img_emb", "texts": "text_emb"}

@@ -32,7 +32,7 @@ class Batch:
         return self
 
 
-class _Rows(torch.utils.data.Dataset):
+class _Rows(torch.utils.data.Dataset[tuple[str, Tensor | None, str]]):
     def __init__(self, read: Callable[[int], tuple[str, Any]], preprocess: Callable[[Any], Tensor]):
         self.read, self.preprocess = read, preprocess
 

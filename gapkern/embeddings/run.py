@@ -14,20 +14,21 @@ from typing import Any
 import torch
 
 from gapkern import _check, files, layout, models, prompts
-from gapkern.embeddings import folder as folders
-from gapkern.embeddings import sides, sources
-from gapkern.embeddings.job import DTYPES, Job, RankLost, Tick
+from gapkern.embeddings import manifests, sides, sources
+from gapkern.embeddings.folder import Embeddings
+from gapkern.embeddings.job import DTYPES, Job, Tick
+from gapkern.ranks import RankLost
 
 ON_ERROR = ("stop", "skip")
 
 
 def embed(
     model: str | models.Model,
-    pretrained: str | os.PathLike | None = None,
+    pretrained: str | os.PathLike[str] | None = None,
     *,
     images: Any = None,
     texts: Any = None,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     batch_size: int = 64,
     resume: bool = True,
     classnames: Sequence[str] | Mapping[str, str] | None = None,
@@ -161,9 +162,9 @@ def _names(out: Path, images: sources.Images | None, classnames: Any) -> list[st
 
 def _with_stored(out: Path, texts: sources.Texts) -> sources.Texts:
     """Captions of images that an earlier run embedded into `out`, where all are among them."""
-    if texts.images is None or folders.manifest(out / "img_emb") is None:
+    if texts.images is None or manifests.manifest(out / "img_emb") is None:
         return texts
-    names = folders.Embeddings(out, "img_emb").keys()
+    names = Embeddings(out, "img_emb").keys()
     if names is None:
         return texts
     try:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import files, layout
-from gapkern.embeddings.folder import FORMAT, MANIFEST, VERSION, described, metadata_files, write_manifest
+from gapkern.embeddings.folder import metadata_files
+from gapkern.embeddings.manifests import write_manifest
+from gapkern.embeddings.provenance import described
 from gapkern.gap import transforms
 from gapkern.gap.transforms import Transform
 
 NOTE = layout.SHIFTED
 
 
-def check_unmoved(path: str | os.PathLike, *, name: str = "embeddings") -> None:
+def check_unmoved(path: str | os.PathLike[str], *, name: str = "embeddings") -> None:
     """Raises ValueError where a shift has moved embeddings already."""
     if moved := described(path, name=name).get("transforms"):
         told = ", ".join(map(_told, moved))
@@ -53,7 +55,9 @@ class Target:
         ValueError: `out` is the source, or holds another shift's or other files; a shift has moved the source already.
     """
 
-    def __init__(self, source: str | os.PathLike, out: str | os.PathLike, facts: dict[str, Any], model: str | None):
+    def __init__(
+        self, source: str | os.PathLike[str], out: str | os.PathLike[str], facts: dict[str, Any], model: str | None
+    ):
         check_unmoved(source)
         self.out, self.facts, self.model = Path(out), facts, model
         self.told = described(source, name="embeddings")
@@ -75,7 +79,7 @@ class Target:
             for shard in shards
         ]
         if any(target for _, target in self.pairs):
-            (self.out / MANIFEST).unlink(missing_ok=True)
+            (self.out / layout.MANIFEST).unlink(missing_ok=True)
 
     def _take_up(self, names: set[str]) -> None:
         """Reads the note of a run before; removes its shards that the source no longer has."""
@@ -87,12 +91,12 @@ class Target:
                 raise ValueError(f"{other} holds another's")
             if odd := [name for name in self.known if not layout.is_shard(name)]:
                 raise ValueError(f"out: expected the names of shards in {note}, got {odd[0]!r}")
-        ours = {NOTE, MANIFEST, "metadata", *self.known, *(names if note.exists() else ())}
+        ours = {NOTE, layout.MANIFEST, "metadata", *self.known, *(names if note.exists() else ())}
         if foreign := sorted(p.name for p in self.out.iterdir() if p.name not in ours and not p.name.startswith(".")):
             raise ValueError(f"{other} holds other files ({foreign[0]})")
         stale = [name for name in self.known if name not in names]
         if stale:
-            (self.out / MANIFEST).unlink(missing_ok=True)
+            (self.out / layout.MANIFEST).unlink(missing_ok=True)
         for name in stale:
             (self.out / name).unlink(missing_ok=True)
             del self.known[name]
@@ -142,8 +146,8 @@ class Target:
     def _describe(self, facts: dict[str, Any]) -> dict[str, Any]:
         x = files.load_embeddings(self.out, name="out")
         told = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": layout.FORMAT,
+            "version": layout.VERSION,
             **facts,
             "rows": len(x),
             "dims": x.shape[1],

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from gapkern import files, layout
 from gapkern.embeddings import keys
-from gapkern.embeddings.folder import Embeddings, manifest
+from gapkern.embeddings.folder import Embeddings
+from gapkern.embeddings.manifests import manifest
 
 NAME, FORMAT, VERSION = "rows.json", "gapkern.rows", 1
 LABELS, CLASSES, CLASSNAMES, IMAGE_OF = "labels.npy", "classes.npy", "classnames.json", "image_of.npy"
 
 
-def read(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+def read(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The entries of a folder's rows.json by file; none where there is none.
 
     Raises:
@@ -46,7 +47,7 @@ def _known(entry: Any) -> bool:
     return named and all(isinstance(entry.get(key, ""), str | None) for key in ("sha256", "order", "of", "model"))
 
 
-def of(path: str | os.PathLike, *, name: str = "path") -> dict[str, Any]:
+def of(path: str | os.PathLike[str], *, name: str = "path") -> dict[str, Any]:
     """What the rows.json beside a file says of it; nothing where none does.
 
     Raises:
@@ -154,7 +155,9 @@ def settle(out: Path, now: Settled) -> None:
         (out / NAME).unlink(missing_ok=True)
 
 
-def _settle_captions(out: Path, now: Settled, orders: dict, entries: dict, put: Any, drop: Any) -> None:
+def _settle_captions(
+    out: Path, now: Settled, orders: dict[str, Any], entries: dict[str, Any], put: Any, drop: Any
+) -> None:
     if now.texts:
         drop(IMAGE_OF)
         if now.image_of is not None:

@@ -225,36 +225,10 @@ def texts(source: Any, split: str = "test") -> Texts:
     return found
 
 
-def captions(annotation_file: str | os.PathLike, split: str = "test") -> Texts:
+def captions(annotation_file: str | os.PathLike[str], split: str = "test") -> Texts:
     """Captions, image by image, and each one's image among those with captions: see `gapkern.captions`."""
     found = read_captions(annotation_file, split)
     return Texts(found.texts, found.image_of, found.images, found.keys)
-
-
-def dataset(
-    name: str, root: str = ".", split: str = "test", annotation_file: str | None = None
-) -> tuple[Images, Texts | None]:
-    """A data set of `gapkern.datasets`: its images with labels, and its captions where it has some.
-
-    Raises:
-        ValueError: no such data set, or it does not lie there; one of questions, which have images many times.
-        ImportError: torchvision or scikit-learn is needed and not installed.
-    """
-    from gapkern import datasets
-
-    found = datasets.load(name, root, split, annotation_file)
-    if isinstance(found, datasets.Questions):
-        raise ValueError(f"dataset: expected one of images with labels or captions, got {name}, which has questions")
-    names = found.names or [f"{name}/{split}/{i}" for i in range(len(found))]
-    content = getattr(found.image, "content", None)
-    if isinstance(found, datasets.Captioned):
-        told = Texts(found.captions, found.image_of, names, found.keys)
-        return Images(found.image, names, content, _identity(name, split, found.captions)), told
-    return Images(found.image, names, content, _identity(name, split, found.labels), found.labels, found.classes), None
-
-
-def _identity(name: str, split: str, facts: Sequence[Any]) -> str:
-    return keys.order([name, split, *map(str, facts)])
 
 
 def _folder(path: Path) -> Images:
@@ -324,5 +298,5 @@ def _tars(paths: list[Path], found: tars.Index) -> Images:
     )
 
 
-def _counted(counts: Counter) -> str:
+def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))

@@ -30,7 +30,7 @@ class Index:
     """Samples of tars, and the other members by suffix."""
 
     samples: list[Sample] = field(default_factory=list)
-    others: Counter = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter[str])
 
 
 def index(paths: list[Path]) -> Index:
@@ -41,7 +41,7 @@ def index(paths: list[Path]) -> Index:
             end; two images of one sample.
     """
     found = Index()
-    names: Counter = Counter()
+    names: Counter[str] = Counter()
     for path, title in zip(paths, _titles(paths), strict=True):
         members = _members(path)
         _samples(path, title, members, found, names)
@@ -90,9 +90,9 @@ def _members(path: Path) -> list[tarfile.TarInfo]:
     return members
 
 
-def _samples(path: Path, title: str, members: list[tarfile.TarInfo], found: Index, names: Counter) -> None:
+def _samples(path: Path, title: str, members: list[tarfile.TarInfo], found: Index, names: Counter[str]) -> None:
     data = {m.name: m for m in members if m.isfile()}
-    occurrences: Counter = Counter()
+    occurrences: Counter[str] = Counter()
     pictures: dict[tuple[str, int], Sample] = {}
     groups: dict[tuple[str, int], list[Sample]] = {}
     sides: list[tuple[str, str, int, tarfile.TarInfo]] = []

@@ -10,11 +10,12 @@ import torch
 
 from gapkern import _formats, files, layout
 from gapkern.embeddings import sides
-from gapkern.embeddings.folder import Embeddings, manifest, metadata_files
+from gapkern.embeddings.folder import Embeddings, metadata_files
+from gapkern.embeddings.manifests import manifest
 from gapkern.layout import KINDS, MANIFEST
 
 
-def verify(path: str | os.PathLike) -> dict[str, Any]:
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads all embeddings of a folder, or one file, and compares them with the manifest where there is one.
 
     Args:
@@ -155,7 +156,7 @@ def not_finite(shard: Path) -> int | None:
     return None
 
 
-def _misplaced(name: str, hashes: dict, entries: dict, before: list[str], known: bool) -> list[str]:
+def _misplaced(name: str, hashes: dict[str, Any], entries: dict[str, Any], before: list[str], known: bool) -> list[str]:
     mine = hashes[name]
     owners = [other for other, entry in entries.items() if entry["sha256"] == mine]
     if known and name not in entries:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, datasets, embeddings, prompts
-from gapkern.embeddings import Embeddings, folder, keys, sides
+from gapkern.embeddings import Embeddings, keys, provenance, sides
 from gapkern.embeddings import labels as loader
-from gapkern.embeddings.folder import agreed
 from gapkern.embeddings.labels import Side, array
+from gapkern.embeddings.provenance import agreed
 from gapkern.evaluation.tasks import TASKS, Outcome, Settings, classification, multiple_choice, retrieval
 from gapkern.evaluation.tasks import templates as template_robustness
 from gapkern.models import zero_shot_classifier
@@ -183,8 +183,8 @@ def whole(rows: Rows, ranks: Ranks) -> Tensor:
 
 
 def made_from(images: str, texts: str, labels: str | None = None) -> dict[str, dict[str, Any]]:
-    """What a record says of the files that it was made from: see `embeddings.folder.made_from`."""
-    found = {name: folder.made_from(path, KINDS[name], name=name) for name, path in given(images, texts).items()}
+    """What a record says of the files that it was made from: see `embeddings.provenance.made_from`."""
+    found = {name: provenance.made_from(path, KINDS[name], name=name) for name, path in given(images, texts).items()}
     return found | loader.made_from(labels)
 
 
@@ -195,7 +195,7 @@ def given(images: str, texts: str) -> dict[str, str]:
         ValueError: the images are known to be texts, and the texts to be images.
     """
     paths = {"images": images, "texts": texts}
-    kinds = {name: folder.kind_of(path, KINDS[name], name=name) for name, path in paths.items()}
+    kinds = {name: provenance.kind_of(path, KINDS[name], name=name) for name, path in paths.items()}
     if (kinds["images"], kinds["texts"]) == ("text_emb", "img_emb"):
         raise ValueError(
             f"images and texts: expected img_emb and text_emb, got them the wrong way round: {images}, {texts}"

@@ -77,7 +77,7 @@ def record(facts: dict[str, str], outcome: Outcome, env: dict[str, Any], **more:
     }
 
 
-def read(file: str | os.PathLike) -> dict[str, Any]:
+def read(file: str | os.PathLike[str]) -> dict[str, Any]:
     """A result file, ours or CLIP_benchmark's.
 
     Raises:
@@ -97,7 +97,7 @@ def read(file: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
-def find(paths: Sequence[str | os.PathLike]) -> tuple[list[tuple[Path, dict[str, Any]]], list[Path]]:
+def find(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[tuple[Path, dict[str, Any]]], list[Path]]:
     """The results among files and folders, and the JSON files of the folders that are none.
 
     Raises:
@@ -150,7 +150,7 @@ def columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*_HEAD, *sorted(rest, key=layout.natural)]
 
 
-def write_csv(out: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
+def write_csv(out: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> Path:
     """A CSV of `row`s."""
 
     def save(temporary: Path) -> None:

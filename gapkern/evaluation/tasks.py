@@ -24,6 +24,7 @@ from gapkern.ranks import Ranks, Rows
 
 TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
 Metrics = dict[str, float]
+Measured = tuple[Metrics, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Settings:
     seeds: Sequence[int] = (0,)
     label: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for perturbation in self.perturbations:
             check(perturbation)
         if not self.seeds:
@@ -115,7 +116,7 @@ class Settings:
         }
         return head | (facts[0] if len(facts) == 1 else dict(zip(shifts, facts, strict=True)))
 
-    def outcomes(self, shifts: dict[str, Any], measure: Callable[..., tuple[Metrics, dict[str, Any]]]) -> list[Outcome]:
+    def outcomes(self, shifts: dict[str, Any], measure: Callable[..., Measured]) -> list[Outcome]:
         """`measure(shifts, perturbation, seed)` for every setting, without shift first."""
         result = []
         for current in [{}, shifts] if shifts else [{}]:
@@ -168,13 +169,15 @@ def classification(
     gallery = normalized(ranks.rows(classes))
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(gallery, images, ranks)}
 
-    def measure(current, perturbation, seed):
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         return _classify(images, labels, gallery, current.get("text_retrieval"), perturbation, seed, ranks), {}
 
     return settings.outcomes(shifts, measure)
 
 
-def _classify(images: Rows, labels: Tensor, classes: Rows, shift, perturbation, seed: int, ranks: Ranks) -> Metrics:
+def _classify(
+    images: Rows, labels: Tensor, classes: Rows, shift: Any, perturbation: Perturbation | None, seed: int, ranks: Ranks
+) -> Metrics:
     queries, gallery = _texts_to(shift, images.values, classes.values)
     found = topk(queries, perturbed(classes.of(gallery), perturbation, seed, ranks), 5, ranks)
     hits = found == labels[:, None]
@@ -226,7 +229,7 @@ def templates(
     alone = [normalized(ranks.rows(prompt)) for prompt in prompts]
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(together, images, ranks)}
 
-    def measure(current, perturbation, seed):
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         found = [
             _classify(images, labels, classes, current.get("text_retrieval"), perturbation, seed, ranks)
             for classes in (together, *alone)
@@ -287,14 +290,14 @@ def retrieval(
         if not isinstance(settings.shift, MeanShift | Projection):
             shifts["image_retrieval"] = settings.fitted(images, texts, ranks)
 
-    def measure(current, perturbation, seed):
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         return {
             f"{direction}_recall@{k}": value
             for direction, values in _both(current, perturbation, seed).items()
             for k, value in zip(ks, values, strict=True)
         }, {}
 
-    def _both(current, perturbation, seed):
+    def _both(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> dict[str, list[float]]:
         to_texts = _texts_to(current.get("text_retrieval"), images.values, texts.values)
         # The hull is the texts': where texts ask, nothing is projected.
         to_images = (images.values, texts.values) if isinstance(settings.shift, Projection) else to_texts
@@ -354,7 +357,7 @@ def multiple_choice(
     right = starts + answers
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(choices, images, ranks)}
 
-    def measure(current, perturbation, seed):
+    def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         queries, moved = _texts_to(current.get("text_retrieval"), images.values, choices.values)
         gallery = perturbed(choices.of(moved), perturbation, seed, ranks)
         least = queries.new_full((len(queries),), torch.inf, dtype=torch.float64)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import _check, figures, files
+from gapkern import _check, datasets, files
 from gapkern._lock import locked
-from gapkern.experiments import demo_report, digits, environment
+from gapkern.experiments import demo_report, digits, environment, figures
 from gapkern.gap import MeanShift, gap_metrics
-from gapkern.perturb import Gaussian, Quantize, Replace
+from gapkern.perturb import Gaussian, Perturbation, Quantize, Replace
 from gapkern.robustness import SweepResult, robustness, sweep
 
 ALPHAS = tuple(i / 8 for i in range(13))
@@ -57,7 +57,7 @@ def run(
 
 def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
-    data = digits.load(seed)
+    data = datasets.scans(seed)
     trained = digits.train(
         data, seed=seed, steps=steps, on_step=lambda entry: on_progress("train", entry["step"] + 1, steps)
     )
@@ -123,7 +123,14 @@ def _paired_captions(prompts: Tensor, labels: Tensor, seed: int) -> Tensor:
     return prompts[drawn, labels]
 
 
-def _sweep(images, gallery, labels, shift, perturbations, on_progress: Progress) -> SweepResult:
+def _sweep(
+    images: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    shift: MeanShift,
+    perturbations: list[Perturbation],
+    on_progress: Progress,
+) -> SweepResult:
     rows = []
     for done, alpha in enumerate(ALPHAS):
         rows += sweep(images, gallery, [alpha], perturbations, labels, shift=shift).rows
@@ -131,7 +138,9 @@ def _sweep(images, gallery, labels, shift, perturbations, on_progress: Progress)
     return SweepResult(rows, shift)
 
 
-def _templates(images, prompts, templates, labels, shift) -> list[dict[str, Any]]:
+def _templates(
+    images: Tensor, prompts: Tensor, templates: tuple[str, ...], labels: Tensor, shift: MeanShift
+) -> list[dict[str, Any]]:
     """Figure 1, right: accuracy when other words stand for the same classes; the shift stays that of the first."""
     rows = []
     for i, template in enumerate(templates):
@@ -149,7 +158,15 @@ def _subset(result: SweepResult, **wanted: Any) -> SweepResult:
     return SweepResult(rows, result.shift)
 
 
-def _figures(images, gallery, labels, shift, history, result, template_rows) -> dict[str, Callable[..., Any]]:
+def _figures(
+    images: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    shift: MeanShift,
+    history: list[dict[str, float]],
+    result: SweepResult,
+    template_rows: list[dict[str, Any]],
+) -> dict[str, Callable[..., Any]]:
     """By name, functions that draw with tall=False or, for narrow screens, tall=True."""
     points = images.numpy(), gallery.numpy(), shift.shift_vector_.numpy(), labels.numpy(), "0123456789"
     noise = {scale: _subset(result, perturbation="gaussian", scale=scale) for scale in ("per_coordinate", "total")}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from gapkern import report as html
+from gapkern.experiments import report as html
 from gapkern.perturb import title
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
+from gapkern.datasets import DIGITS, Scans
 from gapkern.losses import ClipLoss
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     "a photo of the digit {}",
     "a handwritten {}",
@@ -37,18 +37,7 @@ CONFIG: dict[str, Any] = {
     "vision_cfg": {"image_size": 8, "patch_size": 2, "layers": 2, "width": 128, "head_width": 32},
     "text_cfg": {"context_length": CONTEXT, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
 }  # the vocabulary is that of open_clip's SimpleTokenizer
-TRAIN = 1200
 BATCH = 256
-
-
-@dataclass(frozen=True)
-class Data:
-    """Real scans (N, 3, 8, 8) in [0, 1] and their digits, split once by the seed."""
-
-    train_images: Tensor
-    train_digits: Tensor
-    test_images: Tensor
-    test_digits: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,29 +49,23 @@ class Trained:
     history: list[dict[str, float]]
 
 
-def load(seed: int) -> Data:
-    """The digits, shuffled by `seed`: 1200 for training, 597 for testing."""
-    datasets = _check.extra("sklearn.datasets", "scikit-learn", "demo")
-    digits = datasets.load_digits()
-    images = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1).repeat(1, 3, 1, 1)
-    classes = torch.tensor(digits.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, test = order[:TRAIN], order[TRAIN:]
-    return Data(images[train], classes[train], images[test], classes[test])
-
-
 def captions(tokenizer: Any, templates: tuple[str, ...] = TEMPLATES) -> Tensor:
     """(10, len(templates), CONTEXT) tokens: every digit's name in every template."""
-    return torch.stack([tokenizer([t.format(name) for t in templates]) for name in NAMES])
+    return torch.stack([tokenizer([t.format(name) for t in templates]) for name in DIGITS])
 
 
 def train(
-    data: Data, *, seed: int = 0, steps: int = 300, scale: float = 100.0, on_step: Callable[[dict], None] | None = None
+    data: Scans,
+    *,
+    seed: int = 0,
+    steps: int = 300,
+    scale: float = 100.0,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> Trained:
     """Trains open_clip's CLIP (D = 128) with `gapkern.ClipLoss`, the logit scale fixed; the same weights for a seed.
 
     Args:
-        data: from `load`.
+        data: from `gapkern.datasets.scans`.
         seed: of the weights and of the batches.
         steps: batches of 256 pairs of a scan and a caption in a template drawn anew.
         scale: the logit scale 1 / T.
@@ -122,7 +105,7 @@ def train(
     return Trained(model, tokenizer, history)
 
 
-def export(trained: Trained, data: Data, folder: str | Path, seed: int = 0) -> None:
+def export(trained: Trained, data: Scans, folder: str | Path, seed: int = 0) -> None:
     """Writes what `gapkern embed` takes: the model as a folder for local-dir:, the test images, and their words.
 
     `model/`; `images/<digit>/<number>.png`; `captions.txt`, a caption per image in the images' order, in templates
@@ -143,9 +126,9 @@ def export(trained: Trained, data: Data, folder: str | Path, seed: int = 0) -> N
         digit = int(data.test_digits[i])
         picture = Image.fromarray((data.test_images[i] * 255).round().byte().permute(1, 2, 0).numpy())
         files.write(files.folder(folder / "images" / str(digit)) / f"{i:04d}.png", picture.save)
-        captions.append(TEMPLATES[template].format(NAMES[digit]))
+        captions.append(TEMPLATES[template].format(DIGITS[digit]))
     files.write(folder / "captions.txt", lambda p: p.write_text("\n".join(captions) + "\n", encoding="utf-8"))
-    files.write_json(folder / "classnames.json", NAMES)
+    files.write_json(folder / "classnames.json", DIGITS)
     files.write_json(folder / "templates.json", [template.format("{c}") for template in TEMPLATES])
 
 

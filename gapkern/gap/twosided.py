@@ -12,9 +12,9 @@ from torch import Tensor
 from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._rows import squarable
-from gapkern._together import gather
 from gapkern.gap.estimator import Estimator, NotFittedError
 from gapkern.gap.moments import Moments, Sample, batches, hull
+from gapkern.gap.together import gather
 
 __all__ = ["Side", "TwoSided", "components_of_variance", "fewest", "wanted_components"]
 

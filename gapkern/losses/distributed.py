@@ -65,7 +65,7 @@ def _place(group: Any) -> tuple[str, int, int]:
 
 
 def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
 
 
 def _stack(x: Tensor, group: str, world: int) -> Tensor:
@@ -120,7 +120,7 @@ for _name, _kernel in {
     _library.impl(f"ranks_{_name}", _kernel, "CompositeExplicitAutograd")
 
 
-def _like(x, *_):
+def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -129,51 +129,51 @@ for _name in ("sum", "mean", "logsumexp", "same"):
 
 
 @torch.library.register_fake("gapkern::ranks_gather", lib=_library)
-def _(x, terms, group, world):
+def _(x: Tensor, terms: str, group: str, world: int) -> Tensor:
     return x.new_empty((world * x.shape[0], *x.shape[1:]))
 
 
 @torch.library.register_fake("gapkern::ranks_stack", lib=_library)
-def _(x, group, world):
+def _(x: Tensor, group: str, world: int) -> Tensor:
     return x.new_empty((world, *x.shape))
 
 
 @torch.library.register_fake("gapkern::ranks_reduce_scatter", lib=_library)
-def _(x, group, world):
+def _(x: Tensor, group: str, world: int) -> Tensor:
     return x.new_empty((x.shape[0] // world, *x.shape[1:]))
 
 
-def _save_group(ctx, inputs, output):
+def _save_group(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.group, ctx.world = inputs[-2:]
 
 
-def _save_sum(ctx, inputs, output):
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.group = inputs[1]
 
 
-def _save_logsumexp(ctx, inputs, output):
+def _save_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _save_group(ctx, inputs, output)
     ctx.save_for_backward(inputs[0], output)
 
 
-def _backward_gather(ctx, grad):
+def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.gapkern.ranks_reduce_scatter(grad, ctx.group, ctx.world), None, None, None
 
 
-def _backward_sum(ctx, grad):
+def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.gapkern.ranks_sum(grad, ctx.group), None
 
 
-def _backward_logsumexp(ctx, grad):
+def _backward_logsumexp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     partial, total = ctx.saved_tensors
     return torch.ops.gapkern.ranks_sum(grad, ctx.group) * (partial - total).exp(), None, None
 
 
-def _backward_same(ctx, grad):
+def _backward_same(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.gapkern.ranks_sum(grad, ctx.group) / ctx.world, None, None
 
 
-def _straight(ctx, grad):
+def _straight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad, None, None
 
 
@@ -190,15 +190,15 @@ class _ScaleGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, factor):
+    def forward(x: Tensor, factor: float) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.factor = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad * ctx.factor, None
 
 

@@ -143,7 +143,9 @@ def pair_losses(images: Tensor, texts: Tensor, scale: Tensor, similarity: str, m
     return (row + col) / 2 - positive
 
 
-def log_sum_exps(images, texts, scale, similarity, memory, label_offset):
+def log_sum_exps(
+    images: Tensor, texts: Tensor, scale: Tensor, similarity: str, memory: str | int, label_offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return contrastive.lse_pair(
         images,
         texts,
@@ -166,7 +168,16 @@ def own_rows(texts: Tensor, place: distributed.Shard) -> slice:
     return slice(place.rank * texts.shape[0], (place.rank + 1) * texts.shape[0])
 
 
-def sharded_losses(images, texts, scale, similarity, memory, place, factor: float, terms: str) -> Tensor:
+def sharded_losses(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    similarity: str,
+    memory: str | int,
+    place: distributed.Shard,
+    factor: float,
+    terms: str,
+) -> Tensor:
     """(n,) float64 losses of this rank's pairs within the whole batch.
 
     `factor` multiplies the gradients of images and texts; 1 is that of the sum of all ranks' means.
@@ -180,12 +191,14 @@ def sharded_losses(images, texts, scale, similarity, memory, place, factor: floa
     return (row + distributed.merge_columns(partial, place)[own]) / 2 - positive
 
 
-def sigmoid_rows(images, texts, scale, bias, label_offset) -> Tensor:
+def sigmoid_rows(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, label_offset: int) -> Tensor:
     precision = matmul_precision(images.device.type)
     return contrastive.sigmoid_sum(images, texts, scale, bias, label_offset=label_offset, precision=precision)
 
 
-def sharded_sigmoid(images, texts, scale, bias, place, factor: float, terms: str) -> Tensor:
+def sharded_sigmoid(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, place: distributed.Shard, factor: float, terms: str
+) -> Tensor:
     """0-d float64: this rank's rows against all texts, over its number of pairs."""
     terms = wanted(terms, images=images, texts=texts, logit_scale=scale, logit_bias=bias)
     images, texts = (distributed.scale_gradient(t, factor) for t in (images, texts))

@@ -21,12 +21,12 @@ class patch_open_clip:
         >>> import open_clip
         >>> with patch_open_clip():
         ...     open_clip.ClipLoss.__module__
-        'gapkern.losses.open_clip'
+        'gapkern.losses.open_clip.clip'
         >>> open_clip.ClipLoss.__module__
         'open_clip.loss'
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         open_clip = _check.extra("open_clip", "open_clip_torch", "demo")
         if not _active:
             _replace(open_clip)

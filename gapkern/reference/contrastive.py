@@ -16,13 +16,23 @@ def logits(images: Tensor, texts: Tensor, logit_scale: Tensor | float, similarit
     return -logit_scale * (images[:, None] - texts[None]).square().sum(2)
 
 
-def lse_pair(images, texts, logit_scale, similarity="dot", label_offset=0) -> tuple[Tensor, Tensor, Tensor]:
+def lse_pair(
+    images: Tensor, texts: Tensor, logit_scale: Tensor | float, similarity: str = "dot", label_offset: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column log-sum-exps (N,), (M,) of the logits, and the logits of the labels (N,)."""
     s = logits(images, texts, logit_scale, similarity)
     return s.logsumexp(1), s.logsumexp(0), s.diagonal(label_offset)[: s.shape[0]]
 
 
-def contrastive_loss(images, texts, logit_scale, logit_bias=None, *, similarity="dot", reduction="mean") -> Tensor:
+def contrastive_loss(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    similarity: str = "dot",
+    reduction: str = "mean",
+) -> Tensor:
     """Half of Eq. 6 per pair: the mean of the two directions' cross-entropies.
 
     Example:
@@ -40,7 +50,9 @@ def contrastive_loss(images, texts, logit_scale, logit_bias=None, *, similarity=
     return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
 
 
-def sigmoid_sum(images, texts, logit_scale, logit_bias, label_offset=0) -> Tensor:
+def sigmoid_sum(
+    images: Tensor, texts: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float, label_offset: int = 0
+) -> Tensor:
     """Sum over all pairs of softplus(-z (S + bias)), z = +1 for the labels and -1 elsewhere."""
     s = logits(images, texts, logit_scale) + logit_bias
     rows = torch.arange(s.shape[0], device=s.device)[:, None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files
-from gapkern.embeddings.folder import described
+from gapkern.embeddings.provenance import described
 from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval import families, intake, store, stored
 from gapkern.retrieval._faiss import errors, faiss, train
@@ -26,13 +26,13 @@ BLOCK = 2**26  # numbers of a block
 
 
 def build(
-    gallery: str | os.PathLike,
-    out: str | os.PathLike,
+    gallery: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     factory: str = "Flat",
     metric: str = "l2",
     shift: MeanShift | Projection | None = None,
     *,
-    ids: str | os.PathLike | None = None,
+    ids: str | os.PathLike[str] | None = None,
     model: str | None = None,
     sample: int = SAMPLE,
     block: int | None = None,
@@ -95,7 +95,9 @@ def _complete(folder: Path, plan: dict[str, Any]) -> bool:
         return False
 
 
-def _build(folder: Path, plan, index: GapIndex, rows: "_Rows", names: np.ndarray, progress) -> None:
+def _build(
+    folder: Path, plan: dict[str, Any], index: GapIndex, rows: "_Rows", names: np.ndarray, progress: Any
+) -> None:
     trained = folder / store.WORK / "trained.faiss"
     if not trained.exists():
         progress("train", 0, 1)
@@ -124,7 +126,7 @@ def _build(folder: Path, plan, index: GapIndex, rows: "_Rows", names: np.ndarray
 class _Rows:
     """Rows of a gallery's files by their number."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.shards = files.shards(path, name="gallery")
         sizes = [files.size(shard, name="gallery") for shard in self.shards]
         self.dims = files.size(path, name="gallery")[1]
@@ -150,7 +152,7 @@ class _Rows:
         return torch.cat(parts)
 
 
-def _integers(path: str | os.PathLike) -> np.ndarray:
+def _integers(path: str | os.PathLike[str]) -> np.ndarray:
     return np.array(files.load_array(path, name="ids"))
 
 
@@ -195,7 +197,9 @@ def _merges(trained: Path) -> bool:
     return families.merges_lists(one) or families.appends(one, other)
 
 
-def _add(trained, path, index, rows, names, first, last, progress) -> None:
+def _add(
+    trained: Path, path: Path, index: GapIndex, rows: _Rows, names: np.ndarray, first: int, last: int, progress: Any
+) -> None:
     part = faiss().read_index(str(trained))
     step = last - first if families.built_at_once(part) else max(1, BLOCK // 16 // rows.dims)
     for start in range(first, last, step):

@@ -63,7 +63,7 @@ class Repair:
 
 @isolated
 def repair(
-    existing: str | os.PathLike,
+    existing: str | os.PathLike[str],
     queries: Any,
     *,
     embeddings: Any = None,
@@ -140,7 +140,7 @@ def _difference(before: Tensor, after: Tensor) -> tuple[float, float]:
     return float(gained.mean()), float(gained.std(correction=0) / len(gained) ** 0.5)
 
 
-def _opened(existing: str | os.PathLike) -> tuple[Path, Any]:
+def _opened(existing: str | os.PathLike[str]) -> tuple[Path, Any]:
     path = Path(existing)
     if (path / store.MANIFEST).exists():
         found = store.manifest(path)

@@ -12,10 +12,8 @@ from torch import Tensor
 from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern.gap import MeanShift, Projection, transforms
-from gapkern.retrieval import families, intake, lookup, store, stored
+from gapkern.retrieval import families, intake, lookup, saving, store, stored
 from gapkern.retrieval._faiss import errors, faiss, no_gpu, train
-
-CHUNK = 2**22  # numbers that are moved and converted at once
 
 
 class GapIndex:
@@ -211,7 +209,7 @@ class GapIndex:
             known = np.sort(names[np.isin(names, self.ids())])
             if len(known):
                 raise ValueError(f"ids: expected new ids, got {known[0]}, which the index holds already")
-        step = max(1, len(rows) if families.built_at_once(self._index) else CHUNK // rows.shape[1])
+        step = max(1, len(rows) if families.built_at_once(self._index) else lookup.CHUNK // rows.shape[1])
         if len(rows) > step:
             # All are looked at before any is added.
             for first in range(0, len(rows), step):
@@ -336,30 +334,20 @@ class GapIndex:
             raise ValueError("GapIndex: expected vectors to search, got none; call add first")
         rows = self._rows("queries", queries, empty=True)
         lookup.room(len(rows), k)
-        distances = torch.full((len(rows), k), torch.finfo(torch.float32).max, dtype=torch.float32)
-        if self.metric == "ip":
-            distances.neg_()
-        found = torch.full((len(rows), k), -1, dtype=torch.int64)
-        device = rows.device
-        if device.type != "cpu" and self.exact:
-            distances, found = distances.to(device), found.to(device)
-        step = max(1, CHUNK // rows.shape[1])
-        least, searched = min(k, self.ntotal), self._lookup()
-        for first in range(0, len(rows) if least else 0, step):
-            moved = torch.from_numpy(self.moved("queries", rows[first : first + step], first, side="queries"))
-            some = slice(first, first + len(moved))
-            d, i = searched.exactly(moved, least, device) if self.exact else searched.by_codes(moved, least)
-            distances[some, :least], found[some, :least] = d, i
+        distances, found = self._lookup().nearest(rows, k, self._asking)
         if isinstance(queries, np.ndarray):
             return distances.numpy(), found.numpy()
-        return distances.to(device), found.to(device)
+        return distances.to(rows.device), found.to(rows.device)
+
+    def _asking(self, rows: Tensor, first: int) -> Tensor:
+        return torch.from_numpy(self.moved("queries", rows, first, side="queries"))
 
     def _lookup(self) -> lookup.Lookup:
         if self._looked_up is None:
             self._looked_up = lookup.Lookup(self._index, self.metric, self.factory, self.device, self._read_only)
         return self._looked_up
 
-    def save(self, path: str | os.PathLike) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the index into a folder: FAISS's file, the shift, a manifest with counts and hashes. Atomic.
 
         Raises:
@@ -370,19 +358,7 @@ class GapIndex:
         if self._index is None:
             raise ValueError("GapIndex: train or add before save")
         with store.claimed(path) as folder:
-            data = {}
-            lists = stored.on_disk(self._index)
-            if lists is not None:
-                source = lists.filename
-                data["lists"] = store.put(folder, "lists", lambda temporary: store.copy(source, temporary))
-                lists.filename = data["lists"]["name"]  # the folder may move
-            try:
-                data["index"] = store.put(folder, "index", lambda temporary: store.write_index(self._index, temporary))
-            finally:
-                if lists is not None:
-                    lists.filename = source
-            if self.shift is not None:
-                data["shift"] = store.put(folder, "shift", self.shift.save)
+            data = saving.write(folder, self._index, self.shift)
             store.commit(folder, self.facts(), data)
         return Path(path)
 
@@ -392,7 +368,7 @@ class GapIndex:
 
     @staticmethod
     def load(
-        path: str | os.PathLike, mmap: bool = False, *, verify: bool | None = None, device: str = "auto"
+        path: str | os.PathLike[str], mmap: bool = False, *, verify: bool | None = None, device: str = "auto"
     ) -> "GapIndex":
         """Reads what `save` or `gapkern index` wrote.
 
@@ -405,31 +381,10 @@ class GapIndex:
             ValueError: no index, another format, a file that is missing, truncated or changed; one that does not fit
                 into memory.
         """
-        while True:
-            found = store.manifest(path)
-            try:
-                return GapIndex._read(path, found, mmap, verify, device)
-            except (ValueError, OSError):
-                # Another run may have replaced the index meanwhile, and its files with it.
-                if store.manifest(path) == found:
-                    raise
-
-    @staticmethod
-    def _read(
-        path: str | os.PathLike, found: dict[str, Any], mmap: bool, verify: bool | None, device: str
-    ) -> "GapIndex":
-        """The index of a manifest."""
-        paths = store.checked(path, found, verify, mmap)
-        shift = transforms.load(paths["shift"]) if "shift" in paths else None
+        found, index, shift = saving.read(path, mmap, verify)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "metric='ip'")
-            index = GapIndex(found["factory"], found["metric"], shift, model=found["model"], device=device)
-        index._index = stored.read(paths["index"], paths.get("lists"), mmap)
-        index._codes = families.code_range(index._index)
-        if (index.ntotal, index.d) != (found["count"], found["dims"]):
-            raise ValueError(
-                f"path: expected {found['count']} x {found['dims']} as the manifest says, got "
-                f"{index.ntotal} x {index.d} in {paths['index']}"
-            )
-        index._next, index._read_only = found["next"], mmap
-        return index
+            loaded = GapIndex(found["factory"], found["metric"], shift, model=found["model"], device=device)
+        loaded._index, loaded._codes = index, families.code_range(index)
+        loaded._next, loaded._read_only = found["next"], mmap
+        return loaded

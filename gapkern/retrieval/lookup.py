@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gapkern import _memory, _search
 from gapkern.retrieval import families, stored
 from gapkern.retrieval._faiss import errors, faiss, no_gpu, on_gpu
 
+CHUNK = 2**22  # numbers that are moved and converted at once
 GPU_NEIGHBOURS = 2048  # the most that FAISS selects on a GPU
 RESULT_BYTES = 24  # of a neighbour: its id and distance, and a copy of both
 
@@ -22,6 +24,25 @@ class Lookup:
         self.index, self.metric, self.factory, self.device, self.mapped = index, metric, factory, device, mapped
         self._views: dict[torch.device, tuple[Tensor, Tensor, Tensor | None, Tensor]] = {}
         self._copy: tuple[Any, Any] | None = None
+
+    def nearest(self, rows: Tensor, k: int, moved: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+        """Distances float32 and ids (n, k) for rows (n, D), some at a time; what is missing is infinitely far, id -1.
+
+        Args:
+            moved: some of the rows as FAISS takes them, and the number of the first of them.
+        """
+        limits, exact = torch.finfo(torch.float32), families.flat_of(self.index) is not None
+        device = rows.device if exact else torch.device("cpu")
+        far = limits.max if self.metric == "l2" else limits.min
+        distances = torch.full((len(rows), k), far, dtype=torch.float32, device=device)
+        found = torch.full((len(rows), k), -1, dtype=torch.int64, device=device)
+        least, step = min(k, int(self.index.ntotal)), max(1, CHUNK // rows.shape[1])
+        for first in range(0, len(rows) if least else 0, step):
+            some = slice(first, min(first + step, len(rows)))
+            queries = moved(rows[some], first)
+            nearest = self.exactly(queries, least, device) if exact else self.by_codes(queries, least)
+            distances[some, :least], found[some, :least] = nearest
+        return distances, found
 
     def exactly(self, queries: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Distances float32 and ids (n, k) in a Flat index, with equal rows in the order of their ids."""

@@ -67,10 +67,10 @@ class QuantiserResult:
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def to_json(self, path: str | os.PathLike) -> Path:
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
         return files.write_json(path, self.to_dict())
 
-    def to_csv(self, path: str | os.PathLike) -> Path:
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
         def save(temporary: Path) -> None:
             with open(temporary, "w", newline="") as file:
                 writer = csv.DictWriter(file, list(self.rows[0]))
@@ -79,7 +79,7 @@ class QuantiserResult:
 
         return files.write(path, save)
 
-    def plot(self, path: str | os.PathLike) -> Path:
+    def plot(self, path: str | os.PathLike[str]) -> Path:
         """Agreement, overlap and recall of each quantiser, before and after."""
         from gapkern import figures
 
@@ -169,7 +169,7 @@ def _learned(index: GapIndex, sample: Tensor) -> GapIndex:
     return index.train(sample)
 
 
-def _row(index, factory, queries, wanted, truth, k, probes) -> dict[str, Any]:
+def _row(index: Any, factory: str, queries: Any, wanted: Any, truth: Any, k: int, probes: Any) -> dict[str, Any]:
     parameters = ""
     lists = index.nlist
     if lists:

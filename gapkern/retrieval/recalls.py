@@ -116,9 +116,7 @@ def pairs(positives: Any, count: int, rows: int | None) -> tuple[Tensor, Tensor]
 def _finite(name: str, x: Tensor) -> None:
     step = max(1, _search.CHUNK // x.shape[1])
     for first in range(0, len(x), step):
-        if not bool(torch.isfinite(x[first : first + step]).all()):
-            row = first + int((~torch.isfinite(x[first : first + step])).any(1).nonzero()[0])
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity, first in row {row}")
+        _check.finite(name, x[first : first + step], first)
 
 
 def _index_hits(queries: Tensor, asking: Tensor, wanted: Tensor, k: int, index: Any) -> Tensor:
@@ -234,7 +232,17 @@ class _Side:
             columns = torch.arange(groups * GROUP, m, device=row.device).expand(len(row), -1)
             self._decide(rest[row], row[:, None].expand_as(columns), columns, first, start, asking, rivals, metric)
 
-    def _decide(self, cost, row, column, first, start, asking, rivals, metric) -> None:
+    def _decide(
+        self,
+        cost: Tensor,
+        row: Tensor,
+        column: Tensor,
+        first: int,
+        start: int,
+        asking: Tensor,
+        rivals: Tensor,
+        metric: str,
+    ) -> None:
         row = row + first
         certain = cost < self.low[row]
         self.before.index_add_(0, row[:, 0], certain.sum(1))

@@ -31,7 +31,7 @@ SUFFIXES = {"index": ".faiss", "lists": ".ivfdata", "shift": ".safetensors"}
 
 
 @contextmanager
-def claimed(path: str | os.PathLike) -> Iterator[Path]:
+def claimed(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder that an index may be written to, and no other run writes to while the block lasts.
 
     What a killed run left half written there is removed.
@@ -138,7 +138,7 @@ def write_lists(ivf: Any, blocks: Sequence[Any], path: Path) -> None:
     ivf.ntotal = sum(block.ntotal for block in blocks)
 
 
-def copy(source: str | os.PathLike, target: Path) -> None:
+def copy(source: str | os.PathLike[str], target: Path) -> None:
     """Copies a file by plain writes."""
     with open(source, "rb") as old, open(target, "wb") as new:
         shutil.copyfileobj(old, new, 2**20)
@@ -167,7 +167,7 @@ def commit(folder: Path, facts: Mapping[str, Any], data: Mapping[str, Mapping[st
                 old.unlink(missing_ok=True)
 
 
-def manifest(folder: str | os.PathLike) -> dict[str, Any]:
+def manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of an index.
 
     Raises:
@@ -205,7 +205,7 @@ def _whole(field: str, value: Any) -> bool:
 
 
 def checked(
-    folder: str | os.PathLike, found: Mapping[str, Any], verify: bool | None, mmap: bool = False
+    folder: str | os.PathLike[str], found: Mapping[str, Any], verify: bool | None, mmap: bool = False
 ) -> dict[str, Path]:
     """The data files of a manifest by kind, once their sizes, and with `verify` their hashes, are as it says.
 

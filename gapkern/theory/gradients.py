@@ -15,7 +15,7 @@ from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._compare import same_fields
 from gapkern.dynamics.measures import evaluate, pair_losses, pairs
-from gapkern.losses.functional import scalar
+from gapkern.losses.inputs import scalar
 
 __all__ = ["FAR", "TIGHT", "Freeze", "LeadingGradient", "freeze", "leading_gradient"]
 

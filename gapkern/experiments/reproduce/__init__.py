@@ -82,21 +82,21 @@ TARGETS = {
         Target(
             "thm3.1",
             "Theorem 3.1: the gradient of tight, distant clusters",
-            "theorems",
+            "training_theorems",
             "thm3_1",
             "Which way does the loss push while the clusters are tight and far apart?",
         ),
         Target(
             "thm3.2",
             "Theorem 3.2: why the gap freezes",
-            "theorems",
+            "training_theorems",
             "thm3_2",
             "Why does training leave the gap where it is?",
         ),
         Target(
             "thm3.3",
             "Assumption 3.3: the gap is orthogonal to both modalities",
-            "theorems",
+            "training_theorems",
             "thm3_3",
             "Is the gap at right angles to all differences between texts, and between images?",
             True,
@@ -104,7 +104,7 @@ TARGETS = {
         Target(
             "thm3.4",
             "Theorem 3.4: closing the gap makes neighbours robust",
-            "theorems",
+            "shift_theorems",
             "thm3_4",
             "Does closing the gap make every image's nearest text safer from noise?",
             True,
@@ -112,7 +112,7 @@ TARGETS = {
         Target(
             "thm3.5",
             "Theorem 3.5: an orthogonal shift changes no neighbour",
-            "theorems",
+            "shift_theorems",
             "thm3_5",
             "Does a shift at right angles to the texts change any image's nearest text?",
             True,

@@ -41,7 +41,7 @@ class Claim:
     holds: bool | None
     reason: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.holds is not None:
             object.__setattr__(self, "holds", bool(self.holds))
         if self.holds is not True and not self.reason:

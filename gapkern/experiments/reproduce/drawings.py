@@ -5,22 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from gapkern.figures import COLOURS, MARKERS, _alpha_axis, _figure, _legend, _over_alpha
+from gapkern.figures import canvas
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def plane(queries: np.ndarray, before: np.ndarray, after: np.ndarray, *, tall: bool = False) -> Any:
     """Points (N, 2) of both modalities in one plane, the gallery before and after the shift."""
-    figure, axes = _figure(2, tall=tall, height=3.9)
+    figure, axes = canvas.panels(2, tall=tall, height=3.9)
     everything = np.concatenate([queries, before, after])
     low, high = everything.min(0), everything.max(0)
     room = 0.06 * (high - low)
     stars = {"marker": "*", "s": 130, "edgecolors": "black", "linewidths": 0.6}
     small = {"s": 9, "alpha": 0.45, "linewidths": 0}
     for ax, gallery, heading in zip(axes, (before, after), ("As given (α = 0)", "Shifted (α = 1)"), strict=True):
-        ax.scatter(*queries.T, c=COLOURS[0], label="images", **small)
-        ax.scatter(*gallery.T, c=COLOURS[1], zorder=3, label="texts", **(stars if len(gallery) <= 50 else small))
+        ax.scatter(*queries.T, c=canvas.COLOURS[0], label="images", **small)
+        ax.scatter(*gallery.T, c=canvas.COLOURS[1], zorder=3, label="texts", **(stars if len(gallery) <= 50 else small))
         if ax is axes[0]:
             ax.annotate(
                 "",
@@ -49,9 +49,9 @@ def over_alpha(
     panels: Mapping[str, Series], *, reference: Mapping[str, float] | None = None, tall: bool = False, columns: int = 4
 ) -> Any:
     """A panel for each heading, a line for each series; `reference` draws a level into the panel of that heading."""
-    figure, axes = _figure(len(panels), tall=tall, height=3.6)
+    figure, axes = canvas.panels(len(panels), tall=tall, height=3.6)
     for ax, (heading, series) in zip(axes, panels.items(), strict=True):
-        _over_alpha(series, ax, "share of images")
+        canvas.over_alpha(series, ax, "share of images")
         ax.set_title(heading, fontsize=10)
         if reference and heading in reference:
             ax.axhline(reference[heading], color="black", linewidth=1.2, linestyle="--", zorder=1)
@@ -63,22 +63,22 @@ def over_alpha(
                 xytext=(0, 3),
                 textcoords="offset points",
             )
-    _legend(figure, axes[-1], 1 if tall and len(next(iter(panels.values()))) < 4 else 2 if tall else columns)
+    canvas.legend(figure, axes[-1], 1 if tall and len(next(iter(panels.values()))) < 4 else 2 if tall else columns)
     return figure
 
 
 def rewordings(panels: Mapping[str, Series], *, tall: bool = False) -> Any:
     """A panel for each heading: every rewording as a thin line, their mean as a bold one."""
-    figure, axes = _figure(len(panels), tall=tall, height=3.6)
+    figure, axes = canvas.panels(len(panels), tall=tall, height=3.6)
     for ax, (heading, series) in zip(axes, panels.items(), strict=True):
         for n, (alphas, values) in enumerate(series.values()):
             ax.plot(alphas, values, color="0.7", linewidth=0.9, label="one rewording" if n == 0 else None)
         mean = np.mean([values for _, values in series.values()], axis=0)
-        ax.plot(alphas, mean, color=COLOURS[0], marker="o", markersize=4, linewidth=2, label="their mean")
-        _alpha_axis(ax)
+        ax.plot(alphas, mean, color=canvas.COLOURS[0], marker="o", markersize=4, linewidth=2, label="their mean")
+        canvas.alpha_axis(ax)
         ax.set_ylabel("share of images")
         ax.set_title(heading, fontsize=10)
-    _legend(figure, axes[-1], 2)
+    canvas.legend(figure, axes[-1], 2)
     return figure
 
 
@@ -86,7 +86,7 @@ def dots(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], *, tall: 
     """For each key of `panels`, `rows` by method on the vertical axis, a marker for each set of embeddings."""
     methods, sets = list(dict.fromkeys(r["method"] for r in rows)), list(dict.fromkeys(r["embeddings"] for r in rows))
     height = 0.3 * len(methods) + 0.9
-    figure, axes = _figure(len(panels), tall=tall, width=5.0 if tall else 2.9, height=height)
+    figure, axes = canvas.panels(len(panels), tall=tall, width=5.0 if tall else 2.9, height=height)
     for number, (ax, (key, heading)) in enumerate(zip(axes, panels.items(), strict=True)):
         for i, name in enumerate(sets):
             chosen = [
@@ -99,8 +99,8 @@ def dots(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], *, tall: 
                 places[:, 1] + offset,
                 s=42,
                 label=name,
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
+                color=canvas.COLOURS[i % len(canvas.COLOURS)],
+                marker=canvas.MARKERS[i % len(canvas.MARKERS)],
                 zorder=3,
             )
         ax.set_yticks(range(len(methods)), methods if tall or number == 0 else [])
@@ -108,5 +108,5 @@ def dots(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, str], *, tall: 
         ax.set_xlim(-0.06, 1.06)
         ax.set_xticks([0, 0.5, 1])
         ax.set_xlabel(heading)
-    _legend(figure, axes[0], 1 if tall else 3)
+    canvas.legend(figure, axes[0], 1 if tall else 3)
     return figure

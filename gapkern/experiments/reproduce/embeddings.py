@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import _check, _formats, files
+from gapkern import _check, _formats, datasets, files
 from gapkern.embeddings import labels as loader
-from gapkern.embeddings.folder import made_from
+from gapkern.embeddings.provenance import made_from
 from gapkern.experiments import digits
 from gapkern.gap import MeanShift
 from gapkern.perturb import Gaussian
@@ -134,7 +134,7 @@ def trained_digits(seed: int, quick: bool, folder: Path) -> Source:
         templates = digits.TEMPLATES + digits.UNSEEN_TEMPLATES
 
         def make() -> dict[str, Tensor]:
-            data = digits.load(seed)
+            data = datasets.scans(seed)
             trained = digits.train(data, seed=seed, steps=steps, on_step=lambda e: progress(e["step"] + 1, steps))
             return {
                 "images": digits.embed_images(trained, data.test_images),

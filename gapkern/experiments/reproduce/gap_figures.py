@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gapkern import figures
 from gapkern._search import nearest
+from gapkern.experiments import figures
 from gapkern.experiments.reproduce import drawings
 from gapkern.experiments.reproduce.claims import KEPT, Claim, Context, Figure, Result, Table, judge
 from gapkern.experiments.reproduce.embeddings import Embeddings, noise_that_keeps

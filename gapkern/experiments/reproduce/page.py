@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gapkern import report as html
+from gapkern.experiments import report as html
 from gapkern.experiments.reproduce import TARGETS
 
 PAPER = (

@@ -1,6 +1,7 @@
 """Figures 8 to 10: robustness over the share of the gap that is closed, under noise, rounding and rewording."""
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,15 @@ COARSE = (4, 8, 16)
 STEADY = 2e-5  # what the integral behind exact robustness may be off by, twice over
 
 
-def _sweeps(context: Context, kinds) -> list[tuple[Embeddings, SweepResult]]:
+def _sweeps(
+    context: Context, kinds: Callable[[Embeddings], list[Perturbation]]
+) -> list[tuple[Embeddings, SweepResult]]:
     """For each set of embeddings the perturbations `kinds(data)`, over alpha; nothing for a set without any."""
     alphas = QUICK_ALPHAS if context.quick else ALPHAS
     sets = context.embeddings
     found = []
     for done, data in enumerate(sets):
-        perturbations: list[Perturbation] = kinds(data)
+        perturbations = kinds(data)
         rows: list[dict[str, Any]] = []
         for n, alpha in enumerate(alphas):
             if perturbations:

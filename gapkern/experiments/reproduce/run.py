@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import _check, files
-from gapkern import report as html
 from gapkern._lock import locked
 from gapkern._version import __version__
 from gapkern.experiments import environment
+from gapkern.experiments import report as html
 from gapkern.experiments.reproduce import TARGETS, page
 from gapkern.experiments.reproduce.claims import Context, Figure, Result
 from gapkern.experiments.reproduce.embeddings import Embeddings, Source, synthetic, trained_digits

@@ -5,77 +5,12 @@ import html
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
-_STYLE = """
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: #fff; color: #1a202c;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; margin: .2rem 0 .6rem; }
-h2 { font-size: 1.25rem; margin: 2.4rem 0 .5rem; padding-top: .8rem; border-top: 1px solid #e2e8f0; }
-p, li, figcaption { max-width: 46rem; }
-.question { font-style: italic; color: #2d3748; }
-.lead { font-size: 1.1rem; color: #2d3748; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
-.numbers div { border: 1px solid #e2e8f0; border-radius: .5rem; padding: .6rem .8rem; }
-.numbers strong { display: block; font-size: 1.35rem; line-height: 1.3; }
-.numbers span { color: #4a5568; font-size: .85rem; }
-figure { margin: 1rem 0; }
-figure img { max-width: 100%; height: auto; display: block; }
-figcaption { color: #4a5568; font-size: .9rem; margin-top: .3rem; }
-.scroll { overflow-x: auto; }
-table.sortable { width: 100%; }
-table.sortable th, table.sortable td { text-align: left; white-space: normal; vertical-align: top; padding-left: 0; }
-table.sortable th button { all: unset; cursor: pointer; font-weight: 600; white-space: nowrap; }
-table.sortable th button:focus-visible { outline: 2px solid #0b6e99; }
-table.sortable th button::after { content: " ↕"; color: #a0aec0; }
-table.sortable th[aria-sort=ascending] button::after { content: " ↑"; color: #0b6e99; }
-table.sortable th[aria-sort=descending] button::after { content: " ↓"; color: #0b6e99; }
-table.sortable .entry { display: block; min-width: 11.5rem; } table.sortable .entry span { color: #4a5568; }
-.yes, .no, .unknown { font-weight: 600; white-space: nowrap; }
-.yes { color: #0f7b6c; } .no { color: #b42318; } .unknown { color: #64748b; }
-dt { font-weight: 600; margin-top: .5rem; } dd { margin-left: 1.2rem; max-width: 46rem; }
-pre { background: #f1f5f9; border-radius: .4rem; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre code { background: none; padding: 0; }
-@media (max-width: 640px) {
-  table.sortable thead tr { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; }
-  table.sortable thead th { border: 0; padding: .1rem 0; }
-  table.sortable tbody tr { display: block; border: 1px solid #e2e8f0; border-radius: .5rem; padding: .5rem .7rem;
-    margin: .6rem 0; }
-  table.sortable tbody td { display: block; border: 0; padding: .15rem 0; }
-  table.sortable tbody td::before { content: attr(data-label) " "; color: #64748b; font-size: .8rem; display: block; }
-}
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #edf2f7; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { border-bottom: 2px solid #cbd5e0; }
-code { background: #f1f5f9; border-radius: .2rem; padding: .1rem .3rem; font-size: .88em; overflow-wrap: anywhere; }
-details { margin: .8rem 0; } summary { cursor: pointer; }
-footer { margin-top: 3rem; color: #4a5568; font-size: .85rem; }
-@media print {
-  body { max-width: none; font-size: 11pt; } figure, table:not(.sortable), tr { break-inside: avoid; }
-  .scroll { overflow: visible; } .scroll table { font-size: .7rem; } th button::after { content: "" !important; }
-}
-"""
 
-# Sorts by what a cell's data-sort says, numbers as numbers; a second click turns the order round.
-_SCRIPT = """
-document.querySelectorAll("table.sortable").forEach(table => {
-  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
-  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
-    const order = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-    const key = row => row.cells[column].dataset.sort;
-    const compare = (a, b) => {
-      const x = Number(key(a) || NaN), y = Number(key(b) || NaN);  // what is empty stays below
-      if (isNaN(x) && isNaN(y)) return order * key(a).localeCompare(key(b));
-      return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) : order * (x - y);
-    };
-    heads.forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", order > 0 ? "ascending" : "descending");
-    body.append(...[...body.rows].sort(compare));
-  }));
-});
-"""
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def number(value: Any) -> str:
@@ -184,10 +119,11 @@ def page(title: str, lead: str, parts: Iterable[str], footer: str = "") -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n'
+        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
+        f"<style>\n{_file('style.css')}</style></head>\n"
         f"<body>\n<h1>{html.escape(title)}</h1>\n{paragraph(lead, 'lead')}\n"
         + (body := "\n".join(parts))
         + f"\n<footer>{paragraph(footer) if footer else ''}</footer>\n"
-        + (f"<script>{_SCRIPT}</script>\n" if 'class="sortable"' in body else "")
+        + (f"<script>\n{_file('sort.js')}</script>\n" if 'class="sortable"' in body else "")
         + "</body>\n</html>\n"
     )
