@@ -6,9 +6,11 @@
 import pytest
 import torch
 
-from tests.software_gpu import forms, mistakes, problems, programs
+from tests.software_gpu import end_to_end, forms, mistakes, problems, programs
 from tests.software_gpu.device import DeviceError
+from tests.software_gpu.fixture import on_gpu
 from tests.software_gpu.scalars import SCALARS
+from tests.software_gpu.torch_device import TorchDevice
 
 
 def named(function, arguments, options):
@@ -34,9 +36,37 @@ def test_the_problems_reach_every_kernel(software_gpu):
     assert every <= set(software_gpu.launches())
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize(
+    ("function", "arguments", "options"),
+    end_to_end.IN_BLOCKS,
+    ids=[named(*problem) for problem in end_to_end.IN_BLOCKS],
+)
+def test_losses_in_blocks_of_rows(cuda_device, function, arguments, options):
+    function(cuda_device, *arguments, **options)
+
+
+@pytest.mark.parametrize("seed", [0, 3, *on_gpu(*range(4, 60))])
 def test_random_losses_against_float64(cuda_device, seed):
-    problems.losses(cuda_device, seed)
+    end_to_end.losses(cuda_device, seed)
+
+
+HOST_PROBLEMS = {function: problem for problem in problems.KERNELS for function in problem[:1]}
+del HOST_PROBLEMS[problems.wide_divisions]
+
+
+@pytest.mark.parametrize("problem", HOST_PROBLEMS.values(), ids=lambda p: p[0].__name__)
+def test_a_device_of_pytorchs_has_the_same_interface(problem):
+    """What a GPU will be asked is asked of the CPU, with tensors that are copied as they will be."""
+    function, arguments, options = problem
+    function(TorchDevice("cpu"), *arguments, **options)
+
+
+def test_tensors_travel_to_a_device_of_pytorchs_as_they_lie():
+    x = torch.randn(7, 9)[1:, 2:].T
+    (y,) = TorchDevice("cpu").there((x,))
+    assert (y.stride(), y.storage_offset()) == (x.stride(), x.storage_offset())
+    assert torch.equal(x, y)
+    assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("problem", [mistakes.sums, mistakes.kept, mistakes.column_sum, mistakes.chunk])
@@ -97,7 +127,7 @@ def test_random_programs_are_numpys(software_machine):
         ("add.f64 %x, %x, %x;", "unknown form", "width d"),
         ("mov.u32 %x, %clock;", "unknown instruction", "%clock"),
         ("bra NOWHERE;", "parse", "no label NOWHERE"),
-        ("atom.global.add.u32 %x, [%a0], 1;", "unknown instruction", "atom.global.add.u32"),
+        ("atom.global.inc.u32 %x, [%a0], 1;", "unknown instruction", "atom.global.inc.u32"),
     ],
 )
 def test_what_is_not_known_names_itself(software_machine, body, kind, message):

@@ -28,13 +28,25 @@ def _kernel_problem(index: int) -> str:
     return ""
 
 
+def _in_blocks(index: int) -> str:
+    from . import end_to_end
+    from .device import with_library
+
+    function, arguments, options = end_to_end.IN_BLOCKS[index]
+    device = with_library()
+    device.seed(index % (SEEDS + 1), index)
+    function(device, *arguments, **options)
+    device.seed(0)
+    return ""
+
+
 def _losses(seed: int) -> str:
-    from . import problems
+    from . import end_to_end
     from .device import with_library
 
     device = with_library()
     device.seed(seed % (SEEDS + 1), seed)
-    problems.losses(device, seed)
+    end_to_end.losses(device, seed)
     device.seed(0)
     return ""
 
