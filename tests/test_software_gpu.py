@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from tests.software_gpu import end_to_end, forms, mistakes, problems, programs
+from tests.software_gpu import end_to_end, forms, matrix_programs, mistakes, planting, problems, programs, reductions
 from tests.software_gpu.device import DeviceError
 from tests.software_gpu.fixture import on_gpu
 from tests.software_gpu.scalars import SCALARS
@@ -69,7 +69,7 @@ def test_tensors_travel_to_a_device_of_pytorchs_as_they_lie():
     assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("problem", [mistakes.sums, mistakes.kept, mistakes.column_sum, mistakes.chunk])
+@pytest.mark.parametrize("problem", [planting.sums, planting.kept, planting.column_sum, planting.chunk])
 def test_orders_and_moments_change_no_bit(software_gpu, problem):
     for order in (1, 2):
         software_gpu.seed(order)
@@ -86,7 +86,7 @@ def test_orders_and_moments_change_no_bit(software_gpu, problem):
 
 @pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=[m.name for m in mistakes.MISTAKES])
 def test_a_planted_mistake_is_reported(software_gpu, mistake):
-    said = mistakes.noticed(software_gpu, mistake)
+    said = planting.noticed(software_gpu, mistake)
     assert said, "it went unnoticed"
     assert not said.startswith("MISTAKEN"), said
 
@@ -107,6 +107,41 @@ def test_every_kernel_is_understood_and_every_form_has_a_test(software_gpu, soft
     for form in sorted(filter(programs.is_memory, needed)):
         in_programs |= programs.memory(software_machine, form)
     assert needed <= set(SCALARS) | in_programs
+
+
+@pytest.mark.parametrize("program", [*matrix_programs.PROGRAMS, *reductions.PROGRAMS], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_kernels_may_come_to_need(software_machine, program, order):
+    software_machine.seed(order, order)
+    assert program(software_machine)
+    software_machine.seed(0)
+
+
+def reported(device, run) -> str:
+    device.lib.software_gpu_clear_fault()
+    try:
+        run(device)
+    except DeviceError as error:
+        return error.fault.kind
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"), [f[1:] for f in matrix_programs.FAULTS], ids=[f[0] for f in matrix_programs.FAULTS]
+)
+def test_registers_of_products_in_flight(software_machine, changes, kind):
+    for order in range(3):
+        software_machine.seed(order)
+        assert reported(software_machine, lambda d: matrix_programs.run_with_registers(d, **changes)) == kind
+    software_machine.seed(0)
+
+
+@pytest.mark.parametrize(("run", "kind"), [f[1:] for f in reductions.FAULTS], ids=[f[0] for f in reductions.FAULTS])
+def test_races_of_additions(software_machine, run, kind):
+    for order in range(3):
+        software_machine.seed(order)
+        assert reported(software_machine, run) == kind
+    software_machine.seed(0)
 
 
 @pytest.mark.parametrize("scalar", SCALARS.values(), ids=SCALARS)

@@ -218,6 +218,8 @@ class Device:
 
     @functools.cached_property
     def _loaded(self) -> bool:
+        import gapkern  # noqa: F401  (the operators' schemas)
+
         with quiet():
             torch.ops.load_library(self.path)
         return True

@@ -53,7 +53,8 @@ def _losses(seed: int) -> str:
 
 def _mistake(index: int) -> str:
     from .device import with_library
-    from .mistakes import MISTAKES, noticed
+    from .mistakes import MISTAKES
+    from .planting import noticed
 
     said = noticed(with_library(), MISTAKES[index])
     assert said, "nobody noticed"

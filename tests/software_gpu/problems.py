@@ -253,6 +253,8 @@ def mean_shift(device, shape, dtype):
         ours = device.call("meanshift_apply", x, shift, normalize)
         assert ours.dtype == dtype
         assert_near(ours, truth, 2 * epsilon)
+    nothing = torch.zeros(3, shape[1], dtype=dtype)
+    assert torch.equal(device.call("meanshift_apply", nothing, torch.zeros_like(shift), True), nothing)
     return [total]
 
 
@@ -286,6 +288,15 @@ def noise(device, shape, dtype):
         assert found[-1].dtype == dtype
         # Rounded in between, and the sums of squares are in the arithmetic type.
         assert_near(found[-1], on_cpu(*arguments), 4 * epsilon)
+        if not normalize:
+            steps = [("meanshift_apply", by, False), ("perturb_noise", "gaussian", 0.3, 7, 1, 2**32 - 3)]
+            apart = rows
+            for step, *options in steps if when == "after" else steps[::-1]:
+                apart = device.call(step, apart, *options)
+            assert torch.equal(found[-1], apart), "as in two steps, rounded in between"
+        elif columns == 0:  # a row of zeros stays one
+            quiet = ("gaussian", 0.0, 7, 1, 5, True, when)
+            assert torch.equal(device.call("perturb_noisy_gallery", zeros, none, *quiet), zeros)
     return found
 
 
@@ -317,6 +328,8 @@ def nearest_rows(device, q, g, d, dtype):
     assert float((second - squared[:, 1]).nan_to_num(0).abs().sub(slack).max()) <= 0
     apart = squared[:, 1] - squared[:, 0] > slack
     assert torch.equal(row[apart], rows[apart])
+    equal = (x[row] == x[rows]).all(1)  # equal rows have the same distance, and the first of them is found
+    assert torch.equal(row[equal], rows[equal])
     assert torch.equal(device.on(nearest, y, x), rows)
     if d > 1:  # rows that do not start at a multiple of 16 bytes
         ragged = y[:, 1:], x[:, 1:]
