@@ -8,6 +8,9 @@ from pathlib import Path
 # other: beside another busy process that multiplies the time of each parallel region, twenty times in a training step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Asked for by cuBLAS where deterministic algorithms are (the fixture `poisoned`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import numpy as np
 import pytest
 import torch

@@ -13,14 +13,14 @@ from tests.software_gpu.scalars import SCALARS
 from tests.software_gpu.torch_device import TorchDevice
 
 
-def named(function, arguments, options):
+def named(problem):
+    function, arguments, options = problem
     values = [str(v).removeprefix("torch.") for v in (*arguments, *options.values())]
-    return "-".join([function.__name__, *values])
+    marks = [pytest.mark.sm90] if function in problems.HOPPERS else []
+    return pytest.param(*problem, marks=marks, id="-".join([function.__name__, *values]))
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "options"), problems.KERNELS, ids=[named(*problem) for problem in problems.KERNELS]
-)
+@pytest.mark.parametrize(("function", "arguments", "options"), list(map(named, problems.KERNELS)))
 def test_kernels_against_float64(cuda_device, poisoned, function, arguments, options):
     if function is problems.wide_divisions and not hasattr(cuda_device, "mistake"):
         pytest.skip("changes PTX")
@@ -36,11 +36,7 @@ def test_the_problems_reach_every_kernel(software_gpu):
     assert every <= set(software_gpu.launches())
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "options"),
-    end_to_end.IN_BLOCKS,
-    ids=[named(*problem) for problem in end_to_end.IN_BLOCKS],
-)
+@pytest.mark.parametrize(("function", "arguments", "options"), list(map(named, end_to_end.IN_BLOCKS)))
 def test_losses_in_blocks_of_rows(cuda_device, function, arguments, options):
     function(cuda_device, *arguments, **options)
 

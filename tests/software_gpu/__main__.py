@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="what is said of each planted mistake")
     options = parser.parse_args()
-    from . import end_to_end, problems
+    from . import end_to_end, matrix_programs, problems, reductions
     from .device import machine, with_library
     from .mistakes import MISTAKES
 
@@ -29,6 +29,7 @@ def main() -> int:
     todo += [("in_blocks", i) for i in range(len(end_to_end.IN_BLOCKS))]
     todo += [("losses", seed) for seed in range(jobs.LOSSES)]
     todo += [("random", first) for first in range(0, jobs.RANDOM_PROGRAMS, 500)]
+    todo += [("further", i) for i in range(len(matrix_programs.PROGRAMS) + len(reductions.PROGRAMS))]
     todo += [("mistake", i) for i in range(len(MISTAKES))] + [("form", form) for form in every_form]
     ran, failed, passed = set(), [], {}
     pool = concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))

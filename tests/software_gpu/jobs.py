@@ -86,6 +86,18 @@ def _form(form: str) -> str:
     return ""
 
 
+def _further(index: int) -> str:
+    """Programs of what no kernel of the library has, under each seed."""
+    from . import matrix_programs, reductions
+    from .device import machine
+
+    for order in range(SEEDS):
+        machine().seed(order, order)
+        [*matrix_programs.PROGRAMS, *reductions.PROGRAMS][index](machine())
+    machine().seed(0)
+    return ""
+
+
 def _in_programs() -> set[str]:
     from .device import machine
     from .programs import PROGRAMS

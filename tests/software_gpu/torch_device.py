@@ -43,8 +43,8 @@ def _each(of, values):
     """With `of` of every tensor in tuples, lists and dicts."""
     if isinstance(values, torch.Tensor):
         return of(values)
-    if isinstance(values, (tuple, list)):
+    if type(values) in (tuple, list):
         return type(values)(_each(of, v) for v in values)
-    if isinstance(values, dict):
+    if type(values) is dict:
         return {key: _each(of, v) for key, v in values.items()}
     return values
