@@ -322,6 +322,8 @@ def nearest_rows(device, q, g, d, dtype):
     x[g // 2 :] = x[: g - g // 2].flip(0)
     x, y = x.to(dtype), y.to(dtype)
     row, best, second, slack = found = device.call("robustness_nearest", y, x, x.float().mean(0))
+    expected = on_cpu("robustness_nearest", y, x, x.float().mean(0))[3]
+    torch.testing.assert_close(slack, expected, rtol=1e-5, atol=1e-12)
     squared, rows = robustness_reference.nearest_two(y, x)
     assert float((best - squared[:, 0]).abs().sub(slack).max()) <= 0
     assert torch.equal(second.isinf(), squared[:, 1].isinf())
@@ -340,10 +342,11 @@ def nearest_rows(device, q, g, d, dtype):
 def exact(device, gallery, dims, dtype):
     generator = torch.Generator().manual_seed(gallery)
     found = []
-    for variance, spread in ((1e-4, 0.5), (1e-2, 3.0), (1.0, 0.0)):
+    for variance, spread in ((1e-4, 0.5), (1e-2, 3.0), (1.0, 0.0), (1e-4, 300.0)):
         deviation = 2 * variance * math.sqrt(dims + 2 / variance)
         ahead = spread * torch.randn(3, gallery, generator=generator, dtype=torch.float64).abs()
         squared = (1 + deviation * ahead).to(dtype)
+        squared[2] -= 1 + 1e-6  # the nearest lies below zero, by rounding
         targets = torch.randint(-1, gallery, (3, 2), generator=generator)
         targets[:, 0] = squared.argmin(1)
         found.append(device.call("robustness_exact", squared, targets, variance, dims))
@@ -406,7 +409,7 @@ def _kernels():
     ):
         yield noise, (shape, dtype), {}
     yield wide_divisions, (), {}
-    searches = [(1, 1, 1), (5, 2, 3), (130, 129, 7), (70, 300, 32), (3, 2000, 12)]
+    searches = [(1, 1, 1), (5, 2, 3), (130, 129, 7), (70, 300, 32), (3, 2000, 12), (1050, 700, 9)]
     searches += on_gpu((40, 1000, 130), (1000, 5000, 512), (3, 40_000, 64))
     for dtype, shape in itertools.product((f32, bf16, f16), searches):
         yield nearest_rows, (*shape, dtype), {}
