@@ -59,7 +59,7 @@ sanitize() {
 if ! GAPKERN_CUDA=on stage build 135 "$python" setup.py build_ext --inplace; then
   exit 1
 fi
-stage tests 75 "$python" -m pytest tests -m cuda -q --color=no || failed=1
+stage tests 75 "$python" -m pytest tests -m "cuda or gpu" -q --color=no || failed=1
 sanitize memcheck
 sanitize racecheck
 stage ceilings 20 "$python" bench/bench_gpu.py ceilings --out "$out" --seconds 15

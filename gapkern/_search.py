@@ -180,7 +180,7 @@ def best(queries: Tensor, gallery: Tensor, metric: str = "l2", *, exact: bool = 
     if metric == "cosine":
         gallery, metric = unit(gallery.double()).to(torch.promote_types(gallery.dtype, torch.float32)), "ip"
     queries, gallery, _ = in_range(queries, gallery, metric)
-    if metric == "l2" and gallery.is_cuda and gallery.dtype != torch.float64:
+    if metric == "l2" and has_tiles(gallery):
         return in_tiles(queries, gallery, exact=exact)
     found = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for rows, costs, margin in cost_rows(queries, gallery, metric):
@@ -199,6 +199,11 @@ def nearest(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:
         [0, 1]
     """
     return best(queries, gallery, exact=exact)
+
+
+def has_tiles(gallery: Tensor) -> bool:
+    """Whether `nearest` is `in_tiles`."""
+    return gallery.is_cuda and gallery.dtype != torch.float64
 
 
 def in_tiles(queries: Tensor, gallery: Tensor, *, exact: bool = True) -> Tensor:

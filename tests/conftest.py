@@ -8,10 +8,14 @@ from pathlib import Path
 # other: beside another busy process that multiplies the time of each parallel region, twenty times in a training step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Asked for by cuBLAS where deterministic algorithms are (the fixture `poisoned`).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import numpy as np
 import pytest
 import torch
 
+from tests.software_gpu import fixture
 from tests.software_gpu.fixture import cuda_device, software_gpu, software_machine  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,15 +111,16 @@ def undrawn(monkeypatch):
 
 def _missing_hardware() -> dict[str, str]:
     if not torch.cuda.is_available():
-        reason = "no CUDA device is visible"
-        return {"cuda": reason, "sm90": reason}
+        return {"gpu": "no GPU is visible"}
     major, minor = torch.cuda.get_device_capability()
     if major != 9:
         return {"sm90": f"needs a Hopper device (9.x), found {major}.{minor}"}
     return {}
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items):
+    fixture.mark(items)
     reasons = _missing_hardware()
     for marker, module in (("open_clip", "open_clip"), ("faiss", "faiss")):
         if importlib.util.find_spec(module) is None:

@@ -208,5 +208,5 @@ def test_the_cuda_tests_are_collected_without_optional_packages():
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", _BARE], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    for capability in ("contrastive", "meanshift", "perturb", "robustness", "losses"):
-        assert f"tests/test_{capability}.py::" in done.stdout
+    for name in ("contrastive_sm90", "losses", "meanshift", "perturb", "robustness", "software_gpu"):
+        assert f"tests/test_{name}.py::" in done.stdout

@@ -12,6 +12,8 @@ from gapkern.ops.contrastive import chunked, lse_pair, sigmoid_sum
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way, peak_memory
+from tests.software_gpu import problems
+from tests.software_gpu.torch_device import TorchDevice
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (2, 3, 5), (33, 33, 7), (64, 129, 64), (123, 252, 33), (257, 260, 128), (300, 517, 72)]
@@ -461,58 +463,12 @@ def test_the_memory_probe_sees_an_n_by_m_matrix():
     assert peak_memory("(x @ y.T).sum().backward()", setup=setup) > 250
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (70, 150), (64, 256), (130, 129)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_the_steps_between_products(poisoned, device, squared, shape, dtype):
-    """contrastive_chunk_*: one kernel each on CUDA, PyTorch's operations elsewhere."""
-    (n, m), work = shape, torch.promote_types(dtype, torch.float32)
-    generator = torch.Generator().manual_seed(n)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(work)  # noqa: E731
-    products, norms = 0.5 * draw(n, m), (draw(n).abs(), draw(m).abs()) if squared else (draw(0), draw(0))
-    scale, offset = torch.tensor(30.0, dtype=work), 2
-    t = 2 * products - norms[0][:, None] - norms[1] if squared else products
-    s = (t.double() * 30).requires_grad_()
-    rows = torch.arange(max(0, min(n, m - offset)))
-    at_label = torch.zeros(n, m, dtype=torch.bool)
-    at_label[rows, rows + offset] = True
-    others = s.masked_fill(at_label, -math.inf)
-    row, col = others.logsumexp(1), others.logsumexp(0)
-    on = lambda *tensors: [v.detach().to(device) for v in tensors]  # noqa: E731
-    found = torch.ops.gapkern.contrastive_chunk_lse(*on(products, *norms, scale), offset)
-    for ours, truth in zip(found, (row, col), strict=True):
-        assert ours.dtype == torch.float64
-        assert_near(ours.cpu(), truth.detach(), 1e-13 if work == torch.float64 else 2e-6)
-    weights = draw(n), draw(m), draw(n)
-    (truth,) = torch.autograd.grad(row @ weights[0].double() + col @ weights[1].double(), s)
-    truth[rows, rows + offset] = weights[2][rows].double()
-    ds, of_scale, row_sums, col_sums = torch.ops.gapkern.contrastive_chunk_gradient(
-        *on(products, *norms, scale, row / math.log(2), col / math.log(2), *weights), offset, *on(products.to(dtype))
-    )
-    assert ds.dtype == dtype
-    tolerance = 1e-12 if dtype == torch.float64 else max(2e-5, torch.finfo(dtype).eps)
-    assert_near(ds.cpu(), truth, tolerance)
-    size = float((truth * t).abs().sum())
-    assert abs(float(of_scale.sum()) - float((truth * t).sum())) < 2e-5 * size
-    if squared:
-        assert_near(row_sums.sum(0).cpu(), truth.sum(1), 1e-4)
-        assert_near(col_sums.sum(0).cpu(), truth.sum(0), 1e-4)
-    bias = torch.tensor(-2.0, dtype=work)
-    z = -torch.ones(n, m, dtype=torch.float64)
-    z[rows, rows + offset] = 1
-    u = z * (products.double() * 30 - 2)
-    loss, ds, of_scale, of_bias = torch.ops.gapkern.contrastive_chunk_sigmoid(
-        *on(products, scale, bias), offset, *on(products.to(dtype))
-    )
-    truth = -z * torch.sigmoid(-u)
-    assert_near(ds.cpu(), truth, tolerance)
-    assert_near(loss.sum().cpu(), -torch.nn.functional.logsigmoid(u).sum(), 2e-5)
-    assert_near(of_bias.sum().cpu(), truth.sum(), 2e-5)
-    assert abs(float(of_scale.sum()) - float((truth * products).sum())) < 2e-5 * float((truth * products).abs().sum())
+@pytest.mark.parametrize("dtype", problems.DTYPES)
+def test_the_steps_between_products(poisoned, squared, shape, dtype):
+    """In PyTorch's operations; CUDA's kernels: tests/test_software_gpu.py."""
+    problems.steps_between_products(TorchDevice("cpu"), *shape, dtype, squared)
 
 
 def test_the_smallest_float16_gradients_survive_the_chunked_path(monkeypatch):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gapkern import cli
-from gapkern.ops.contrastive import chunked, dispatch, lse_pair, sigmoid_sum, sm90
+from gapkern.ops.contrastive import chunked, dispatch, lse_pair, sm90
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way
+from tests.software_gpu.fixture import on_gpu
 
 NAMES = ("row_lse", "col_lse", "positive", "grad_images", "grad_texts", "grad_logit_scale")
 SHAPES = [(1, 1, 8), (3, 9, 16), (127, 129, 64), (128, 256, 64), (300, 517, 72), (515, 515, 136)]
@@ -252,60 +253,47 @@ def test_the_doctor_names_the_kernels(capsys):
     assert ("Hopper (sm90)" in out) == dispatch.built()
 
 
-hopper_only = [pytest.mark.cuda, pytest.mark.sm90]
+@pytest.mark.sm90
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_every_step_as_in_pytorch(cuda_device, size):
+    x, y = pair(140, 270, 64, torch.bfloat16, size=size)
+    scale = torch.tensor(10.0)
+    there = cuda_device.on(steps, x, y, scale, 5, 2**30)
+    for name, a, b in zip(NAMES, there, steps(x, y, scale, 5, 2**30), strict=True):
+        assert_near(a, b, 5e-3 if name.startswith("grad") else 1e-5, name=name)
 
 
-@pytest.fixture
-def on_hopper():
-    if not dispatch.built():
-        pytest.skip("the library was built without the Hopper kernels")
-    assert dispatch.uses_sm90(torch.empty(8, 8, dtype=torch.bfloat16, device="cuda"), "dot")
+@pytest.mark.sm90
+@pytest.mark.parametrize("shape", [(140, 270, 72), *on_gpu((2000, 2500, 384))])
+def test_against_chunks_of_the_library(cuda_device, shape):
+    x, y = pair(*shape, torch.bfloat16)
+    scale = torch.tensor(40.0)
+    ours, other = (cuda_device.on(steps, x, y, scale, 9, module=module) for module in (sm90, chunked))
+    for name, a, b in zip(NAMES, ours, other, strict=True):
+        assert_near(a.reshape(b.shape), b, 1e-2 if name.startswith("grad") else 1e-5, name=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.sm90
 class TestOnHopper:
-    pytestmark = hopper_only
+    """Two runs at a size that fills the device, graphs, streams, and what only a CUDA tensor is refused for."""
 
-    @pytest.mark.parametrize("shape", [*SHAPES, (1025, 2311, 768), (4096, 4096, 512), (17000, 1000, 64)])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("work_bytes", [0, 10**6, 2**32])
-    def test_against_float64(self, on_hopper, poisoned, shape, dtype, work_bytes):
-        n, m, d = shape
-        n, m = min(n, m), max(n, m)
-        x, y = pair(n, m, d, dtype, "cuda")
-        scale, offset = torch.tensor(14.3, device="cuda"), (m - n) // 2
-        check(by_autograd(lse_pair, x, y, scale, offset, work_bytes=work_bytes), x, y, scale, offset)
-
-    @pytest.mark.parametrize("scale", [1.0, 14.3, 50.0, 100.0])
-    @pytest.mark.parametrize("size", [0.1, 1.0, 5.0, 30.0])
-    @pytest.mark.parametrize("work_bytes", [0, 2**32])
-    def test_any_scale_and_norm(self, on_hopper, scale, size, work_bytes):
-        x, y = pair(700, 901, 128, torch.bfloat16, "cuda", size=size)
-        scale = torch.tensor(scale, device="cuda")
-        check(by_autograd(lse_pair, x, y, scale, 7, work_bytes=work_bytes), x, y, scale, 7)
+    @pytest.fixture(autouse=True)
+    def on_hopper(self):
+        if not dispatch.built():
+            pytest.skip("the library was built without the Hopper kernels")
+        assert dispatch.uses_sm90(torch.empty(8, 8, dtype=torch.bfloat16, device="cuda"), "dot")
 
     @pytest.mark.parametrize("work_bytes", [0, 2**32])
-    def test_two_runs_agree_bit_for_bit(self, on_hopper, work_bytes):
+    def test_two_runs_agree_bit_for_bit(self, work_bytes):
         x, y = pair(3001, 3003, 256, torch.bfloat16, "cuda")
-        scale = torch.tensor(50.0, device="cuda")
+        scale, bias = torch.tensor(50.0, device="cuda"), torch.tensor(-6.0, device="cuda")
         first, second = (by_autograd(lse_pair, x, y, scale, 1, work_bytes=work_bytes) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        first, second = (sigmoid_steps(x, y, scale, bias, 5) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    @pytest.mark.parametrize("size", [1.0, 30.0])
-    def test_every_step_as_in_pytorch(self, on_hopper, size):
-        x, y = pair(260, 517, 64, torch.bfloat16, size=size)
-        scale = torch.tensor(10.0)
-        there = steps(x.cuda(), y.cuda(), scale.cuda(), 5, 2**30)
-        for name, a, b in zip(NAMES, there, steps(x, y, scale, 5, 2**30), strict=True):
-            assert_near(a, b, 5e-3 if name.startswith("grad") else 1e-5, name=name)
-
-    def test_against_chunks_of_the_library(self, on_hopper):
-        x, y = pair(2000, 2500, 384, torch.bfloat16, "cuda")
-        scale = torch.tensor(40.0, device="cuda")
-        ours, other = steps(x, y, scale, 9), steps(x, y, scale, 9, module=chunked)
-        for name, a, b in zip(NAMES, ours, other, strict=True):
-            assert_near(a.reshape(b.shape), b, 1e-2 if name.startswith("grad") else 1e-5, name=name)
-
-    def test_captured_in_a_graph(self, on_hopper):
+    def test_captured_in_a_graph(self):
         x, y = pair(1000, 1000, 128, torch.bfloat16, "cuda")
         scale = torch.tensor(20.0, device="cuda")
         side = torch.cuda.Stream()
@@ -323,29 +311,7 @@ class TestOnHopper:
         expected = steps(x, y, scale)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
-    @pytest.mark.parametrize("work_bytes", [0, 2**32])
-    def test_float32_against_float64(self, on_hopper, poisoned, work_bytes):
-        x, y = pair(700, 901, 128, torch.float32, "cuda")
-        scale = torch.tensor(14.3, device="cuda")
-        ours = by_autograd(lse_pair, x, y, scale, 7, work_bytes=work_bytes, precision="medium")
-        assert [g.dtype for g in ours[3:5]] == [torch.float32] * 2
-        check(ours, *rounded(x, y), scale, 7)
-
-    @pytest.mark.parametrize("shape", [*SHAPES, (1025, 2311, 768), (17000, 1000, 64)])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_sigmoid_against_float64(self, on_hopper, poisoned, shape, dtype):
-        n, m, d = shape
-        x, y = pair(n, m, d, dtype, "cuda")
-        scale, bias = torch.tensor(14.3, device="cuda"), torch.tensor(-6.0, device="cuda")
-        inputs = [t.detach().clone().requires_grad_() for t in (x, y, scale, bias)]
-        loss = sigmoid_sum(*inputs, label_offset=5, precision="medium")
-        gradients = [g.float() for g in torch.autograd.grad(loss, inputs)]
-        seen = rounded(x, y) if dtype == torch.float32 else (x, y)
-        check_sigmoid([loss.detach(), *gradients], *seen, scale, bias, 5)
-        again = sigmoid_steps(x, y, scale, bias, 5)
-        assert all(torch.equal(a, b) for a, b in zip(again, sigmoid_steps(x, y, scale, bias, 5), strict=True))
-
-    def test_on_a_stream_of_its_own(self, on_hopper):
+    def test_on_a_stream_of_its_own(self):
         x, y = pair(1500, 1500, 256, torch.bfloat16, "cuda")
         scale = torch.tensor(20.0, device="cuda")
         expected = steps(x, y, scale)
@@ -357,7 +323,7 @@ class TestOnHopper:
         stream.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
-    def test_what_it_cannot_take_is_refused_when_forced(self, on_hopper, monkeypatch):
+    def test_what_it_cannot_take_is_refused_when_forced(self, monkeypatch):
         monkeypatch.setattr(dispatch, "requested_kernel", lambda: "sm90")
         x = torch.randn(16, 12, device="cuda", dtype=torch.bfloat16)
         with pytest.raises(ValueError, match="multiple of 8, got 12"):

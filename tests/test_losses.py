@@ -10,6 +10,7 @@ import gapkern.losses
 from gapkern import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss, contrastive_loss, patch_open_clip, sigmoid_loss
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way
+from tests.software_gpu.fixture import on_gpu
 
 
 def features(n=24, d=16, seed=0, dtype=torch.float32):
@@ -79,15 +80,41 @@ def test_half_precision_features_give_a_float32_loss(dtype):
     assert x.grad.dtype == dtype
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_losses_on_cuda_are_those_of_the_cpu(dtype):
-    x, y = features(200, 48, dtype=dtype)
-    device = [t.detach().cuda().requires_grad_() for t in (x, y)]
-    for loss in (lambda a, b: contrastive_loss(a, b, 20.0), lambda a, b: sigmoid_loss(a, b, 20.0, -10.0)):
-        found, expected = gradients(loss(*device), *device), gradients(loss(x.double(), y.double()), x, y)
-        for a, b in zip(found, expected, strict=True):
+@pytest.mark.parametrize("shape", [(100, 48), *on_gpu((200, 48), (3000, 512))])
+@pytest.mark.parametrize("memory", ["recompute", "keep"])
+def test_losses_on_cuda_are_those_of_the_cpu(cuda_device, shape, dtype, memory):
+    x, y = features(*shape, dtype=dtype)
+
+    def run(name, x, y):
+        x, y = (t.detach().requires_grad_() for t in (x, y))
+        losses = {
+            "contrastive": lambda: contrastive_loss(x, y, 20.0, memory=memory),
+            "euclidean": lambda: contrastive_loss(x, y, 5.0, similarity="sqeuclidean", memory=memory),
+            "sigmoid": lambda: sigmoid_loss(x, y, 20.0, -10.0),
+        }
+        return gradients(losses[name](), x, y)
+
+    for name in ("contrastive", "euclidean", "sigmoid"):
+        for a, b in zip(cuda_device.on(run, name, x, y), run(name, x.double(), y.double()), strict=True):
             assert_near(a, b, 1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("loss", ["ClipLoss", "SigLipLoss", "DistillClipLoss"])
+def test_open_clips_classes_on_cuda(cuda_device, loss):
+    x, y = features(40, 24)
+    teacher = [t.detach() for t in features(40, 24, seed=7)]
+    scale, bias = torch.tensor(20.0), torch.tensor(-10.0)
+    arguments = {"ClipLoss": (), "SigLipLoss": (bias,), "DistillClipLoss": (*teacher, torch.tensor(30.0))}[loss]
+
+    def run(x, y, scale, *rest):
+        x, y, scale = (t.detach().requires_grad_() for t in (x, y, scale))
+        value = getattr(gapkern.losses, loss)()(x, y, scale, *rest)
+        return gradients(sum(value) if isinstance(value, tuple) else value, x, y, scale)
+
+    found, expected = cuda_device.on(run, x, y, scale, *arguments), run(x, y, scale, *arguments)
+    for a, b in zip(found, expected, strict=True):
+        assert_near(a, b, 1e-4)
 
 
 def test_compiles_whole_with_dynamic_batches():

@@ -213,55 +213,12 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.gapkern.perturb_quantize, (x, low, high, 8))
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 257), (300, 1030)])
-def test_cuda_gives_the_cpus_bits(dtype, shape):
-    x = torch.randn(shape).to(dtype)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        y = x.cuda()
-        low, high = x.float().amin(0), x.float().amax(0)
-        found = [
-            torch.ops.gapkern.perturb_bits(y, 7, 1, 2**32 - 3).cpu(),
-            torch.ops.gapkern.perturb_noise(y, "gaussian", 0.3, 7, 1, 5).cpu(),
-            torch.ops.gapkern.perturb_noise(y, "uniform", 0.3, 7, 1, 5).cpu(),
-            torch.ops.gapkern.perturb_quantize(y, low.cuda(), high.cuda(), 32).cpu(),
-        ]
-    expected = [
-        torch.ops.gapkern.perturb_bits(x, 7, 1, 2**32 - 3),
-        torch.ops.gapkern.perturb_noise(x, "gaussian", 0.3, 7, 1, 5),
-        torch.ops.gapkern.perturb_noise(x, "uniform", 0.3, 7, 1, 5),
-        torch.ops.gapkern.perturb_quantize(x, low, high, 32),
-    ]
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("when", ["after", "before"])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 257), (300, 1032), (0, 8)])
-def test_cuda_shifts_and_adds_noise_in_one_pass(poisoned, shape, dtype, normalize, when):
-    x, shift = torch.randn(shape).to(dtype), torch.linspace(-1, 1, shape[1], dtype=torch.float64)
-    call, noise = torch.ops.gapkern.perturb_noisy_gallery, ("gaussian", 0.3, 7, 1, 2**32 - 3)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        y = x.cuda()
-        found = call(y, shift.cuda(), *noise, normalize, when)
-        again = call(y, shift.cuda(), *noise, normalize, when)
-        # Rows that do not start at a multiple of 16 bytes.
-        ragged = call(y[:, 1:], shift[1:].cuda(), *noise, normalize, when)
-        bare = call(torch.zeros_like(y), torch.zeros_like(shift).cuda(), *noise, False, when)
-    stream.synchronize()
-    assert found.dtype == dtype
-    assert torch.equal(found, again)
-    assert torch.equal(bare.cpu(), torch.ops.gapkern.perturb_noise(torch.zeros_like(x), *noise)), "other noise"
-    # Rounded in between, and the sums of squares are in the arithmetic type.
-    epsilon = 1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps
-    assert_near(found.cpu(), call(x, shift, *noise, normalize, when), 3 * epsilon)
-    assert_near(ragged.cpu(), call(x[:, 1:], shift[1:], *noise, normalize, when), 3 * epsilon)
+def test_perturb_on_cuda_gives_the_cpus_bits(cuda_device, dtype):
+    x = torch.randn(30, 41, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for noise in (Gaussian(0.3), Uniform(0.3, "per_coordinate"), Quantize(16), Quantize(16) | Gaussian(0.1)):
+        found = cuda_device.on(lambda x, noise=noise: perturb(x, noise, 5, 2, first_row=7), x)
+        assert torch.equal(found, perturb(x, noise, 5, 2, first_row=7)), noise
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_flat_search_is_exact_and_ties_go_to_the_lowest_id(kind, metric):
     assert torch.equal(ids[_search.search(queries, gallery, 10, metric=metric, ids=ids)[1]], found)
 
 
-@pytest.mark.cuda
+@pytest.mark.gpu
 def test_cuda_queries_find_what_cpu_queries_find():
     queries, gallery = searched("grid")
     index = GapIndex().add(gallery)

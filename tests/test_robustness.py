@@ -13,6 +13,7 @@ from gapkern.perturb import perturb
 from gapkern.reference import robustness as reference
 from gapkern.robustness import robustness
 from tests.scenes import cloud
+from tests.software_gpu.fixture import on_gpu
 
 
 def test_float32_distances_serve_where_noise_drowns_their_rounding():
@@ -43,16 +44,15 @@ def test_noise_before_the_shift_in_one_pass_is_noise_then_shift(moves, normalize
         assert found.robustness < 1
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("method", ["exact", "projected", "sample"])
 @pytest.mark.parametrize("when", ["after", "before"])
-def test_cuda_robustness(method, when):
-    queries, gallery = cloud(queries=300, gallery=60, dims=64)
+def test_robustness_on_cuda_is_that_of_the_cpu(cuda_device, method, when):
+    queries, gallery = cloud(*on_gpu(300, 60, 64) or (70, 20, 24))
     shift = MeanShift(n_components=5).fit(gallery, queries)
     labels = nearest(queries, gallery)
-    options = {"shift": shift, "when": when, "method": method, "trials": 20, "labels": labels, "seed": 3}
+    options = {"shift": shift, "when": when, "method": method, "trials": 4, "labels": labels, "seed": 3}
     on_cpu = robustness(queries, gallery, Gaussian(0.2), **options)
-    on_cuda = robustness(queries.cuda(), gallery.cuda(), Gaussian(0.2), **options)
+    on_cuda = cuda_device.on(robustness, queries, gallery, Gaussian(0.2), **options)
     assert on_cuda.per_query.device.type == "cpu"
     assert torch.equal(on_cuda.nearest, on_cpu.nearest)
     for name in ("robustness", "agreement", "accuracy"):
@@ -61,6 +61,17 @@ def test_cuda_robustness(method, when):
         margin = 5 * on_cpu.stderr if method == "projected" else 1e-3
         assert ours == pytest.approx(theirs, abs=margin), name
     assert on_cuda.clean_accuracy == on_cpu.clean_accuracy
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_robustness_of_any_metric_on_cuda(cuda_device, metric):
+    queries, gallery = cloud(queries=40, gallery=20, dims=24)
+    noise = Gaussian(0.002)
+    on_cpu = robustness(queries, gallery, noise, metric=metric)
+    on_cuda = cuda_device.on(robustness, queries, gallery, noise, metric=metric)
+    assert torch.equal(on_cuda.nearest, on_cpu.nearest)
+    torch.testing.assert_close(on_cuda.per_query, on_cpu.per_query, rtol=0, atol=1e-4)
+    assert 0.1 < on_cpu.robustness < 0.99
 
 
 @pytest.mark.parametrize("variance", [1e-3, 5e-3])

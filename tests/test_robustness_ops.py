@@ -8,7 +8,6 @@ import torch
 
 from gapkern._search import in_tiles, nearest
 from gapkern.reference import robustness as reference
-from gapkern.testing import assert_near
 from tests.scenes import cloud
 
 
@@ -180,52 +179,3 @@ def test_the_nearest_operator_keeps_its_contract():
             operator(*arguments)
     with pytest.raises(RuntimeError, match="not differentiable"):
         operator(y.requires_grad_(), x, x.mean(0))[1].sum().backward()
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [*SEARCHES, (1000, 5000, 512), (3, 40_000, 64)])
-def test_cuda_nearest_rows(poisoned, shape, dtype):
-    y, x = tied(*shape, dtype)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        centre = x.float().mean(0).cuda()
-        found = torch.ops.gapkern.robustness_nearest(y.cuda(), x.cuda(), centre)
-        again = torch.ops.gapkern.robustness_nearest(y.cuda(), x.cuda(), centre)
-        whole = nearest(y.cuda(), x.cuda())
-        ragged = nearest(y.cuda()[:, 1:], x.cuda()[:, 1:]) if shape[2] > 1 else None
-    stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    expected = torch.ops.gapkern.robustness_nearest(y, x, centre.cpu())
-    row, best, second, slack = (t.cpu() for t in found)
-    assert_near(slack, expected[3], 1e-5)
-    assert float((best - expected[1]).abs().sub(slack).max()) <= 0
-    assert float((second - expected[2]).nan_to_num(0).abs().sub(slack).max()) <= 0
-    apart = expected[2] - expected[1] > slack
-    assert torch.equal(row[apart], expected[0][apart])
-    assert torch.equal(whole.cpu(), nearest(y, x))
-    if ragged is not None:
-        assert torch.equal(ragged.cpu(), nearest(y[:, 1:], x[:, 1:]))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dims", [1, 3, 63, 64, 512, 4096])
-@pytest.mark.parametrize("gallery", [1, 7, 300, 5000])
-def test_cuda_exact_is_the_cpus(poisoned, gallery, dims, dtype):
-    generator = torch.Generator().manual_seed(gallery)
-    stream = torch.cuda.Stream()
-    for variance in (1e-4, 1e-2, 1.0):
-        deviation = 2 * variance * math.sqrt(dims + 2 / variance)
-        for spread in (0.0, 0.5, 3.0):
-            ahead = spread * torch.randn(6, gallery, generator=generator, dtype=torch.float64).abs()
-            squared = (1 + deviation * ahead).to(dtype)
-            targets = torch.randint(-1, gallery, (6, 3), generator=generator)
-            targets[:, 0] = squared.argmin(1)
-            with torch.cuda.stream(stream):
-                found = torch.ops.gapkern.robustness_exact(squared.cuda(), targets.cuda(), variance, dims)
-                again = torch.ops.gapkern.robustness_exact(squared.cuda(), targets.cuda(), variance, dims)
-            stream.synchronize()
-            expected = torch.ops.gapkern.robustness_exact(squared, targets, variance, dims)
-            assert torch.equal(found, again)
-            assert float((found.cpu() - expected).abs().max()) < 2e-5

@@ -6,19 +6,21 @@
 import pytest
 import torch
 
-from tests.software_gpu import forms, mistakes, problems, programs
+from tests.software_gpu import end_to_end, forms, matrix_programs, mistakes, planting, problems, programs, reductions
 from tests.software_gpu.device import DeviceError
+from tests.software_gpu.fixture import on_gpu
 from tests.software_gpu.scalars import SCALARS
+from tests.software_gpu.torch_device import TorchDevice
 
 
-def named(function, arguments, options):
+def named(problem):
+    function, arguments, options = problem
     values = [str(v).removeprefix("torch.") for v in (*arguments, *options.values())]
-    return "-".join([function.__name__, *values])
+    marks = [pytest.mark.sm90] if function in problems.HOPPERS else []
+    return pytest.param(*problem, marks=marks, id="-".join([function.__name__, *values]))
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments", "options"), problems.KERNELS, ids=[named(*problem) for problem in problems.KERNELS]
-)
+@pytest.mark.parametrize(("function", "arguments", "options"), list(map(named, problems.KERNELS)))
 def test_kernels_against_float64(cuda_device, poisoned, function, arguments, options):
     if function is problems.wide_divisions and not hasattr(cuda_device, "mistake"):
         pytest.skip("changes PTX")
@@ -34,12 +36,36 @@ def test_the_problems_reach_every_kernel(software_gpu):
     assert every <= set(software_gpu.launches())
 
 
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize(("function", "arguments", "options"), list(map(named, end_to_end.IN_BLOCKS)))
+def test_losses_in_blocks_of_rows(cuda_device, function, arguments, options):
+    function(cuda_device, *arguments, **options)
+
+
+@pytest.mark.parametrize("seed", [0, 3, *on_gpu(*range(4, 60))])
 def test_random_losses_against_float64(cuda_device, seed):
-    problems.losses(cuda_device, seed)
+    end_to_end.losses(cuda_device, seed)
 
 
-@pytest.mark.parametrize("problem", [mistakes.sums, mistakes.kept, mistakes.column_sum, mistakes.chunk])
+HOST_PROBLEMS = {function: problem for problem in problems.KERNELS for function in problem[:1]}
+del HOST_PROBLEMS[problems.wide_divisions]
+
+
+@pytest.mark.parametrize("problem", HOST_PROBLEMS.values(), ids=lambda p: p[0].__name__)
+def test_a_device_of_pytorchs_has_the_same_interface(problem):
+    """What a GPU will be asked is asked of the CPU, with tensors that are copied as they will be."""
+    function, arguments, options = problem
+    function(TorchDevice("cpu"), *arguments, **options)
+
+
+def test_tensors_travel_to_a_device_of_pytorchs_as_they_lie():
+    x = torch.randn(7, 9)[1:, 2:].T
+    (y,) = TorchDevice("cpu").there((x,))
+    assert (y.stride(), y.storage_offset()) == (x.stride(), x.storage_offset())
+    assert torch.equal(x, y)
+    assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("problem", [planting.sums, planting.kept, planting.column_sum, planting.chunk])
 def test_orders_and_moments_change_no_bit(software_gpu, problem):
     for order in (1, 2):
         software_gpu.seed(order)
@@ -56,7 +82,7 @@ def test_orders_and_moments_change_no_bit(software_gpu, problem):
 
 @pytest.mark.parametrize("mistake", mistakes.MISTAKES, ids=[m.name for m in mistakes.MISTAKES])
 def test_a_planted_mistake_is_reported(software_gpu, mistake):
-    said = mistakes.noticed(software_gpu, mistake)
+    said = planting.noticed(software_gpu, mistake)
     assert said, "it went unnoticed"
     assert not said.startswith("MISTAKEN"), said
 
@@ -79,6 +105,41 @@ def test_every_kernel_is_understood_and_every_form_has_a_test(software_gpu, soft
     assert needed <= set(SCALARS) | in_programs
 
 
+@pytest.mark.parametrize("program", [*matrix_programs.PROGRAMS, *reductions.PROGRAMS], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_kernels_may_come_to_need(software_machine, program, order):
+    software_machine.seed(order, order)
+    assert program(software_machine)
+    software_machine.seed(0)
+
+
+def reported(device, run) -> str:
+    device.lib.software_gpu_clear_fault()
+    try:
+        run(device)
+    except DeviceError as error:
+        return error.fault.kind
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"), [f[1:] for f in matrix_programs.FAULTS], ids=[f[0] for f in matrix_programs.FAULTS]
+)
+def test_registers_of_products_in_flight(software_machine, changes, kind):
+    for order in range(3):
+        software_machine.seed(order)
+        assert reported(software_machine, lambda d: matrix_programs.run_with_registers(d, **changes)) == kind
+    software_machine.seed(0)
+
+
+@pytest.mark.parametrize(("run", "kind"), [f[1:] for f in reductions.FAULTS], ids=[f[0] for f in reductions.FAULTS])
+def test_races_of_additions(software_machine, run, kind):
+    for order in range(3):
+        software_machine.seed(order)
+        assert reported(software_machine, run) == kind
+    software_machine.seed(0)
+
+
 @pytest.mark.parametrize("scalar", SCALARS.values(), ids=SCALARS)
 def test_scalar_instructions_are_the_isas(software_machine, scalar):
     forms.check_scalar(software_machine, scalar)
@@ -97,7 +158,7 @@ def test_random_programs_are_numpys(software_machine):
         ("add.f64 %x, %x, %x;", "unknown form", "width d"),
         ("mov.u32 %x, %clock;", "unknown instruction", "%clock"),
         ("bra NOWHERE;", "parse", "no label NOWHERE"),
-        ("atom.global.add.u32 %x, [%a0], 1;", "unknown instruction", "atom.global.add.u32"),
+        ("atom.global.inc.u32 %x, [%a0], 1;", "unknown instruction", "atom.global.inc.u32"),
     ],
 )
 def test_what_is_not_known_names_itself(software_machine, body, kind, message):

@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="what is said of each planted mistake")
     options = parser.parse_args()
-    from . import problems
+    from . import end_to_end, matrix_programs, problems, reductions
     from .device import machine, with_library
     from .mistakes import MISTAKES
 
@@ -26,14 +26,16 @@ def main() -> int:
     kernels, forms, unknown = device.report()
     every_form = sorted({form for of_kernel in forms.values() for form in of_kernel})
     todo = [("kernel_problem", i) for i in range(len(problems.KERNELS))]
+    todo += [("in_blocks", i) for i in range(len(end_to_end.IN_BLOCKS))]
     todo += [("losses", seed) for seed in range(jobs.LOSSES)]
     todo += [("random", first) for first in range(0, jobs.RANDOM_PROGRAMS, 500)]
+    todo += [("further", i) for i in range(len(matrix_programs.PROGRAMS) + len(reductions.PROGRAMS))]
     todo += [("mistake", i) for i in range(len(MISTAKES))] + [("form", form) for form in every_form]
     ran, failed, passed = set(), [], {}
     pool = concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
     with pool:
         for (function, argument), error, said, launched in pool.map(jobs.run, todo):
-            if function in ("kernel_problem", "losses"):
+            if function in ("kernel_problem", "in_blocks", "losses"):
                 ran |= launched
             if error:
                 failed.append((function, argument))
@@ -50,7 +52,8 @@ def main() -> int:
         print(f"NEVER RAN {name}")
     print(
         f"{passed.get('random', 0) * 500} random programs, {passed.get('losses', 0)} random losses, "
-        f"{len(problems.KERNELS)} problems under each seed, {time.monotonic() - start:.0f} s"
+        f"{len(end_to_end.IN_BLOCKS)} in blocks of rows, {len(problems.KERNELS)} problems under each seed, "
+        f"{time.monotonic() - start:.0f} s"
     )
     print(
         f"kernels executed: {len(kernels) - len(left)} of {len(kernels) + len(unknown)}; "

@@ -287,6 +287,7 @@ void barrier_handlers() {
   plain("fence.mbarrier_init.release.cluster", fence_init, false);
   plain("fence.proxy.async.shared::cta", fence_proxy, false);
   plain("fence.proxy.async", fence_proxy, false);
+  plain("fence.proxy.async.global", fence_proxy, false);
 
   const auto addressed = [](const char* form, size_t address, size_t value, Handler handler, bool discards) {
     instructions()[form] = [=](Decoder& d, const Statement& s, Inst& in) {

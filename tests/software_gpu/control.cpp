@@ -15,6 +15,7 @@ int give(const std::string& text, char* out, uint64_t room) {
   }
   return int(text.size());
 }
+std::vector<std::pair<Module*, std::unique_ptr<Module>>> replaced;
 void forget_kernels(const std::string& part) {
   for (auto& m : modules())
     for (auto& [name, kernel] : m->kernels)
@@ -50,7 +51,24 @@ SOFTWARE_GPU_API int software_gpu_ptx(const char* part, char* out, uint64_t room
         return give(m->text.substr(place.first, place.second - place.first), out, room);
   return -1;
 }
-// How many patches and plants there were to be found; forgets them all.
+// The kernels of this PTX take the place of those of the same names, until software_gpu_mend.
+SOFTWARE_GPU_API int software_gpu_substitute(const char* ptx) {
+  try {
+    auto text = index_module(ptx);
+    for (auto& m : modules()) {
+      if (text->places.empty() || !m->places.count(text->places.begin()->first)) continue;
+      auto before = std::make_unique<Module>(std::move(*m));
+      *m = std::move(*text);
+      replaced.emplace_back(m.get(), std::move(before));
+      return 1;
+    }
+    return 0;
+  } catch (Fault& f) {
+    record(f);
+    return 0;
+  }
+}
+// How many patches and plants there were to be found; forgets them all, and substitutes.
 SOFTWARE_GPU_API int software_gpu_mend() {
   int used = 0;
   for (const Patch& p : patches) {
@@ -60,6 +78,7 @@ SOFTWARE_GPU_API int software_gpu_mend() {
   for (const Plant& p : plants) used += p.used;
   patches.clear();
   plants.clear();
+  for (; !replaced.empty(); replaced.pop_back()) *replaced.back().first = std::move(*replaced.back().second);
   return used;
 }
 // Lines "LINE COUNT TEXT" of the statements of the first kernel whose name has `part`: how often warps executed them.

@@ -1,5 +1,5 @@
-// cp.async.bulk.tensor with multicast, swizzles and fill beyond the edges; stmatrix; mapa. A copy happens at a moment
-// between its issue and the wait that promises it.
+// cp.async.bulk and cp.async.bulk.tensor with multicast, swizzles and fill beyond the edges; their reductions; mapa. A
+// copy happens at a moment between its issue and the wait that promises it.
 #include <algorithm>
 
 #include "lanes.h"
@@ -85,14 +85,37 @@ std::shared_ptr<Copy> start(Warp& w, Inst& in, int lane) {
   return c;
 }
 
-enum : int64_t { kMulticast = 8, kHint = 16 };
+enum : int64_t { kMulticast = 8, kHint = 16, kAdd = 32, kType = 64 };
+
+// Bytes in a row, as a tensor map of one dimension: the address in in.a, their number in in.v[0].
+std::shared_ptr<Copy> start_row(Warp& w, Inst& in, int lane) {
+  if (!(w.defined[in.a] & w.defined[in.v[0]] & w.defined[in.b] & 1u << lane))
+    fault("uninitialised", "an address or the number of bytes was never defined");
+  auto c = std::make_shared<Copy>();
+  const uint32_t bytes = w.r<uint32_t>(in.v[0])[lane];
+  c->map.address = w.r<uint64_t>(in.a)[lane];
+  if (c->map.address % 16 || bytes % 16 || !bytes)
+    fault("misaligned", "a bulk copy of %u bytes at 0x%llx: expected multiples of 16", bytes,
+          static_cast<unsigned long long>(c->map.address));
+  c->map.rank = c->map.element_bytes = 1;
+  c->map.dims[0] = c->map.box[0] = bytes;
+  c->map.check = uint32_t(c->map.address);
+  c->map.type = uint8_t(in.imm / kType);
+  c->seen = w.seen;
+  c->seen_by_async = w.seen_by_async;
+  return c;
+}
+std::shared_ptr<Copy> begin(Warp& w, Inst& in, int lane) {
+  return in.imm & 7 ? start(w, in, lane) : start_row(w, in, lane);
+}
+uint32_t alignment(const Inst& in) { return in.imm & 7 ? 128 : 16; }
 
 Step load(Warp& w, Inst& in, uint32_t m) {
   for (uint32_t left = m; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
-    auto c = start(w, in, lane);
+    auto c = begin(w, in, lane);
     const uint32_t bytes = box_bytes(c->map);
-    const SharedPlace to = shared_place(w, w.r<uint32_t>(in.b)[lane], bytes, 128, true);
+    const SharedPlace to = shared_place(w, w.r<uint32_t>(in.b)[lane], bytes, alignment(in), true);
     const SharedPlace barrier = shared_place(w, w.r<uint32_t>(in.c)[lane], 8, 8, true);
     c->barrier = barrier.offset;
     if (in.imm & kMulticast) {
@@ -133,21 +156,23 @@ Step load(Warp& w, Inst& in, uint32_t m) {
   return Step::done;
 }
 
-// CUTLASS's epilogue lets all lanes of a warp issue one store; the device carries it out once.
+// Stores, and additions where in.imm has kAdd. CUTLASS's epilogue lets all lanes of a warp issue one store; the device
+// carries it out once.
 Step store(Warp& w, Inst& in, uint32_t m) {
   std::shared_ptr<Copy> before;
   uint32_t address_before = 0;
   for (uint32_t left = m; left; left &= left - 1) {
     const int lane = __builtin_ctz(left);
-    auto c = start(w, in, lane);
+    auto c = begin(w, in, lane);
     const uint32_t bytes = box_bytes(c->map), address = w.r<uint32_t>(in.b)[lane];
-    if (before && address == address_before && c->at == before->at && c->map.check == before->map.check) {
+    const bool adds = (in.imm & kAdd) != 0;
+    if (before && !adds && address == address_before && c->at == before->at && c->map.check == before->map.check) {
       w.open_copies[size_t(lane)].push_back(before);
       continue;
     }
     before = c;
     address_before = address;
-    const SharedPlace from = shared_place(w, address, bytes, 128, false);
+    const SharedPlace from = shared_place(w, address, bytes, alignment(in), false);
     Cta* cta = from.cta;
     const uint32_t start_at = from.offset;
     c->reads = ++w.unit_clocks[kStoreReads];
@@ -155,7 +180,7 @@ Step store(Warp& w, Inst& in, uint32_t m) {
     ++cta->incoming;
     w.open_copies[size_t(lane)].push_back(c);
     Inst* of = &in;
-    w.cluster->later(in, [&w, c, cta, start_at, lane, bytes, of] {
+    w.cluster->later(in, [&w, c, cta, start_at, lane, bytes, of, adds] {
       c->box.resize(bytes);
       const Access reads = access_of(w, *c, kStoreReads, c->reads, lane);
       over_box(*c, [&](uint32_t linear, uint64_t, uint32_t from_byte, uint32_t to_byte) {
@@ -166,13 +191,17 @@ Step store(Warp& w, Inst& in, uint32_t m) {
       });
       c->read_done = true;
       --cta->incoming;
-      w.cluster->later(*of, [&w, c, lane] {
-        const Access writes = access_of(w, *c, kStoreWrites, c->writes, lane);
+      w.cluster->later(*of, [&w, c, lane, adds] {
+        Access writes = access_of(w, *c, kStoreWrites, c->writes, lane);
+        writes.atomic = adds;
         over_box(*c, [&](uint32_t linear, uint64_t address, uint32_t from_byte, uint32_t to_byte) {
           if (to_byte <= from_byte) return;
           touch_global(address + from_byte, to_byte - from_byte, true, writes);
-          memcpy(global_bytes(address + from_byte, to_byte - from_byte), &c->box[linear + from_byte],
-                 to_byte - from_byte);
+          uint8_t* to = global_bytes(address + from_byte, to_byte - from_byte);
+          if (adds)
+            add_elements(to, &c->box[linear + from_byte], to_byte - from_byte, c->map.type);
+          else
+            memcpy(to, &c->box[linear + from_byte], to_byte - from_byte);
         });
         c->done = true;
       });
@@ -218,26 +247,6 @@ Step prefetch_map(Warp& w, Inst& in, uint32_t m) {
   return Step::done;
 }
 
-// Lane 8 i + r has the address of row r of matrix i; lane l holds two elements of row l / 4.
-template <int matrices>
-Step store_matrix(Warp& w, Inst& in, uint32_t m) {
-  if (m != kAll) fault("divergent", "stmatrix by the lanes 0x%08x", m);
-  for (int i = 0; i < matrices; ++i)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int from = 8 * i + lane / 4;
-      if (!(w.defined[in.a] >> from & 1)) fault("uninitialised", "a row's address was never defined");
-      const uint32_t address = w.r<uint32_t>(in.a)[from] + uint32_t(in.imm);
-      const SharedPlace row = shared_place(w, address, 16, 16, false);
-      const uint32_t at = row.offset + uint32_t(lane % 4) * 4;
-      const uint32_t value = w.r<uint32_t>(in.v[size_t(i)])[lane];
-      const bool known = w.defined[in.v[size_t(i)]] >> lane & 1;
-      const bool same = memcmp(&row.cta->shared[at], &value, 4) == 0;
-      touch_shared(*row.cta, at, 4, true, by_lane(w, lane), same, known);
-      memcpy(&row.cta->shared[at], &value, 4);
-    }
-  return Step::done;
-}
-
 Step map_address(Warp& w, Inst& in, uint32_t m) {
   uint32_t out[kLanes];
   for (int i = 0; i < kLanes; ++i) {
@@ -271,6 +280,17 @@ int plain_address(Decoder& d, const Statement& s, const Operand& o) {
   return d.source(o.parts[0], 'w');
 }
 
+// Operands of a copy of bytes in a row.
+void row(Decoder& d, const Statement& s, Inst& in, const Operand& global, const Operand& shared, const Operand& bytes) {
+  if (global.kind != Operand::address || global.parts.size() != 1 || global.offset)
+    d.refuse(s, "expected an address in a register");
+  in.a = d.source(global.parts[0], 'd');
+  in.b = plain_address(d, s, shared);
+  in.v[0] = d.source(bytes, 'w');
+  in.imm = 0;
+  d.kernel.asynchronous = true;
+}
+
 }  // namespace
 
 void copy_handlers() {
@@ -289,13 +309,40 @@ void copy_handlers() {
               if (hint) d.source(s.operands.back(), 'd'), in.imm |= kHint;
               in.run = load;
             };
-    instructions()[base + "global.shared::cta.bulk_group"] = [=](Decoder& d, const Statement& s, Inst& in) {
-      d.expect(s, 2);
-      tensor(d, s, in, s.operands[0], rank);
-      in.b = plain_address(d, s, s.operands[1]);
+    for (const char* action : {"", ".add", ".add.tile"})
+      instructions()[(*action ? "cp.reduce.async.bulk.tensor." : "cp.async.bulk.tensor.") + std::to_string(rank) +
+                     "d.global.shared::cta" + action + ".bulk_group"] = [=](Decoder& d, const Statement& s, Inst& in) {
+        d.expect(s, 2);
+        tensor(d, s, in, s.operands[0], rank);
+        in.b = plain_address(d, s, s.operands[1]);
+        if (*action) in.imm |= kAdd;
+        in.run = store;
+      };
+  }
+  for (const bool hint : {false, true})
+    for (const bool multicast : {false, true})
+      instructions()[std::string("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes") +
+                     (multicast ? ".multicast::cluster" : "") + (hint ? ".L2::cache_hint" : "")] =
+          [=](Decoder& d, const Statement& s, Inst& in) {
+            d.expect(s, size_t(4 + multicast + hint));
+            row(d, s, in, s.operands[1], s.operands[0], s.operands[2]);
+            in.c = plain_address(d, s, s.operands[3]);
+            if (multicast) in.d = d.source(s.operands[4], 'h'), in.imm |= kMulticast;
+            if (hint) d.source(s.operands.back(), 'd');
+            in.run = load;
+          };
+  const std::pair<const char*, int> sums[] = {{"add.u32", 2},        {"add.s32", 3}, {"add.u64", 4},
+                                              {"add.noftz.f16", 6},  {"add.f32", 7}, {"add.f64", 8},
+                                              {"add.noftz.bf16", 9}, {"", 0}};
+  for (const auto& [sum, type] : sums)
+    instructions()[*sum ? std::string("cp.reduce.async.bulk.global.shared::cta.bulk_group.") + sum
+                        : "cp.async.bulk.global.shared::cta.bulk_group"] = [type](Decoder& d, const Statement& s,
+                                                                                  Inst& in) {
+      d.expect(s, 3);
+      row(d, s, in, s.operands[0], s.operands[1], s.operands[2]);
+      if (type) in.imm = kAdd | type * kType;
       in.run = store;
     };
-  }
   instructions()["cp.async.bulk.commit_group"] = [](Decoder& d, const Statement& s, Inst& in) {
     d.expect(s, 0);
     in.run = commit;
@@ -314,22 +361,6 @@ void copy_handlers() {
     in.a = d.source(s.operands[0].parts[0], 'd');
     in.run = prefetch_map;
   };
-  const auto matrix = [](const char* form, size_t count, Handler handler) {
-    instructions()[form] = [=](Decoder& d, const Statement& s, Inst& in) {
-      d.expect(s, 2);
-      const Operand &to = s.operands[0], &from = s.operands[1];
-      if (to.kind != Operand::address || from.kind != Operand::vector || from.parts.size() != count)
-        d.refuse(s, "expected an address and its registers");
-      in.a = d.source(to.parts[0], 'w');
-      in.imm = to.offset;
-      for (size_t i = 0; i < count; ++i) in.v[i] = d.source(from.parts[i], 'w');
-      in.together = Together::all;
-      in.run = handler;
-    };
-  };
-  matrix("stmatrix.sync.aligned.x1.m8n8.shared.b16", 1, store_matrix<1>);
-  matrix("stmatrix.sync.aligned.x2.m8n8.shared.b16", 2, store_matrix<2>);
-  matrix("stmatrix.sync.aligned.x4.m8n8.shared.b16", 4, store_matrix<4>);
   on("mapa.shared::cluster.u32", "www", map_address);
 }
 

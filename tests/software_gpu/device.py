@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unittest.mock
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Device:
             ("clear_fault", None),
             ("patch", None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int),
             ("plant", None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64),
+            ("substitute", ctypes.c_int, ctypes.c_char_p),
             ("mend", ctypes.c_int),
             ("ptx", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64),
             ("launches", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint64),
@@ -156,6 +158,16 @@ class Device:
             used = self.lib.software_gpu_mend()
         assert used >= len(changes), f"nothing to plant the mistake in: {changes}"
 
+    @contextlib.contextmanager
+    def compiled_anew(self, ptx: str):
+        """Within, the kernels of a module are those of this PTX."""
+        self.lib.software_gpu_clear_fault()
+        try:
+            assert self.lib.software_gpu_substitute(ptx.encode()), "no module has these kernels"
+            yield
+        finally:
+            self.lib.software_gpu_mend()
+
     # --- tiny programs
 
     def run(
@@ -187,25 +199,31 @@ class Device:
         assert self._loaded
         return getattr(torch.ops.gapkern, name).default.redispatch(CUDA, *arguments)
 
-    @contextlib.contextmanager
-    def in_place_of_the_cpu(self):
-        """Within, gapkern's operators on CPU tensors run their CUDA implementations on this device."""
+    def on(self, function, *arguments, **options):
+        """`function(*arguments, **options)`: gapkern's operators run their CUDA implementations on this device, and its
+        Python chooses as it does for CUDA tensors on a Hopper."""
+        from gapkern import _search
         from gapkern.ops.contrastive import dispatch
 
-        unsupported_reason, capability = dispatch.unsupported_reason, torch.cuda.get_device_capability
-
-        def of_a_hopper(device, *rest, **options):
-            return unsupported_reason(torch.device("cuda", 0), *rest, **options)
-
-        with routed({name: functools.partial(self.call, name) for name in self.operators()}):
-            dispatch.unsupported_reason, torch.cuda.get_device_capability = of_a_hopper, lambda device=None: (9, 0)
-            try:
-                yield self
-            finally:
-                dispatch.unsupported_reason, torch.cuda.get_device_capability = unsupported_reason, capability
+        unsupported_reason = dispatch.unsupported_reason
+        with contextlib.ExitStack() as changes:
+            for owner, name, as_on_cuda in (
+                (
+                    dispatch,
+                    "unsupported_reason",
+                    lambda _, *rest, **named: unsupported_reason(torch.device("cuda", 0), *rest, **named),
+                ),
+                (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+                (_search, "has_tiles", lambda gallery: gallery.dtype != torch.float64),
+            ):
+                changes.enter_context(unittest.mock.patch.object(owner, name, as_on_cuda))
+            changes.enter_context(routed({name: functools.partial(self.call, name) for name in self.operators()}))
+            return function(*arguments, **options)
 
     @functools.cached_property
     def _loaded(self) -> bool:
+        import gapkern  # noqa: F401  (the operators' schemas)
+
         with quiet():
             torch.ops.load_library(self.path)
         return True
@@ -213,26 +231,6 @@ class Device:
     def operators(self) -> list[str]:
         assert self._loaded
         return operators()
-
-
-class RealDevice:
-    """A GPU under the same interface: CPU tensors travel there and back."""
-
-    def seed(self, order: int, rounding: int = 0) -> None:
-        """The GPU has its own."""
-
-    def call(self, name: str, *arguments):
-        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
-        found = getattr(torch.ops.gapkern, name)(*there)
-        for a, b in zip(arguments, there, strict=True):  # what it wrote to
-            if isinstance(a, torch.Tensor) and not torch.is_grad_enabled():
-                a.copy_(b)
-        return found.cpu() if isinstance(found, torch.Tensor) else tuple(t.cpu() for t in found)
-
-    @contextlib.contextmanager
-    def in_place_of_the_cpu(self):
-        with routed({name: functools.partial(self.call, name) for name in operators()}):
-            yield self
 
 
 def operators() -> list[str]:

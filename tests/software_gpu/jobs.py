@@ -28,20 +28,33 @@ def _kernel_problem(index: int) -> str:
     return ""
 
 
+def _in_blocks(index: int) -> str:
+    from . import end_to_end
+    from .device import with_library
+
+    function, arguments, options = end_to_end.IN_BLOCKS[index]
+    device = with_library()
+    device.seed(index % (SEEDS + 1), index)
+    function(device, *arguments, **options)
+    device.seed(0)
+    return ""
+
+
 def _losses(seed: int) -> str:
-    from . import problems
+    from . import end_to_end
     from .device import with_library
 
     device = with_library()
     device.seed(seed % (SEEDS + 1), seed)
-    problems.losses(device, seed)
+    end_to_end.losses(device, seed)
     device.seed(0)
     return ""
 
 
 def _mistake(index: int) -> str:
     from .device import with_library
-    from .mistakes import MISTAKES, noticed
+    from .mistakes import MISTAKES
+    from .planting import noticed
 
     said = noticed(with_library(), MISTAKES[index])
     assert said, "nobody noticed"
@@ -70,6 +83,18 @@ def _form(form: str) -> str:
         memory(machine(), form)
     else:
         assert form in _in_programs(), "no program has it"
+    return ""
+
+
+def _further(index: int) -> str:
+    """Programs of what no kernel of the library has, under each seed."""
+    from . import matrix_programs, reductions
+    from .device import machine
+
+    for order in range(SEEDS):
+        machine().seed(order, order)
+        [*matrix_programs.PROGRAMS, *reductions.PROGRAMS][index](machine())
+    machine().seed(0)
     return ""
 
 

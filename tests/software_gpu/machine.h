@@ -107,7 +107,15 @@ struct Cell {
   uint16_t writer = 0, reader = 0;
   uint8_t write_lane = 0, read_lane = 0, flags = 0, unused = 0;
 };
-enum : uint8_t { kDefined = 1, kByAsync = 2, kManyClusters = 4, kManyAgents = 8, kBarrier = 16 };
+enum : uint8_t {
+  kDefined = 1,
+  kByAsync = 2,
+  kManyClusters = 4,
+  kManyAgents = 8,
+  kBarrier = 16,
+  kByAtomic = 32,
+  kAtomicClusters = 64
+};
 
 struct Cta;
 
@@ -258,6 +266,7 @@ void unmap_all();
 void begin_launch(Launch& launch);
 extern Launch* active;
 void memory_handlers();
+void atomic_handlers();
 // The bytes' place in host memory; outside a tensor it is a fault.
 uint8_t* global_bytes(uint64_t address, uint64_t bytes);
 bool global_known(uint64_t address, uint64_t bytes);
@@ -276,6 +285,7 @@ struct Access {
   uint8_t lane = 0;
   bool async = false;
   int unit = kSelf;
+  bool atomic = false;  // reads and writes; needs no order among its like
 };
 // Bounds, definedness and order of one access; `same` says that a write leaves the value as it is.
 void touch_global(uint64_t address, uint32_t bytes, bool write, const Access& by, bool same = false, bool known = true);
@@ -292,6 +302,7 @@ void check_read(Cell& cell, const Access& by, uint32_t cluster, const Place& pla
 void check_write(Cell& cell, const Access& by, uint32_t cluster, const Place& place, bool same);
 void check_readers(Cta& cta, uint32_t offset, const Access& by);
 void note_reader(Cta& cta, uint32_t offset, uint32_t bytes, const Access& by);
+void forget_atomics();
 inline void tick(Warp& w) { ++w.seen[size_t(w.agent)]; }
 
 // --- copies.cpp
@@ -300,8 +311,8 @@ struct TensorMap {  // what the 128 bytes of a CUtensorMap hold here
   uint64_t address;
   uint64_t strides[4];  // bytes, of dimensions 1 to 4
   uint32_t dims[5];
-  uint16_t box[5];
-  uint8_t rank, element_bytes, swizzle, fill;  // swizzle: 0, 32, 64, 128 bytes
+  uint32_t box[5];
+  uint8_t rank, element_bytes, swizzle, type;  // swizzle: 0, 32, 64, 128 bytes; type: the driver's number
 };
 static_assert(sizeof(TensorMap) <= 128);
 inline constexpr uint32_t kMapMagic = 0x7e4507a9;
@@ -309,6 +320,9 @@ uint32_t checksum(const TensorMap& map);
 inline uint32_t swizzled(uint32_t address, uint32_t bytes) {
   return bytes == 0 ? address : address ^ ((address >> 7 & (bytes / 16 - 1)) << 4);
 }
+
+// --- atomics.cpp
+void add_elements(uint8_t* to, const uint8_t* from, uint32_t bytes, int type);  // of a tensor map's type
 
 // --- the rooms' instructions
 struct Decoder;
@@ -322,6 +336,7 @@ void conversion_handlers();
 void warp_handlers();
 void barrier_handlers();
 void copy_handlers();
+void matrix_handlers();
 void product_handlers();
 
 // --- warp.cpp

@@ -78,6 +78,7 @@ void unmap_all() { windows.clear(); }
 void begin_launch(Launch& launch) {
   active = &launch;
   for (Window& w : windows) w.cells.clear();
+  forget_atomics();
 }
 
 uint8_t* global_bytes(uint64_t address, uint64_t bytes) {
@@ -103,7 +104,7 @@ void touch_global(uint64_t address, uint32_t bytes, bool write, const Access& by
   if (write && !known)
     fault("uninitialised", "a value that was never defined is stored to global memory by lane %d", by.lane);
   if (!w.defined.empty()) {
-    if (write) {
+    if (write && !by.atomic) {
       memset(&w.defined[offset], 1, bytes);
     } else {
       for (uint64_t i = offset; i < offset + bytes; ++i)
@@ -146,17 +147,17 @@ void touch_shared(Cta& cta, uint32_t offset, uint32_t bytes, bool write, const A
     Cell& cell = cta.cells[i];
     const Place place{"shared memory", i * 2 + kSharedBase};
     if (cell.flags & kBarrier) fault("mbarrier", "its bytes at %u are touched as memory", i * 2 + kSharedBase);
+    if ((!write || by.atomic) && !(cell.flags & kDefined))
+      fault("uninitialised", "read of shared memory that was never written: offset %u, lane %d", i * 2 + kSharedBase,
+            by.lane);
     if (write) {
       if (device.check_races) {
         check_write(cell, by, cluster, place, same);
         if (!same && (i == offset / 2 || i % 2 == 0)) check_readers(cta, i * 2, by);
       }
       cell.flags = uint8_t(known ? cell.flags | kDefined : cell.flags & ~kDefined);
-    } else {
-      if (!(cell.flags & kDefined))
-        fault("uninitialised", "read of shared memory that was never written: offset %u, lane %d", i * 2 + kSharedBase,
-              by.lane);
-      if (device.check_races) check_read(cell, by, cluster, place);
+    } else if (device.check_races) {
+      check_read(cell, by, cluster, place);
     }
   }
   if (!write && device.check_races) note_reader(cta, offset, bytes, by);

@@ -1,80 +1,40 @@
 """Mistakes planted in the library's kernels, their launches and tensor maps, and what the device must say of each."""
 
-from dataclasses import dataclass
-
-import torch
-
-from . import problems
-from .device import Device, quiet
-
-SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_t", "KeptSums", "GradientsINS_10bfloat16_t"
-COLUMN_SUM, SHIFTED, NEAREST = "sum_rowsIfLi4E", "apply_rowsIfLi4ELb1E", "nearest_tilesIfLb1E"
-LSE_TILES, BITS = "lse_tilesIfLb1E", "WriteBits"
-
-
-def sums(device):
-    x, y = problems.pair(300, 300, 320, torch.bfloat16)
-    control = torch.tensor([5.0, -3.0])
-    rows, columns = device.call("contrastive_sm90_sums", x, y, control, x.new_empty(0))
-    truth = torch.exp2(5 * (x.double() @ y.double().T) - 3)
-    problems.assert_near(rows, truth.sum(1), 1e-5)
-    problems.assert_near(columns, truth.sum(0), 1e-5)
-
-
-def kept(device):
-    x, y = problems.pair(300, 300, 136, torch.bfloat16)
-    control, to = torch.tensor([5.0, -3.0]), torch.zeros(300, 304, dtype=torch.bfloat16)
-    device.call("contrastive_sm90_sums", x, y, control, to)
-    problems.assert_near(to[:, :300], torch.exp2(5 * (x.double() @ y.double().T) - 3), 4e-3)
-
-
-def column_sum(device):
-    problems.mean_shift(device, (513, 64), torch.float32)
-
-
-def nearest(device):
-    problems.nearest_rows(device, 70, 300, 32, torch.float32)
-
-
-def chunk(device):
-    problems.steps_between_products(device, 64, 132, torch.float32, False)
-
-
-def bits(device):
-    x = torch.zeros(40, 257)
-    assert torch.equal(device.call("perturb_bits", x, 7, 1, 3), problems.on_cpu("perturb_bits", x, 7, 1, 3))
-
-
-@dataclass(frozen=True)
-class Mistake:
-    name: str
-    kinds: tuple[str, ...]  # any of them; "wrong result" is the reference's word
-    kernel: str
-    changes: tuple
-    problem: object
-    seeds: tuple[int, ...] = (0, 1, 2)  # the first that shows it
+from . import hopper_mistakes
+from .planting import (
+    BITS,
+    COLUMN_SUM,
+    GONE,
+    LSE_TILES,
+    NEAREST,
+    SHIFTED,
+    SUMS,
+    Mistake,
+    bits,
+    chunk,
+    column_sum,
+    nearest,
+    of,
+    statistics,
+    sums,
+)
 
 
 def _mistakes():
-    def of(name, kinds, kernel, *changes, problem, seeds=(0, 1, 2)):
-        planted = tuple((kernel, *c) for c in changes)
-        return Mistake(name, (kinds,) if isinstance(kinds, str) else kinds, kernel, planted, problem, seeds)
-
-    gone = ""
     # barriers among threads
-    yield of("no barrier before shared memory is read", "race", COLUMN_SUM, (r"bar\.sync 0;", gone), problem=column_sum)
+    yield of("no barrier before shared memory is read", "race", COLUMN_SUM, (r"bar\.sync 0;", GONE), problem=column_sum)
     yield of(
         "no barrier in a tile of products",
         ("race", "uninitialised"),
         NEAREST,
-        (r"bar\.sync 0;", gone, 0),
+        (r"bar\.sync 0;", GONE, 0),
         problem=nearest,
     )
     yield of(
         "no barrier between maxima and sums",
         ("race", "uninitialised"),
         LSE_TILES,
-        (r"bar\.sync 0;", gone, 0),
+        (r"bar\.sync 0;", GONE, 0),
         problem=chunk,
     )
     yield of(
@@ -155,7 +115,7 @@ def _mistakes():
         "shared memory that nobody wrote",
         "uninitialised",
         COLUMN_SUM,
-        (r"st\.shared\.f64 [^;]*;", gone, 0),
+        (r"st\.shared\.f64 [^;]*;", GONE, 0),
         problem=column_sum,
     )
     yield of(
@@ -169,17 +129,17 @@ def _mistakes():
         "a register that nobody wrote",
         "uninitialised",
         COLUMN_SUM,
-        (r"mov\.u32 %r\d+, %tid\.x;", gone),
+        (r"mov\.u32 %r\d+, %tid\.x;", GONE),
         problem=column_sum,
     )
     yield of(
-        "a value that nobody formed", "uninitialised", SHIFTED, (r"sqrt\.rn\.f32 [^;]*;", gone), problem=column_sum
+        "a value that nobody formed", "uninitialised", SHIFTED, (r"sqrt\.rn\.f32 [^;]*;", GONE), problem=column_sum
     )
     yield Mistake(
         "a tensor that the kernel before left unwritten",
         ("uninitialised",),
         "sum_parts",
-        ((SUMS, r"st\.global\.f32 [^;]*;", gone, 0),),
+        ((SUMS, r"st\.global\.f32 [^;]*;", GONE, 0),),
         sums,
     )
     yield of("two CTAs at one place", "race", BITS, (r"mov\.u32 (%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;"), problem=bits)
@@ -245,186 +205,21 @@ def _mistakes():
         (r"(add\.s64 %rd\d+, %rd\d+), 384;", r"\1, 448;"),
         problem=sums,
     )
-    # Hopper: fences, barriers, asynchronous copies and products
+    # what only values show
     yield of(
-        "no proxy fence before a bulk store",
-        "missing proxy fence",
-        KEPT,
-        (r"fence\.proxy\.async\.shared::cta;", gone),
-        problem=kept,
-    )
-    yield of(
-        "no barrier before a bulk store",
-        ("race", "missing proxy fence", "uninitialised"),
-        KEPT,
-        (r"(fence\.proxy\.async\.shared::cta;\s*\}\s*mov\.u32 %r\d+, 256;\s*)bar\.sync %r\d+, %r\d+;", r"\1"),
-        problem=kept,
-    )
-    yield of(
-        "a bulk store that nobody waits for",
-        "race",
-        KEPT,
-        (r"cp\.async\.bulk\.wait_group\.read \d;", gone),
-        problem=kept,
-    )
-    yield of("bulk stores in no group", "race", KEPT, (r"cp\.async\.bulk\.commit_group;", gone), problem=kept)
-    yield of("no wgmma.fence", "missing wgmma.fence", SUMS, (r"wgmma\.fence\.sync\.aligned;", gone), problem=sums)
-    yield of(
-        "accumulators read too early",
-        "wgmma in flight",
-        SUMS,
-        (r"wgmma\.wait_group\.sync\.aligned 0;", gone),
-        problem=sums,
-    )
-    yield of(
-        "a stage released too early",
-        "race",
-        SUMS,
-        (r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 7;"),
-        problem=sums,
-    )
-    yield of(
-        "too few bytes expected",
-        "mbarrier bytes",
-        SUMS,
-        (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49136"),
-        problem=sums,
-    )
-    yield of(
-        "too many bytes expected",
-        "mbarrier bytes",
-        SUMS,
-        (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49168"),
-        problem=sums,
-    )
-    yield of(
-        "a full barrier for one producer more",
-        "deadlock",
-        SUMS,
-        (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>2", 0),
-        problem=sums,
-    )
-    yield of(
-        "an empty barrier for one consumer less",
-        ("race", "mbarrier"),
-        SUMS,
-        (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>3", 1),
-        problem=sums,
-    )
-    yield of(
-        "no fence after the barriers' initialisation",
-        "mbarrier",
-        SUMS,
-        (r"fence\.mbarrier_init\.release\.cluster;", gone),
-        problem=sums,
-    )
-    yield of(
-        "no wait for the cluster", ("mbarrier", "race"), SUMS, (r"barrier\.cluster\.wait\.aligned;", gone), problem=sums
-    )
-    yield of(
-        "no arrival at the cluster's barrier",
-        "divergent barrier",
-        SUMS,
-        (r"barrier\.cluster\.arrive\.relaxed\.aligned;", gone),
-        problem=sums,
-    )
-    yield of(
-        "a wait that does not wait",
-        ("race", "uninitialised", "mbarrier"),
-        SUMS,
-        (r"@P1 bra DONE;", "bra DONE;"),
-        problem=sums,
-    )
-    yield of(
-        "a multicast to one CTA",
-        ("deadlock", "mbarrier bytes"),
-        SUMS,
-        (r"mov\.u16 (%rs\d+), 3;", r"mov.u16 \1, 1;"),
-        problem=sums,
-    )
-    yield of(
-        "a multicast to an absent CTA",
-        "out of bounds",
-        SUMS,
-        (r"mov\.u16 (%rs\d+), 3;", r"mov.u16 \1, 7;"),
-        problem=sums,
-    )
-    yield of(
-        "a misplaced stage",
-        ("race", "misaligned", "uninitialised", "wrong result"),
-        SUMS,
-        (r"(add\.s32 %r\d+, %r\d+), 17408;", r"\1, 17536;"),
-        problem=sums,
-    )
-    yield of(
-        "a coordinate one off",
+        "a tie that goes to the higher row",
         "wrong result",
-        SUMS,
-        (
-            r"(cp\.async\.bulk\.tensor\.3d\.shared::cluster[^\[]*\[%r\d+\], \[%rd\d+, \{%r\d+, )(%r\d+)(, [^;]*;)",
-            r"{ .reg .b32 t; add.s32 t, \2, 1; \1t\3 }",
-            0,
-        ),
-        problem=sums,
+        "nearest_combine",
+        (r"setp\.lt\.s32", "setp.gt.s32"),
+        problem=nearest,
     )
     yield of(
-        "a descriptor of another stride",
-        ("wrong result", "uninitialised", "race"),
-        SUMS,
-        (r"4611686293305360384", "4611686155866406912"),
-        problem=sums,
-    )
-    yield of(
-        "registers that are not there",
-        "deadlock",
-        SUMS,
-        (r"setmaxnreg\.inc\.sync\.aligned\.u32 232;", "setmaxnreg.inc.sync.aligned.u32 248;"),
-        problem=sums,
-    )
-    yield of(
-        "a count of registers that is none",
-        "setmaxnreg",
-        SUMS,
-        (r"setmaxnreg\.dec\.sync\.aligned\.u32 40;", "setmaxnreg.dec.sync.aligned.u32 44;"),
-        problem=sums,
-    )
-    yield of("a misaligned row of stmatrix", "misaligned", KEPT, (r"(stmatrix[^\[]*\[%r\d+)\]", r"\1+4]"), problem=kept)
-    yield of(
-        "a remote arrival at an absent CTA",
-        "out of bounds",
-        SUMS,
-        (r"(mapa\.shared::cluster\.u32 remAddr32, %r\d+, )%r\d+", r"\g<1>2"),
-        problem=sums,
-    )
-    yield of("CTAs that are no cluster", "out of bounds", SUMS, ("cluster.x", 1), problem=sums)
-    yield of(
-        "loads by every lane",
-        ("mbarrier bytes", "race", "mbarrier"),
-        SUMS,
-        (r"@%px mov\.s32 (%r\d+), 1;", r"mov.s32 \1, 1;"),
-        problem=sums,
+        "no barrier before the largest norm is read",
+        ("race", "uninitialised"),
+        "choose_shift",
+        (r"bar\.sync 0;", GONE, 0),
+        problem=statistics,
     )
 
 
-MISTAKES = list(_mistakes())
-
-
-def noticed(device: Device, mistake: Mistake) -> str:
-    """What is said of it: "kind in kernel, line: what", or "wrong result"; "" where it goes unnoticed."""
-    for seed in mistake.seeds:
-        device.seed(seed)
-        try:
-            with quiet(), device.mistake(*mistake.changes):  # CUTLASS prints the tensor maps that are refused
-                mistake.problem(device)
-        except (RuntimeError, AssertionError) as error:
-            fault = device.fault()
-            if fault is None:
-                kind, said = "wrong result", str(error).split("\n")[0][:120]
-            else:
-                kind, said = fault.kind, f"{fault.kind} in {fault.kernel}, line {fault.line}: {fault.what}"
-            if kind in mistake.kinds and (fault is None or mistake.kernel in fault.kernel):
-                return said
-            return f"MISTAKEN for {said}"
-        finally:
-            device.seed(0)
-    return ""
+MISTAKES = [*_mistakes(), *hopper_mistakes.MISTAKES]

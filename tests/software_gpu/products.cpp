@@ -1,6 +1,6 @@
-// wgmma.mma_async: D (64 x N) += A (64 x 16) B (16 x N), operands in shared memory by descriptor. Each warp of a
-// warpgroup makes its own sixteen rows, at a moment between the issue and wgmma.wait_group; until then its registers
-// are in flight. Layouts from the PTX ISA.
+// wgmma.mma_async: D (64 x N) += A (64 x 16) B (16 x N), operands in shared memory by descriptor, A in registers too.
+// Each warp of a warpgroup makes its own sixteen rows, at a moment between the issue and wgmma.wait_group; until then
+// its registers are in flight. Layouts from the PTX ISA.
 #include <algorithm>
 #include <cmath>
 
@@ -8,14 +8,20 @@
 
 namespace software_gpu {
 
+// An instruction: its registers, and what its last operands say.
+struct Form {
+  std::vector<int32_t> accumulators, fragment;  // fragment: of A, where it is in registers
+  int columns;
+  bool bfloat;
+  float sign_a, sign_b;
+  bool transposed_a, transposed_b;
+};
+
 struct Product {
   Inst* in = nullptr;
-  const std::vector<int32_t>* accumulators = nullptr;
+  const Form* form = nullptr;
   uint64_t a = 0, b = 0;
   bool keep = false, done = false;  // keep: D is added to
-  float sign_a = 1, sign_b = 1;
-  int columns = 0;
-  bool bfloat = false;
   Issued* issued = nullptr;
   Clock seen, seen_by_async;
   uint32_t clock = 0;
@@ -52,6 +58,26 @@ float from_half(uint16_t h, bool bfloat) {
   return r;
 }
 
+// Rows row ... row + 7 of an operand whose columns run along the rows: eight elements of each k in a piece of 16 bytes,
+// eight k in a core matrix.
+void fetch_transposed(Warp& w, const Descriptor& d, int row, const Access& by, bool bfloat, float sign,
+                      float (*to)[16]) {
+  const uint32_t r = uint32_t(row), wide = d.swizzle / 2;  // elements of a row of the swizzle's pattern
+  for (uint32_t k = 0; k < 16; ++k) {
+    uint32_t address;
+    if (wide)
+      address =
+          swizzled(d.start + r % wide * 2 + r / wide * d.leading + k % 8 * d.swizzle + k / 8 * d.stride, d.swizzle);
+    else
+      address = d.start + r / 8 * d.stride + k % 8 * 16 + k / 8 * d.leading;
+    const SharedPlace at = shared_place(w, address, 16, 16, false);
+    touch_shared(*w.cta, at.offset, 16, false, by);
+    uint16_t halves[8];
+    memcpy(halves, &w.cta->shared[at.offset], 16);
+    for (int i = 0; i < 8; ++i) to[i][k] = sign * from_half(halves[i], bfloat);
+  }
+}
+
 // Row `row` of an operand whose rows run along k: sixteen elements in two pieces of 16 bytes.
 void fetch(Warp& w, const Descriptor& d, int row, const Access& by, bool bfloat, float sign, float* to) {
   Cta& cta = *w.cta;
@@ -72,19 +98,34 @@ void fetch(Warp& w, const Descriptor& d, int row, const Access& by, bool bfloat,
 
 void multiply(Warp& w, Product& p) {
   const Access by{&w, &p.seen, &p.seen_by_async, uint16_t(w.agent + kProducts), p.clock, 0, true, kProducts};
-  const Descriptor da = read(p.a), db = read(p.b);
+  const Form& f = *p.form;
   alignas(64) float a[16][16], b[256][16];
-  for (int r = 0; r < 16; ++r) fetch(w, da, w.index % 4 * 16 + r, by, p.bfloat, p.sign_a, a[r]);
-  for (int c = 0; c < p.columns; ++c) fetch(w, db, c, by, p.bfloat, p.sign_b, b[c]);
+  const auto operand = [&](uint64_t bits, bool transposed, float sign, int first, int rows, float (*to)[16]) {
+    const Descriptor d = read(bits);
+    for (int r = 0; r < rows; r += transposed ? 8 : 1)
+      if (transposed)
+        fetch_transposed(w, d, first + r, by, f.bfloat, sign, to + r);
+      else
+        fetch(w, d, first + r, by, f.bfloat, sign, to[r]);
+  };
+  if (f.fragment.empty())
+    operand(p.a, f.transposed_a, f.sign_a, w.index % 4 * 16, 16, a);
+  else  // lane 4 (r mod 8) + (k mod 8) / 2 holds it, in register r / 8 + 2 (k / 8)
+    for (int r = 0; r < 16; ++r)
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t two = w.r<uint32_t>(f.fragment[size_t(r / 8 + k / 8 * 2)])[r % 8 * 4 + k % 8 / 2];
+        a[r][k] = f.sign_a * from_half(uint16_t(two >> 16 * (k % 2)), f.bfloat);
+      }
+  operand(p.b, f.transposed_b, f.sign_b, 0, f.columns, b);
   alignas(64) double wide_a[16][16];
   for (int r = 0; r < 16; ++r)
     for (int k = 0; k < 16; ++k) wide_a[r][k] = a[r][k];
-  const std::vector<int32_t>& slots = *p.accumulators;
+  const std::vector<int32_t>& slots = f.accumulators;
   float* d[128];
   for (size_t i = 0; i < slots.size(); ++i) d[i] = w.r<float>(slots[i]);
   // Exact in double (16 products of 8 or 11 bits), then rounded once: to nearest, or towards zero, as the seed says.
   const bool to_zero = device.rounding_seed % 2 == 1;
-  for (int c = 0; c < p.columns; ++c) {
+  for (int c = 0; c < f.columns; ++c) {
     double wide_b[16];
     for (int k = 0; k < 16; ++k) wide_b[k] = b[c][k];
     for (int r = 0; r < 16; ++r) {
@@ -105,12 +146,6 @@ void multiply(Warp& w, Product& p) {
   if (++p.issued->parts_done == 4) ++w.cluster->changes;
 }
 
-struct Form {
-  std::vector<int32_t> accumulators;
-  int columns;
-  bool bfloat;
-  float sign_a, sign_b;
-};
 std::deque<Form>& instances() {
   static std::deque<Form> all;
   return all;
@@ -127,7 +162,7 @@ uint64_t uniform_descriptor(Warp& w, int slot, const char* which) {
 Step issue(Warp& w, Inst& in, uint32_t m) {
   if (m != kAll) fault("divergent", "wgmma by the lanes 0x%08x", m);
   const Form& form = instances()[size_t(in.imm)];
-  const uint64_t a = uniform_descriptor(w, in.a, "A"), b = uniform_descriptor(w, in.b, "B");
+  const uint64_t a = in.a < 0 ? 0 : uniform_descriptor(w, in.a, "A"), b = uniform_descriptor(w, in.b, "B");
   const uint32_t keep = w.pred[in.c];
   if (w.pred_defined[in.c] != kAll) fault("uninitialised", "scale-d was never defined");
   if (keep && keep != kAll) fault("divergent", "scale-d differs between lanes");
@@ -136,6 +171,11 @@ Step issue(Warp& w, Inst& in, uint32_t m) {
       fault("missing wgmma.fence", "an accumulator was touched since the last wgmma.fence, or there was none");
     if (keep && !w.in_flight[size_t(slot)] && w.defined[size_t(slot)] != kAll)
       fault("uninitialised", "an accumulator that is added to was never defined");
+  }
+  for (int32_t slot : form.fragment) {
+    if (w.touched[size_t(slot)])
+      fault("missing wgmma.fence", "a register of A was touched since the last wgmma.fence, or there was none");
+    if (w.defined[size_t(slot)] != kAll) fault("uninitialised", "a register of A was never defined");
   }
   auto& log = w.cta->product_log[size_t(w.index / 4)];
   const std::array<uint64_t, 4> entry{in.line, a, b, keep};
@@ -147,18 +187,15 @@ Step issue(Warp& w, Inst& in, uint32_t m) {
   auto p = std::make_shared<Product>();
   p->issued = &log[w.product_count++];
   p->in = &in;
-  p->accumulators = &form.accumulators;
+  p->form = &form;
   p->a = a;
   p->b = b;
   p->keep = keep != 0;
-  p->sign_a = form.sign_a;
-  p->sign_b = form.sign_b;
-  p->columns = form.columns;
-  p->bfloat = form.bfloat;
   p->seen = w.seen;
   p->seen_by_async = w.seen_by_async;
   p->clock = ++w.unit_clocks[kProducts];
   for (int32_t slot : form.accumulators) ++w.in_flight[size_t(slot)];
+  for (int32_t slot : form.fragment) ++w.in_flight[size_t(slot)];
   ++w.flights;
   w.open_products.push_back(p);
   w.product_queue.push_back(p);
@@ -186,7 +223,8 @@ Step wait(Warp& w, Inst& in, uint32_t) {
       if (p->issued->parts_done < 4) return w.wait("wgmma.wait_group");
   while (w.product_groups.size() > size_t(in.imm)) {
     for (const auto& p : w.product_groups.front()) {
-      for (int32_t slot : *p->accumulators) --w.in_flight[size_t(slot)];
+      for (int32_t slot : p->form->accumulators) --w.in_flight[size_t(slot)];
+      for (int32_t slot : p->form->fragment) --w.in_flight[size_t(slot)];
       --w.flights;
       for (int i = 0; i < 4; ++i) {
         uint32_t& seen = w.seen[size_t(w.agent + (i - w.index % 4) * w.cluster->units + kProducts)];
@@ -206,23 +244,33 @@ void product_handlers() {
       const bool bfloat = type[0] == 'b';
       instructions()["wgmma.mma_async.sync.aligned.m64n" + std::to_string(n) + "k16.f32." + type + "." + type] =
           [n, bfloat](Decoder& d, const Statement& s, Inst& in) {
-            d.expect(s, 8);
+            const bool registers = s.operands.size() == 7;  // A in them, which is not transposed
+            if (!registers) d.expect(s, 8);
             if (s.operands[0].kind != Operand::vector || int(s.operands[0].parts.size()) != n / 2)
               d.refuse(s, "the wrong number of accumulators");
-            Form form{{}, n, bfloat, 1, 1};
+            Form form{{}, {}, n, bfloat, 1, 1, false, false};
             for (const Operand& o : s.operands[0].parts) form.accumulators.push_back(d.target(o, 'w'));
-            if (d.width_of(s.operands[1]) != 'd') d.refuse(s, "A in registers");
-            in.a = d.source(s.operands[1], 'd');
+            if (registers) {
+              if (s.operands[1].kind != Operand::vector || s.operands[1].parts.size() != 4)
+                d.refuse(s, "expected four registers of A");
+              for (const Operand& o : s.operands[1].parts) form.fragment.push_back(d.source(o, 'w'));
+            } else {
+              in.a = d.source(s.operands[1], 'd');
+            }
             in.b = d.source(s.operands[2], 'd');
             in.c = d.predicate(s.operands[3]);
-            for (size_t i = 4; i < 8; ++i)
+            for (size_t i = 4; i < s.operands.size(); ++i)
               if (s.operands[i].kind != Operand::number) d.refuse(s, "expected numbers at its end");
             form.sign_a = float(int64_t(s.operands[4].value));
             form.sign_b = float(int64_t(s.operands[5].value));
             if (std::abs(form.sign_a) != 1 || std::abs(form.sign_b) != 1) d.refuse(s, "a scale other than 1 and -1");
-            if (s.operands[6].value || s.operands[7].value) d.refuse(s, "a transposed operand");
+            for (size_t i = 6; i < s.operands.size(); ++i)
+              if (s.operands[i].value > 1) d.refuse(s, "expected 0 or 1 for a transpose");
+            form.transposed_a = !registers && s.operands[6].value;
+            form.transposed_b = s.operands.back().value;
             in.imm = int64_t(instances().size());
-            for (int32_t slot : form.accumulators) d.kernel.accumulators.push_back(slot);
+            for (const auto& slots : {form.accumulators, form.fragment})
+              d.kernel.accumulators.insert(d.kernel.accumulators.end(), slots.begin(), slots.end());
             instances().push_back(std::move(form));
             in.is_product = true;
             in.together = Together::all;

@@ -1,9 +1,14 @@
 // Happens-before. Every warp has a clock and what it has seen of the others'; each of its asynchronous units is an
 // agent of its own. `seen_by_async` is what a proxy fence has made visible to the asynchronous proxy.
+#include <algorithm>
+
 #include "machine.h"
 
 namespace software_gpu {
 namespace {
+
+// Of cells that atomics write to: each agent's last.
+std::unordered_map<const Cell*, std::vector<std::pair<uint16_t, uint32_t>>> atomics;
 
 std::string agent_name(const Access& by, uint16_t agent) {
   const int units = by.warp->cluster->units;
@@ -30,6 +35,16 @@ std::string agent_name(const Access& by, uint16_t agent) {
 void after_write(const Cell& cell, const Access& by, uint32_t cluster, const Place& place, const char* what,
                  bool same) {
   if (!cell.writing_cluster) return;
+  if (cell.flags & kByAtomic) {
+    if (by.atomic) return;
+    if (cell.flags & kAtomicClusters)
+      fault("race", "%s of %s at 0x%llx in cluster %u and atomics of several clusters have no order", what, place.space,
+            static_cast<unsigned long long>(place.at), cluster);
+    for (const auto& [agent, clock] : atomics[&cell])
+      if (agent != by.agent && cell.writing_cluster == cluster &&
+          (agent >= by.seen->size() || (*by.seen)[agent] < clock))
+        race("atomic", what, by, agent, 0, place);
+  }
   if (cell.writing_cluster != cluster) race_of_clusters("write", what, cell.writing_cluster, cluster, place);
   if (cell.writer == by.agent && !by.async) {
     if (cell.written == by.clock && cell.write_lane != by.lane && !same)
@@ -47,6 +62,8 @@ void after_write(const Cell& cell, const Access& by, uint32_t cluster, const Pla
 }
 
 }  // namespace
+
+void forget_atomics() { atomics.clear(); }
 
 void check_read(Cell& cell, const Access& by, uint32_t cluster, const Place& place) {
   after_write(cell, by, cluster, place, "read", false);
@@ -78,12 +95,24 @@ void check_write(Cell& cell, const Access& by, uint32_t cluster, const Place& pl
       race("read", "write", by, cell.reader, cell.read_lane, place);
     }
   }
+  uint8_t kinds = by.async ? kByAsync : 0;
+  if (by.atomic) {
+    auto& those = atomics[&cell];
+    kinds |= kByAtomic | (cell.flags & kByAtomic ? cell.flags & kAtomicClusters : 0);
+    if (!(cell.flags & kByAtomic)) those.clear();
+    if ((cell.flags & kByAtomic) && cell.writing_cluster != cluster) kinds |= kAtomicClusters;
+    const auto mine = std::find_if(those.begin(), those.end(), [&](const auto& a) { return a.first == by.agent; });
+    if (mine == those.end())
+      those.emplace_back(by.agent, by.clock);
+    else
+      mine->second = by.clock;
+  }
   cell.writing_cluster = cluster;
   cell.writer = by.agent;
   cell.written = by.clock;
   cell.write_lane = by.lane;
   cell.reading_cluster = 0;
-  cell.flags = uint8_t((cell.flags & ~(kManyClusters | kManyAgents | kByAsync)) | (by.async ? kByAsync : 0));
+  cell.flags = uint8_t((cell.flags & (kDefined | kBarrier)) | kinds);
 }
 
 // Shared memory remembers the last read of every warp (four bytes) and of its units (sixteen).

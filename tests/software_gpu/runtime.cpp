@@ -26,9 +26,11 @@ void install() {
     comparison_handlers();
     conversion_handlers();
     memory_handlers();
+    atomic_handlers();
     warp_handlers();
     barrier_handlers();
     copy_handlers();
+    matrix_handlers();
     product_handlers();
     return true;
   }();

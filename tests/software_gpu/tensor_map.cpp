@@ -17,6 +17,7 @@ int encode_tiled(void* map, int type, uint32_t rank, void* address, const uint64
     m.magic = kMapMagic;
     m.rank = uint8_t(rank);
     m.element_bytes = element[type];
+    m.type = uint8_t(type);
     m.address = value("map.address", reinterpret_cast<uint64_t>(address));
     m.address += value("map.shift", 0);
     if (m.address % 16) bad("the address 0x%llx is no multiple of 16", (unsigned long long)m.address);
@@ -33,7 +34,7 @@ int encode_tiled(void* map, int type, uint32_t rank, void* address, const uint64
       m.dims[i] = uint32_t(n);
       const uint64_t b = i == 0 ? value("map.box.0", box[i]) : i == 1 ? value("map.box.1", box[i]) : box[i];
       if (b < 1 || b > 256) bad("the box's dimension %u is %llu", i, (unsigned long long)b);
-      m.box[i] = uint16_t(b);
+      m.box[i] = uint32_t(b);
       const uint64_t step = value("map.element_stride", element_strides[i]);
       if (step != 1) bad("an element stride of %llu", (unsigned long long)step);
       uint64_t stride = m.element_bytes;
