@@ -28,7 +28,7 @@ from bench import harness  # noqa: E402
 from bench.harness import Case, Contender  # noqa: E402
 from gapkern import Gaussian, contrastive_loss, files, sigmoid_loss  # noqa: E402
 from gapkern._search import nearest  # noqa: E402
-from gapkern.ops import hopper  # noqa: E402
+from gapkern.ops.contrastive import dispatch  # noqa: E402
 from gapkern.reference import perturb as perturb_reference  # noqa: E402
 from gapkern.robustness import robustness  # noqa: E402
 from gapkern.testing import compare  # noqa: E402
@@ -344,7 +344,7 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
         "robustness_nearest": lambda: ops.robustness_nearest(x, y, y.mean(0))[:3],
         "meanshift_gram": lambda: ops.meanshift_gram(x, shift),
     }
-    on_hopper = not hopper.hindrance(torch.device(device), torch.bfloat16, 8)
+    on_hopper = not dispatch.unsupported_reason(torch.device(device), torch.bfloat16, 8)
     return {**found, **_steps_on_hopper(device)} if device == "cpu" or on_hopper else found
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from gapkern.ops import chunked
-from gapkern.ops.contrastive import lse_pair, sigmoid_sum
+from gapkern.ops.contrastive import chunked, lse_pair, sigmoid_sum
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way, peak_memory
 
@@ -357,9 +357,13 @@ def test_the_chunked_fallback_keeps_the_contract(monkeypatch, similarity):
         assert_near(b, a, 1e-6)
     weights = [torch.linspace(0.1, 1, len(t), dtype=torch.float64) for t in ours[:3]]
     needs = [True, True, True]
+    by_operator, by_chunks = (
+        LseBackwardArguments(*weights, x, y, scale, *saved, similarity, 3, "highest", needs)
+        for saved in (ours[3:], other[3:])
+    )
     for a, b in zip(
-        torch.ops.gapkern.contrastive_lse_backward(*weights, x, y, scale, *ours[3:], similarity, 3, "highest", needs),
-        chunked.contrastive_lse_backward(*weights, x, y, scale, *other[3:], similarity, 3, "highest", needs),
+        torch.ops.gapkern.contrastive_lse_backward(*by_operator),
+        chunked.contrastive_lse_backward(by_chunks),
         strict=True,
     ):
         assert_near(b, a, 2e-6)
@@ -518,21 +522,12 @@ def test_the_smallest_float16_gradients_survive_the_chunked_path(monkeypatch):
     weights[2] *= -2
     scale = torch.tensor(20.0)
     out = chunked.contrastive_lse(x, y, scale, "dot", 0, "highest", 0)
-    dx, dy, _ = chunked.contrastive_lse_backward(
+    arguments = LseBackwardArguments(
         *(w * 1e3 for w in weights), x, y, scale, *out[3:], "dot", 0, "highest", [True, True, True]
     )
-    truth = chunked.contrastive_lse_backward(
-        *(w * 1e3 for w in weights),
-        x.double(),
-        y.double(),
-        scale.double(),
-        *out[3:5],
-        out[5].double(),
-        "dot",
-        0,
-        "highest",
-        [True, True, True],
-    )
+    dx, dy, _ = chunked.contrastive_lse_backward(arguments)
+    double = {name: getattr(arguments, name).double() for name in ("images", "texts", "logit_scale", "kept")}
+    truth = chunked.contrastive_lse_backward(arguments._replace(**double))
     for ours, wanted in zip((dx, dy), truth, strict=False):
         assert float((ours.double() - wanted).abs().max()) < 2**-24, "the result's own rounding, of subnormal numbers"
         assert float(ours.abs().max()) > 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gapkern import cli
-from gapkern.ops import chunked, hopper
-from gapkern.ops.contrastive import lse_pair, sigmoid_sum
+from gapkern.ops.contrastive import chunked, dispatch, lse_pair, sigmoid_sum, sm90
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way
 
@@ -34,12 +34,11 @@ def weights(row, col, positive):
     return weighted
 
 
-def steps(x, y, scale, offset=0, work_bytes=0, needs=(True, True, True), module=hopper):
+def steps(x, y, scale, offset=0, work_bytes=0, needs=(True, True, True), module=sm90):
     """Statistics and gradients by this module's functions, without the dispatcher's choice."""
     row, col, positive, *stats = module.contrastive_lse(x, y, scale, "dot", offset, "highest", work_bytes)
-    gradients = module.contrastive_lse_backward(
-        *weights(row, col, positive), x, y, scale, *stats, "dot", offset, "highest", list(needs)
-    )
+    arguments = (*weights(row, col, positive), x, y, scale, *stats, "dot", offset, "highest", list(needs))
+    gradients = module.contrastive_lse_backward(LseBackwardArguments(*arguments))
     return [row, col, positive, *gradients]
 
 
@@ -83,12 +82,12 @@ def test_orchestration_in_blocks_some_of_them_kept(monkeypatch):
     x, y = pair(700, 705, 24, torch.bfloat16)
     scale = torch.tensor(20.0)
     whole = steps(x, y, scale, 2)
-    monkeypatch.setattr(hopper, "SUPER_ROWS", 256)
-    monkeypatch.setattr(hopper, "GRADIENT_ELEMENTS", 150 * 705)
+    monkeypatch.setattr(sm90, "SUPER_ROWS", 256)
+    monkeypatch.setattr(sm90, "GRADIENT_ELEMENTS", 150 * 705)
     work_bytes = 200 * 4 * 705
-    kept = hopper.contrastive_lse(x, y, scale, "dot", 2, "highest", work_bytes)[-1]
+    kept = sm90.contrastive_lse(x, y, scale, "dot", 2, "highest", work_bytes)[-1]
     assert kept.shape == (200, 705)
-    assert hopper._exponentials(kept, x, y).shape == (384, 712)  # three tiles of bfloat16 in 200 rows of float32
+    assert sm90._exponentials(kept, x, y).shape == (384, 712)  # three tiles of bfloat16 in 200 rows of float32
     for name, a, b in zip(NAMES, steps(x, y, scale, 2, work_bytes), whole, strict=True):
         assert_near(a, b, 5e-3 if name.startswith("grad") else 1e-12, name=name)
 
@@ -119,7 +118,7 @@ def test_float32_is_rounded_once_and_has_float32_gradients(poisoned, work_bytes)
     check(ours, *rounded(x, y), scale, 5)
 
 
-def sigmoid_steps(x, y, scale, bias, offset=0, needs=(True, True), module=hopper):
+def sigmoid_steps(x, y, scale, bias, offset=0, needs=(True, True), module=sm90):
     return list(module.sigmoid_loss(x, y, scale, bias, offset, "medium", list(needs)))
 
 
@@ -153,7 +152,7 @@ def test_sigmoid_orchestration_in_blocks_forms_only_what_is_needed(monkeypatch):
     x, y = pair(700, 705, 24, torch.bfloat16)
     scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
     whole = sigmoid_steps(x, y, scale, bias, 3)
-    monkeypatch.setattr(hopper, "GRADIENT_ELEMENTS", 150 * 705)
+    monkeypatch.setattr(sm90, "GRADIENT_ELEMENTS", 150 * 705)
     for needs in ((True, True), (True, False), (False, True), (False, False)):
         some = sigmoid_steps(x, y, scale, bias, 3, needs)
         for wanted, a, b in zip((True, *needs, True, True), some, whole, strict=True):
@@ -176,9 +175,9 @@ def test_sigmoid_results_are_what_the_fake_kernel_says():
 
 
 def test_rows_of_a_gradient_block():
-    assert [hopper._gradient_rows(32768, 32768, d) for d in (512, 768, 1024)] == [8448, 5632, 8448]
-    assert hopper._gradient_rows(300, 517, 72) == 300
-    assert hopper._gradient_rows(10**6, 2 * 10**6, 768) == 128
+    assert [sm90._gradient_rows(32768, 32768, d) for d in (512, 768, 1024)] == [8448, 5632, 8448]
+    assert sm90._gradient_rows(300, 517, 72) == 300
+    assert sm90._gradient_rows(10**6, 2 * 10**6, 768) == 128
 
 
 def test_not_a_number_reaches_the_results():
@@ -193,55 +192,56 @@ def test_the_environment_chooses(monkeypatch):
     x = torch.ones(2, 8, dtype=torch.bfloat16)
     for kernel in ("auto", "chunked", "sm90"):
         monkeypatch.setenv("GAPKERN_KERNEL", kernel)
-        hopper.asked.cache_clear()
-        assert hopper.asked() == kernel
-        assert not hopper.chosen(x, "dot")  # on the CPU its own kernels run
+        dispatch.requested_kernel.cache_clear()
+        assert dispatch.requested_kernel() == kernel
+        assert not dispatch.uses_sm90(x, "dot")  # on the CPU its own kernels run
     monkeypatch.setenv("GAPKERN_KERNEL", "fast")
-    hopper.asked.cache_clear()
+    dispatch.requested_kernel.cache_clear()
     with pytest.raises(ValueError, match="GAPKERN_KERNEL: expected auto, chunked or sm90, got 'fast'"):
-        hopper.chosen(x, "dot")
+        dispatch.uses_sm90(x, "dot")
     monkeypatch.undo()
-    hopper.asked.cache_clear()
+    dispatch.requested_kernel.cache_clear()
 
 
 def test_reasons(monkeypatch):
-    assert "CUDA device" in hopper.hindrance(torch.device("cpu"), torch.bfloat16, 8)
-    monkeypatch.setattr(hopper, "built", lambda: True)
+    assert "CUDA device" in dispatch.unsupported_reason(torch.device("cpu"), torch.bfloat16, 8)
+    monkeypatch.setattr(dispatch, "built", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     device = torch.device("cuda", 0)
-    assert hopper.hindrance(device, torch.bfloat16, 8) == ""
-    assert "float32 with" in hopper.hindrance(device, torch.float32, 8)
-    assert hopper.hindrance(device, torch.float32, 8, precision="medium") == ""
-    assert "got 'high'" in hopper.hindrance(device, torch.float32, 8, precision="high")
-    assert "got float64" in hopper.hindrance(device, torch.float64, 8, precision="medium")
-    assert "multiple of 8, got 12" in hopper.hindrance(device, torch.float16, 12)
-    assert "sqeuclidean" in hopper.hindrance(device, torch.float16, 16, "sqeuclidean")
+    assert dispatch.unsupported_reason(device, torch.bfloat16, 8) == ""
+    assert "float32 with" in dispatch.unsupported_reason(device, torch.float32, 8)
+    assert dispatch.unsupported_reason(device, torch.float32, 8, precision="medium") == ""
+    assert "got 'high'" in dispatch.unsupported_reason(device, torch.float32, 8, precision="high")
+    assert "got float64" in dispatch.unsupported_reason(device, torch.float64, 8, precision="medium")
+    assert "multiple of 8, got 12" in dispatch.unsupported_reason(device, torch.float16, 12)
+    assert "sqeuclidean" in dispatch.unsupported_reason(device, torch.float16, 16, "sqeuclidean")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert "got 8.0" in hopper.hindrance(device, torch.bfloat16, 8)
+    assert "got 8.0" in dispatch.unsupported_reason(device, torch.bfloat16, 8)
 
 
 def test_the_dispatcher_reads_the_precision_and_the_number_of_texts(monkeypatch):
     taken = []
     for name in ("contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"):
-        monkeypatch.setattr(hopper, name, lambda *_, name=name: taken.append(name))
+        monkeypatch.setattr(sm90, name, lambda *_, name=name: taken.append(name))
         monkeypatch.setattr(chunked, name, lambda *_: taken.append("chunked"))
-    monkeypatch.setattr(hopper, "asked", lambda: "auto")
+    monkeypatch.setattr(dispatch, "requested_kernel", lambda: "auto")
     seen = []
 
-    def hindrance(device, dtype, dims, similarity, precision):
+    def unsupported_reason(device, dtype, dims, similarity, precision):
         seen.append((dtype, dims, similarity, precision))
         return "" if precision == "medium" else "precision"
 
-    monkeypatch.setattr(hopper, "hindrance", hindrance)
+    monkeypatch.setattr(dispatch, "unsupported_reason", unsupported_reason)
     x, y, v = torch.ones(3, 8), torch.ones(5, 8), torch.ones(1)
     for precision in ("medium", "highest"):
-        hopper.dispatch("contrastive_lse")(x, y, v, "dot", 1, precision, 0)
-        hopper.dispatch("contrastive_lse_backward")(v, v, v, x, y, v, v, v, v, "dot", 1, precision, [True] * 3)
-        hopper.dispatch("sigmoid_loss")(x, y, v, v, 0, precision, [True] * 2)
+        dispatch.contrastive_lse(x, y, v, "dot", 1, precision, 0)
+        backward = LseBackwardArguments(v, v, v, x, y, v, v, v, v, "dot", 1, precision, [True] * 3)
+        dispatch.contrastive_lse_backward(backward)
+        dispatch.sigmoid_loss(x, y, v, v, 0, precision, [True] * 2)
     assert taken == ["contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"] + ["chunked"] * 3
     assert seen == [(torch.float32, 8, "dot", p) for p in ("medium",) * 3 + ("highest",) * 3]
-    monkeypatch.setattr(hopper, "MOST_COLUMNS", 4)
-    hopper.dispatch("sigmoid_loss")(x, y, v, v, 0, "medium", [True] * 2)
+    monkeypatch.setattr(dispatch, "MAX_SIGMOID_COLUMNS", 4)
+    dispatch.sigmoid_loss(x, y, v, v, 0, "medium", [True] * 2)
     assert taken[-1] == "chunked"
 
 
@@ -249,7 +249,7 @@ def test_the_doctor_names_the_kernels(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "contrastive cpu: the processor's kernels" in out
-    assert ("Hopper (sm90)" in out) == hopper.built()
+    assert ("Hopper (sm90)" in out) == dispatch.built()
 
 
 hopper_only = [pytest.mark.cuda, pytest.mark.sm90]
@@ -257,9 +257,9 @@ hopper_only = [pytest.mark.cuda, pytest.mark.sm90]
 
 @pytest.fixture
 def on_hopper():
-    if not hopper.built():
+    if not dispatch.built():
         pytest.skip("the library was built without the Hopper kernels")
-    assert hopper.chosen(torch.empty(8, 8, dtype=torch.bfloat16, device="cuda"), "dot")
+    assert dispatch.uses_sm90(torch.empty(8, 8, dtype=torch.bfloat16, device="cuda"), "dot")
 
 
 class TestOnHopper:
@@ -358,7 +358,7 @@ class TestOnHopper:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     def test_what_it_cannot_take_is_refused_when_forced(self, on_hopper, monkeypatch):
-        monkeypatch.setattr(hopper, "asked", lambda: "sm90")
+        monkeypatch.setattr(dispatch, "requested_kernel", lambda: "sm90")
         x = torch.randn(16, 12, device="cuda", dtype=torch.bfloat16)
         with pytest.raises(ValueError, match="multiple of 8, got 12"):
             lse_pair(x, x, torch.tensor(1.0, device="cuda"))

@@ -11,8 +11,9 @@ import torch
 
 from gapkern import ClipLoss, DistillClipLoss, SigLipLoss, contrastive_loss, sigmoid_loss
 from gapkern.losses import inputs
-from gapkern.ops import chunked, hopper
-from gapkern.ops.contrastive import lse_pair
+from gapkern.ops import autocast
+from gapkern.ops.contrastive import dispatch, lse_pair
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.precision import matmul_precision
 from gapkern.testing import assert_near
 
@@ -134,25 +135,24 @@ def test_one_side_in_float64_under_autocast_is_named(name, first):
 
 def test_chunked_products_are_not_autocasts():
     """The kernels of devices without their own, forward and backward."""
+    assert not dispatch.uses_sm90(X, "dot")
+    forward, backward, sigmoid_loss = (
+        autocast.untouched(kernel)
+        for kernel in (
+            dispatch.contrastive_lse,
+            lambda *inputs: dispatch.contrastive_lse_backward(LseBackwardArguments(*inputs)),
+            dispatch.sigmoid_loss,
+        )
+    )
     weights = [torch.linspace(0.5, 1, 40, dtype=torch.float64)] * 3
     results = []
     for lower in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
-            row, col, positive, *saved = chunked_operator("contrastive_lse")(X, Y, SCALE, "dot", 0, "highest", 0)
-            gradients = chunked_operator("contrastive_lse_backward")(
-                *weights, X, Y, SCALE, *saved, "dot", 0, "highest", [True] * 3
-            )
-            sigmoid = chunked_operator("sigmoid_loss")(X, Y, SCALE, BIAS, 0, "highest", [True] * 2)
+            row, col, positive, *saved = forward(X, Y, SCALE, "dot", 0, "highest", 0)
+            gradients = backward(*weights, X, Y, SCALE, *saved, "dot", 0, "highest", [True] * 3)
+            sigmoid = sigmoid_loss(X, Y, SCALE, BIAS, 0, "highest", [True] * 2)
         results.append([row, col, positive, *gradients, *sigmoid])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def chunked_operator(name):
-    from gapkern.ops import autocast
-
-    assert not hopper.chosen(X, "dot")
-    assert hasattr(chunked, name)
-    return autocast.untouched(hopper.dispatch(name))
 
 
 _PRECISION = """

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gapkern import contrastive_loss
-from gapkern.ops import chunked, hopper
-from gapkern.ops.contrastive import lse_pair, sigmoid_sum
+from gapkern.ops.contrastive import chunked, lse_pair, sigmoid_sum, sm90
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 
 NAMES = ("loss", "grad_images", "grad_texts", "grad_logit_scale")
@@ -154,9 +154,8 @@ def by_chunks(module):
         @staticmethod
         def backward(ctx, *grads):
             similarity, offset = ctx.options
-            found = module.contrastive_lse_backward(
-                *grads, *ctx.saved_tensors, similarity, offset, "highest", [True, True, True]
-            )
+            arguments = (*grads, *ctx.saved_tensors, similarity, offset, "highest", [True, True, True])
+            found = module.contrastive_lse_backward(LseBackwardArguments(*arguments))
             return *(g.reshape(t.shape) for g, t in zip(found, ctx.saved_tensors, strict=False)), None, None
 
     return lambda x, y, scale, similarity="dot", label_offset=0: Pair.apply(x, y, scale, similarity, label_offset)
@@ -186,7 +185,7 @@ def test_a_batch_of_one_by_the_steps_between_products():
 
 def test_hopper_s_exponents_are_taken_from_the_bound_where_it_fits():
     x, y = (t.bfloat16() for t in trained(96, 96, 64, 30.0, 1e-2))
-    found = loss_of(by_chunks(hopper), x, y, torch.tensor(30.0))
+    found = loss_of(by_chunks(sm90), x, y, torch.tensor(30.0))
     truth = loss_of(reference.lse_pair, x.double(), y.double(), torch.tensor(30.0).double())
     assert relative(found, truth) < 1e-4
     norms = torch.ones(4)

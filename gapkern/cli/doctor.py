@@ -27,7 +27,7 @@ def examine() -> dict:
 
     from gapkern import _core, _load, selfcheck
     from gapkern.experiments import environment
-    from gapkern.ops import hopper
+    from gapkern.ops.contrastive import dispatch
 
     checks = [vars(check) for check in selfcheck.checks()]
     libraries = [vars(library) for library in _load.status()]
@@ -38,9 +38,9 @@ def examine() -> dict:
         "threads": torch.get_num_threads(),
         "kernels": _core.active_isa(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "compiled": hopper.compiled(),
+        "compiled": dispatch.compiled(),
         "executed": _EXECUTED,
-        "contrastive": hopper.in_use(),
+        "contrastive": dispatch.in_use(),
         "libraries": libraries,
         "build": _core.build_facts(),
         "checks": checks,

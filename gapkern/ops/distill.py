@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapkern.ops import autocast, derivatives
-from gapkern.ops.chunked import _product
+from gapkern.ops.products import matmul
 
 CHUNK_ELEMENTS = 2**21  # logits at hand, in several copies: 8 MiB each in float32
 CUDA_CHUNK_ELEMENTS = 2**25
@@ -38,7 +38,7 @@ class _Logits:
         self.scale = logit_scale.reshape(()).to(self.work)
 
     def products(self, rows: slice) -> Tensor:
-        return _product(self.x[rows], self.y.T, self.work)
+        return matmul(self.x[rows], self.y.T, self.work)
 
 
 def _chunks(images: Tensor, texts: Tensor):
@@ -110,7 +110,7 @@ def _cross_backward(
 ):
     student, teacher = _Logits(images, texts, logit_scale), _Logits(teacher_images, teacher_texts, teacher_scale)
     work = student.work
-    # float16 would lose gradients of 1/N: its products are float32's.
+    # Gradients of 1/N underflow in float16: its products are float32's.
     low = images.dtype if images.is_cuda and images.dtype == texts.dtype == torch.bfloat16 else work
     x, y = student.x.to(low), student.y.to(low)
     dx = torch.zeros(x.shape if needs[0] else (0,), dtype=work, device=x.device)
@@ -124,9 +124,9 @@ def _cross_backward(
         ds += _difference(_surprise(s, col[:, None]), _surprise(r, teacher_col[:, None])).mul_(by_col)
         of_scale += torch.sum(t.mul_(ds), dtype=torch.float64)
         if needs[0]:
-            dx[rows] = _product(ds.to(low), y, work)
+            dx[rows] = matmul(ds.to(low), y, work)
         if needs[1]:
-            dy += _product(ds.T.to(low), x[rows], work)
+            dy += matmul(ds.T.to(low), x[rows], work)
     dx, dy = (student.scale * d for d in (dx, dy))
     of_scale = of_scale.reshape(1) if needs[2] else of_scale.new_empty(0)
     return dx.to(images.dtype), dy.to(texts.dtype), of_scale.to(logit_scale.dtype)

@@ -190,19 +190,19 @@ class Device:
     @contextlib.contextmanager
     def in_place_of_the_cpu(self):
         """Within, gapkern's operators on CPU tensors run their CUDA implementations on this device."""
-        from gapkern.ops import hopper
+        from gapkern.ops.contrastive import dispatch
 
-        hindrance, capability = hopper.hindrance, torch.cuda.get_device_capability
+        unsupported_reason, capability = dispatch.unsupported_reason, torch.cuda.get_device_capability
 
         def of_a_hopper(device, *rest, **options):
-            return hindrance(torch.device("cuda", 0), *rest, **options)
+            return unsupported_reason(torch.device("cuda", 0), *rest, **options)
 
         with routed({name: functools.partial(self.call, name) for name in self.operators()}):
-            hopper.hindrance, torch.cuda.get_device_capability = of_a_hopper, lambda device=None: (9, 0)
+            dispatch.unsupported_reason, torch.cuda.get_device_capability = of_a_hopper, lambda device=None: (9, 0)
             try:
                 yield self
             finally:
-                hopper.hindrance, torch.cuda.get_device_capability = hindrance, capability
+                dispatch.unsupported_reason, torch.cuda.get_device_capability = unsupported_reason, capability
 
     @functools.cached_property
     def _loaded(self) -> bool:

@@ -10,8 +10,7 @@ import math
 import torch
 
 from gapkern import contrastive_loss, sigmoid_loss
-from gapkern.ops import hopper
-from gapkern.ops.contrastive import lse_pair, sigmoid_sum
+from gapkern.ops.contrastive import emulation, lse_pair, sigmoid_sum
 from gapkern.reference import contrastive as reference
 from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import robustness as robustness_reference
@@ -88,10 +87,10 @@ def sigmoid(device, n, m, d, dtype, offset=0):
 
 
 def float16_gradients_of_kept(device):
-    """What float16 embeddings never ask of gapkern/ops/hopper.py: gradients of kept exponentials."""
+    """What float16 embeddings never ask of gapkern/ops/contrastive/sm90.py: gradients of kept exponentials."""
     n, m, d = 65, 90, 16
     x, y = pair(n, m, d, torch.float16)
-    scale, control = torch.tensor(5.0), hopper._shift(torch.ones(n), torch.ones(m), torch.tensor(5.0))
+    scale, control = torch.tensor(5.0), emulation.shift(torch.ones(n), torch.ones(m), torch.tensor(5.0))
     kept = torch.zeros(n, 96, dtype=torch.bfloat16)
     logits = 5.0 * (x.double() @ y.double().T)
     kept[:, :m] = torch.exp2(control[0] * (x.float() @ y.float().T) + control[1])

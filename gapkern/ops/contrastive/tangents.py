@@ -6,7 +6,7 @@ With t = <x, y>, or -||x - y||^2, and S = s t: dS = ds t + s dt; a log-sum-exp's
 import torch
 from torch import Tensor
 
-from gapkern.ops.chunked import CHUNK_ELEMENTS
+from gapkern.ops.contrastive.chunked import CHUNK_ELEMENTS
 
 
 class _Logits:

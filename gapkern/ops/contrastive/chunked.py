@@ -1,31 +1,26 @@
-"""The contrastive operators in chunks of rows, with the library's matrix products: CUDA, and devices without kernels.
+"""The contrastive operators in chunks of rows of the logits, between library matrix products: CUDA and other devices.
 
 Same schemas and contract as csrc/contrastive/contrastive.h, memory linear in N + M. What lies between the products is
 three operators, `contrastive_chunk_*`: a kernel each on CUDA (csrc/contrastive/kernels.cuh), PyTorch's operations here.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**24  # logits at hand: 64 MiB in float32
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
+from gapkern.ops.products import matmul
+
+CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MiB in float32
 CUDA_CHUNK_ELEMENTS = 2**26  # enough rows that the products fill a large GPU
 
 _LN2 = math.log(2.0)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b with the result, not just the accumulation, in `dtype`."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
-class _Rows:
-    """Products <x, y> of a few rows at a time, and the norms that make squared distances of them."""
+class _Logits:
+    """Products <x, y> of a chunk of rows, and the squared norms that turn them into squared distances."""
 
     def __init__(self, images: Tensor, texts: Tensor, similarity: str):
         self.images, self.texts = images, texts
@@ -39,21 +34,21 @@ class _Rows:
             self.images, self.texts = images.to(self.dtype) - centre, texts.to(self.dtype) - centre
             self.image_norms, self.text_norms = self.images.square().sum(1), self.texts.square().sum(1)
 
-    def chunks(self):
+    def chunks(self) -> Iterator[slice]:
         n = self.images.shape[0]
         return (slice(i, min(n, i + self.step)) for i in range(0, n, self.step))
 
     def products(self, rows: slice) -> Tensor:
-        return _product(self.images[rows], self.texts.T, self.dtype)
+        return matmul(self.images[rows], self.texts.T, self.dtype)
 
     def norms(self, rows: slice) -> tuple[Tensor, Tensor]:
         return self.image_norms[rows], self.text_norms
 
 
 class _Gradients:
-    """Accumulates dX, dY and d logit_scale from chunks of dS, which come multiplied by `raised`."""
+    """Accumulates dX, dY and d logit_scale from chunks of dS, which come multiplied by `loss_scale`."""
 
-    def __init__(self, logits: _Rows, needs, largest: Tensor | None = None):
+    def __init__(self, logits: _Logits, needs: Sequence[bool], loss_scale: Tensor | None = None):
         self.logits, self.needs = logits, needs
         x, y, dtype = logits.images, logits.texts, logits.dtype
         self.dx = torch.zeros(x.shape if needs[0] else (0,), dtype=dtype, device=x.device)
@@ -61,10 +56,8 @@ class _Gradients:
         self.of_scale = torch.zeros((), dtype=torch.float64, device=x.device)
         self.row_sums = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
         self.column_sums = torch.zeros(y.shape[0], dtype=dtype, device=x.device)
-        # float16 has no room for gradients of 1/N: its dS is multiplied up to 2^13 at most, and its products back.
-        self.raised = torch.ones((), dtype=dtype, device=x.device)
-        if x.dtype == torch.float16 and largest is not None:
-            self.raised = torch.exp2(13 - torch.log2(largest).ceil().nan_to_num(0, 0, 0)).to(dtype)
+        one = torch.ones((), dtype=dtype, device=x.device)
+        self.loss_scale = one if loss_scale is None else loss_scale.to(dtype)
 
     def add(self, rows: slice, ds: Tensor, of_scale: Tensor, row_sums: Tensor, col_sums: Tensor) -> None:
         """ds (n, M); the others are partial sums, to be added over their first dimension."""
@@ -74,9 +67,9 @@ class _Gradients:
             self.row_sums[rows] = row_sums.sum(0)
             self.column_sums += col_sums.sum(0)
         if self.needs[0]:
-            self.dx[rows] = _product(ds, y, dtype)
+            self.dx[rows] = matmul(ds, y, dtype)
         if self.needs[1]:
-            self.dy += _product(ds.T, x[rows], dtype)
+            self.dy += matmul(ds.T, x[rows], dtype)
 
     def finish(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = scale.to(self.logits.dtype)
@@ -86,13 +79,21 @@ class _Gradients:
                 self.dx -= self.row_sums[:, None] * self.logits.images
             if self.needs[1]:
                 self.dy -= self.column_sums[:, None] * self.logits.texts
-        scale = scale / self.raised
-        return self.dx * scale, self.dy * scale, self.of_scale / self.raised
+        scale = scale / self.loss_scale
+        return self.dx * scale, self.dy * scale, self.of_scale / self.loss_scale
 
 
-def contrastive_lse(images, texts, logit_scale, similarity, label_offset, precision, work_bytes):
+def contrastive_lse(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    similarity: str,
+    label_offset: int,
+    precision: str,
+    work_bytes: int,
+) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.lse_pair`."""
-    logits = _Rows(images, texts, similarity)
+    logits = _Logits(images, texts, similarity)
     n, m = images.shape[0], texts.shape[0]
     kept = images.new_empty((min(n, max(work_bytes, 0) // (m * logits.dtype.itemsize)), m), dtype=logits.dtype)
     row = torch.empty(n, dtype=torch.float64, device=images.device)
@@ -128,59 +129,55 @@ def _with_labels(row, col, positive, label_t, label_offset):
     return positive + added, col, positive, torch.stack([label_t, added / _LN2, label_t]), col_stats
 
 
-def _label_gradient(grad_row, grad_col, grad_positive, row_stats, col_stats, logit_scale, label_offset):
-    """dS at the labels: p - 1 of a rounded p would be all rounding for a small loss."""
-    own = slice(label_offset, label_offset + len(grad_row))
-    k, label_t = logit_scale.reshape(()).double() / _LN2, row_stats[2]
-    row, col = (torch.exp2(k * (label_t - s[0]) - s[1]) for s in (row_stats, col_stats[:, own]))
-    return grad_row * row + grad_col[own] * col + grad_positive
+def _label_gradient(arguments: LseBackwardArguments) -> Tensor:
+    """dS at the labels, from their own statistics: p - 1 of a rounded p would be all rounding for a small loss."""
+    own = slice(arguments.label_offset, arguments.label_offset + len(arguments.grad_row))
+    row_stats, col_stats = arguments.row_stats, arguments.col_stats[:, own]
+    k, label_t = arguments.logit_scale.reshape(()).double() / _LN2, row_stats[2]
+    row, col = (torch.exp2(k * (label_t - s[0]) - s[1]) for s in (row_stats, col_stats))
+    return arguments.grad_row * row + arguments.grad_col[own] * col + arguments.grad_positive
 
 
-def contrastive_lse_backward(
-    grad_row,
-    grad_col,
-    grad_positive,
-    images,
-    texts,
-    logit_scale,
-    row_stats,
-    col_stats,
-    kept,
-    similarity,
-    label_offset,
-    precision,
-    needs,
-):
+def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `contrastive_lse`."""
-    logits = _Rows(images, texts, similarity)
-    row, col = (stats[1] + logit_scale.reshape(()).double() / _LN2 * stats[0] for stats in (row_stats, col_stats))
-    largest = torch.stack([g.abs().amax() for g in (grad_row, grad_col, grad_positive)]).amax()
-    gradients = _Gradients(logits, needs, largest)
-    grad_row, grad_col, grad_positive = (g * gradients.raised for g in (grad_row, grad_col, grad_positive))
-    grad_label = _label_gradient(grad_row, grad_col, grad_positive, row_stats, col_stats, logit_scale, label_offset)
+    images, texts, logit_scale, kept = arguments.images, arguments.texts, arguments.logit_scale, arguments.kept
+    logits = _Logits(images, texts, arguments.similarity)
+    gradients = _Gradients(logits, arguments.needs, arguments.loss_scale(logits.images.dtype))
+    arguments = arguments.scaled(gradients.loss_scale)
+    grad_label = _label_gradient(arguments)
+    k = logit_scale.reshape(()).double() / _LN2
+    row_lse2, col_lse2 = (stats[1] + k * stats[0] for stats in (arguments.row_stats, arguments.col_stats))
     for rows in logits.chunks():
         products = kept[rows] if rows.stop <= kept.shape[0] else logits.products(rows)
         ds, *sums = torch.ops.gapkern.contrastive_chunk_gradient(
             products,
             *logits.norms(rows),
             logit_scale,
-            row[rows],
-            col,
-            grad_row[rows],
-            grad_col,
+            row_lse2[rows],
+            col_lse2,
+            arguments.grad_row[rows],
+            arguments.grad_col,
             grad_label[rows],
-            rows.start + label_offset,
+            rows.start + arguments.label_offset,
             logits.images,
         )
         gradients.add(rows, ds, *sums)
     dx, dy, of_scale = gradients.finish(logit_scale.reshape(()))
-    of_scale = of_scale.reshape(1) if needs[2] else of_scale.new_empty(0)
+    of_scale = of_scale.reshape(1) if arguments.needs[2] else of_scale.new_empty(0)
     return dx.to(images.dtype), dy.to(texts.dtype), of_scale.to(logit_scale.dtype)
 
 
-def sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
+def sigmoid_loss(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    label_offset: int,
+    precision: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.sigmoid_sum`."""
-    logits = _Rows(images, texts, "dot")
+    logits = _Logits(images, texts, "dot")
     gradients = _Gradients(logits, needs)
     loss = torch.zeros((), dtype=torch.float64, device=images.device)
     grad_bias = torch.zeros_like(loss)
@@ -242,6 +239,12 @@ def _chunk_sigmoid(products, logit_scale, logit_bias, label_offset, like):
     return loss.reshape(1), ds.to(like.dtype, copy=True), *sums
 
 
+STEPS = {
+    "contrastive_chunk_lse": _chunk_lse,
+    "contrastive_chunk_gradient": _chunk_gradient,
+    "contrastive_chunk_sigmoid": _chunk_sigmoid,
+}
+
 _library = torch.library.Library("gapkern", "IMPL")
-for _name, _step in (("lse", _chunk_lse), ("gradient", _chunk_gradient), ("sigmoid", _chunk_sigmoid)):
-    _library.impl(f"contrastive_chunk_{_name}", _step, "CompositeExplicitAutograd")
+for _name, _step in STEPS.items():
+    _library.impl(_name, _step, "CompositeExplicitAutograd")

@@ -1,10 +1,12 @@
-"""`torch.ops.gapkern.contrastive_lse`: log-sum-exps of a logit matrix that is never formed."""
+"""`torch.ops.gapkern.contrastive_lse` and `sigmoid_loss`: public functions, fake kernels, derivatives, autocast."""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gapkern.ops import autocast, derivatives, hopper, tangents
+from gapkern.ops import autocast, derivatives
+from gapkern.ops.contrastive import chunked, dispatch, emulation, tangents
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
 
 
 def lse_pair(
@@ -141,25 +143,13 @@ def _(images, texts, logit_scale, similarity, label_offset, precision, work_byte
 
 
 @torch.library.register_fake("gapkern::contrastive_lse_backward")
-def _(
-    grad_row,
-    grad_col,
-    grad_positive,
-    images,
-    texts,
-    logit_scale,
-    row_stats,
-    col_stats,
-    kept,
-    similarity,
-    label_offset,
-    precision,
-    needs,
-):
+def _(*inputs):
+    arguments = LseBackwardArguments(*inputs)
+    images, texts, needs = arguments.images, arguments.texts, arguments.needs
     return (
         images.new_empty(images.shape if needs[0] else (0,)),
         texts.new_empty(texts.shape if needs[1] else (0,)),
-        logit_scale.new_empty((1,) if needs[2] else (0,)),
+        arguments.logit_scale.new_empty((1,) if needs[2] else (0,)),
     )
 
 
@@ -176,21 +166,22 @@ def _backward(ctx, grad_row, grad_col, grad_positive, *_):
     grad_row = row_stats.new_zeros(images.shape[0]) if grad_row is None else grad_row
     grad_col = col_stats.new_zeros(texts.shape[0]) if grad_col is None else grad_col
     grad_positive = row_stats.new_zeros(images.shape[0]) if grad_positive is None else grad_positive
-    dx, dy, ds = torch.ops.gapkern.contrastive_lse_backward(
-        grad_row,
-        grad_col,
-        grad_positive,
-        images,
-        texts,
-        logit_scale,
-        row_stats,
-        col_stats,
-        kept,
-        ctx.similarity,
-        ctx.label_offset,
-        ctx.precision,
-        needs,
+    arguments = LseBackwardArguments(
+        grad_row=grad_row,
+        grad_col=grad_col,
+        grad_positive=grad_positive,
+        images=images,
+        texts=texts,
+        logit_scale=logit_scale,
+        row_stats=row_stats,
+        col_stats=col_stats,
+        kept=kept,
+        similarity=ctx.similarity,
+        label_offset=ctx.label_offset,
+        precision=ctx.precision,
+        needs=needs,
     )
+    dx, dy, ds = torch.ops.gapkern.contrastive_lse_backward(*arguments)
     return (
         dx if needs[0] else None,
         dy if needs[1] else None,
@@ -208,11 +199,9 @@ def _jvp(inputs, tangents_):
 
 derivatives.register("contrastive_lse", _backward, save=_save, jvp=_jvp)
 derivatives.register("contrastive_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
-for _name in ("lse", "gradient", "sigmoid"):
-    derivatives.register(f"contrastive_chunk_{_name}", derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
-for _name in ("shift", "sums", "lse", "positive", "weights", "gradient", "sigmoid"):
-    derivatives.register(f"contrastive_sm90_{_name}", derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
 derivatives.register("sigmoid_loss", _backward_sigmoid, save=_save_sigmoid, jvp=_jvp_sigmoid, arguments=_needed)
+for _step in (*chunked.STEPS, *emulation.STEPS):
+    derivatives.register(_step, derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
 
 _library = torch.library.Library("gapkern", "IMPL")
 
@@ -228,8 +217,17 @@ def _autocast(operator):
     return call
 
 
-for _name in ("contrastive_lse", "contrastive_lse_backward", "sigmoid_loss"):
-    _library.impl(_name, autocast.untouched(hopper.dispatch(_name)), "CompositeExplicitAutograd")
-for _name in ("contrastive_lse", "sigmoid_loss"):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(_name, _autocast(getattr(torch.ops.gapkern, _name)), _key)
+def _lse_backward(*inputs):
+    return dispatch.contrastive_lse_backward(LseBackwardArguments(*inputs))
+
+
+_KERNELS = {
+    "contrastive_lse": dispatch.contrastive_lse,
+    "contrastive_lse_backward": _lse_backward,
+    "sigmoid_loss": dispatch.sigmoid_loss,
+}
+for _name, _kernel in _KERNELS.items():
+    _library.impl(_name, autocast.untouched(_kernel), "CompositeExplicitAutograd")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("contrastive_lse", _autocast(torch.ops.gapkern.contrastive_lse), _key)
+    _library.impl("sigmoid_loss", _autocast(torch.ops.gapkern.sigmoid_loss), _key)

@@ -1,0 +1,130 @@
+"""Which implementation the losses run on devices without kernels of their own: `sm90` on Hopper, `chunked` elsewhere.
+
+`GAPKERN_KERNEL` forces one. The CPU's operators are registered in C++ and never come here.
+"""
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gapkern.ops.contrastive import chunked, sm90
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
+
+MAX_SIGMOID_COLUMNS = 2**24  # the sm90 sigmoid kernel compares column indices in float32, exact up to here
+
+_SM90_SCOPE = (
+    "sm90 for dot products of bfloat16, float16, and float32 with matmul precision medium, where dims are a "
+    "multiple of 8; chunked for the rest"
+)
+
+
+@functools.cache
+def requested_kernel() -> str:
+    """`GAPKERN_KERNEL`, read once: auto, chunked or sm90."""
+    kernel = os.environ.get("GAPKERN_KERNEL") or "auto"
+    if kernel not in ("auto", "chunked", "sm90"):
+        raise ValueError(f"GAPKERN_KERNEL: expected auto, chunked or sm90, got {kernel!r}")
+    return kernel
+
+
+def built() -> bool:
+    """Whether the loaded CUDA library has the sm90 kernels."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("gapkern::contrastive_sm90_sums", "CUDA")
+
+
+def compiled() -> list[str]:
+    """The losses' CUDA kernels in the loaded library: "chunked" for every device, "sm90" for Hopper."""
+    chunks = torch._C._dispatch_has_kernel_for_dispatch_key("gapkern::contrastive_chunk_lse", "CUDA")
+    return ["chunked"] * chunks + ["sm90"] * built()
+
+
+def in_use() -> dict[str, str]:
+    """The losses' kernels on every device, and why not the sm90 ones (asked for bfloat16, whose dims are aligned)."""
+    found = {"cpu": "the processor's kernels"}
+    for index in range(torch.cuda.device_count()):
+        reason = (
+            "GAPKERN_KERNEL=chunked"
+            if requested_kernel() == "chunked"
+            else unsupported_reason(torch.device("cuda", index), torch.bfloat16, 8)
+        )
+        found[f"cuda:{index}"] = f"chunked (not the Hopper kernels: {reason})" if reason else _SM90_SCOPE
+    return found
+
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, dims: int, similarity: str = "dot", precision: str = "highest"
+) -> str:
+    """Why the sm90 kernels do not support such embeddings; empty where they do."""
+    if device.type != "cuda":
+        return f"they need a CUDA device, got {device.type}"
+    if not built():
+        return "the library was built without them"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"they need a device of capability 9.0, got {capability[0]}.{capability[1]}"
+    if dtype == torch.float32 and precision != "medium":
+        return f"they take float32 with torch.set_float32_matmul_precision('medium'), got {precision!r}"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"they take bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
+    if dims % 8:
+        return f"they need dims to be a multiple of 8, got {dims}"
+    if similarity != "dot":
+        return f"they have the similarity 'dot', got {similarity!r}"
+    return ""
+
+
+def uses_sm90(images: Tensor, similarity: str, precision: str = "highest", sigmoid_columns: int = 0) -> bool:
+    """Whether the sm90 kernels take these embeddings; the same answer in the forward and the backward pass."""
+    kernel = requested_kernel()
+    if kernel == "chunked":
+        return False
+    reason = unsupported_reason(images.device, images.dtype, images.shape[1], similarity, precision)
+    if not reason and sigmoid_columns > MAX_SIGMOID_COLUMNS:
+        reason = f"they take at most {MAX_SIGMOID_COLUMNS} texts in the sigmoid loss, got {sigmoid_columns}"
+    if reason and kernel == "sm90" and images.is_cuda:
+        raise ValueError(f"GAPKERN_KERNEL=sm90: the Hopper kernels cannot run: {reason}")
+    return not reason
+
+
+def _softmax_implementation(images: Tensor, texts: Tensor, similarity: str, precision: str) -> ModuleType:
+    # A single pair's loss is zero, which sums of rounded exponentials miss.
+    return sm90 if uses_sm90(images, similarity, precision) and texts.shape[0] > 1 else chunked
+
+
+def contrastive_lse(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    similarity: str,
+    label_offset: int,
+    precision: str,
+    work_bytes: int,
+) -> tuple[Tensor, ...]:
+    """See `gapkern.ops.contrastive.lse_pair`."""
+    implementation = _softmax_implementation(images, texts, similarity, precision)
+    return implementation.contrastive_lse(images, texts, logit_scale, similarity, label_offset, precision, work_bytes)
+
+
+def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `contrastive_lse`."""
+    implementation = _softmax_implementation(
+        arguments.images, arguments.texts, arguments.similarity, arguments.precision
+    )
+    return implementation.contrastive_lse_backward(arguments)
+
+
+def sigmoid_loss(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    label_offset: int,
+    precision: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """See `gapkern.ops.contrastive.sigmoid_sum`."""
+    implementation = sm90 if uses_sm90(images, "dot", precision, texts.shape[0]) else chunked
+    return implementation.sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs)

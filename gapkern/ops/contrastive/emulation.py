@@ -1,0 +1,167 @@
+"""The `contrastive_sm90_*` operators in PyTorch's operations: what their CUDA kernels compute, on any device.
+
+Kernels: csrc/contrastive/sm90.cuh, whose constants these are. Exponentials are taken to base 2 and of a common shift:
+e_ij = 2^(k <x_i, y_j> - c) with k = logit_scale / log 2 and control = {k, -c}; the suffix `lse2` means log-sum-exps in
+base 2. Matrices with M columns come with rows of `row_pitch(M)` elements; the padding is undefined, and NaN here.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gapkern.ops.contrastive.sm90 import row_pitch
+
+_LN2, _LOG2E = math.log(2.0), 1 / math.log(2.0)
+_CEILING, _FLOOR, _WEIGHT_RANGE = 110, -102, 120  # kCeiling, kFloor, kWeightRange
+_SMALLEST_NORMAL = 2.0**-126  # ex2.approx.ftz flushes subnormals to zero
+
+
+def shift(
+    row_norms: Tensor,  # (N,) float32
+    col_norms: Tensor,  # (M,) float32
+    logit_scale: Tensor,
+) -> Tensor:
+    """control (2,): k, and -c such that no sum overflows and, where that allows it, none loses terms to underflow."""
+    k = _LOG2E * logit_scale.reshape(()).float()
+    bound = k.abs() * row_norms.float().amax() * col_norms.float().amax() * 1.001
+    spare = _CEILING - math.log2(max(len(row_norms), len(col_norms)))
+    fitting = torch.minimum(bound, -(_FLOOR + bound)).floor()
+    return torch.stack([k, -torch.maximum((bound - spare).ceil(), fitting).clamp(min=0).float()])
+
+
+def sums(
+    images: Tensor,  # (n, D)
+    texts: Tensor,  # (M, D)
+    control: Tensor,  # (2,)
+    kept: Tensor,  # (n, pitch) bfloat16, receives the exponentials; or empty
+) -> tuple[Tensor, Tensor]:
+    """Row sums (n,) and column sums (M,) of the exponentials, float64."""
+    e = torch.exp2(control[0] * (images.float() @ texts.float().T) + control[1])
+    e = torch.where(e < _SMALLEST_NORMAL, 0, e)
+    if kept.numel():
+        kept.fill_(float("nan"))[:, : texts.shape[0]] = e
+    return e.sum(1, dtype=torch.float64), e.sum(0, dtype=torch.float64)
+
+
+def lse(
+    row_sums: Tensor,  # (N,) float64
+    col_sums: Tensor,  # (M,) float64
+    images: Tensor,  # (N, D)
+    texts: Tensor,  # (M, D)
+    control: Tensor,  # (2,)
+) -> tuple[Tensor, Tensor]:
+    """Row (N,) and column (M,) log-sum-exps; those whose sums over- or underflowed are recomputed in float32."""
+
+    def finish(sums: Tensor, terms: int, x: Tensor, y: Tensor) -> Tensor:
+        complete = (sums >= terms * 2.0**_FLOOR) & (sums < 2.0**127)
+        exact = (control[0] * _LN2 * (x.float() @ y.float().T)).logsumexp(1).double()
+        return torch.where(complete, _LN2 * (sums.log2() - control[1].double()), exact)
+
+    return finish(row_sums, len(col_sums), images, texts), finish(col_sums, len(row_sums), texts, images)
+
+
+def positive(images: Tensor, texts: Tensor, label_offset: int) -> Tensor:
+    """<x_i, y_(i + label_offset)> for every row: (N,) float64."""
+    labels = texts[label_offset : label_offset + len(images)]
+    return torch.linalg.vecdot(images.float(), labels.float()).double()
+
+
+def weights(
+    row_lse2: Tensor,  # (N,) float64
+    col_lse2: Tensor,  # (M,) float64
+    grad_row: Tensor,  # (N,) float64
+    grad_col: Tensor,  # (M,) float64
+    control: Tensor,  # (2,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of rows (N,) and columns (M,), and whether they are separate (1,), float32.
+
+    dS_ij = e_ij (row_weight_i + col_weight_j), with weights grad 2^(c - lse2). Where float32 cannot represent such a
+    weight, rows and columns get separate exponentials: the weight is then the exponent log2 |grad| - lse2, the sign of
+    grad in its last bit.
+    """
+    c = control[1].double()
+
+    def unsafe(lse2: Tensor, grad: Tensor, terms: int) -> Tensor:
+        exponent = grad.abs().log2() - lse2 - c
+        representable = (grad == 0) | (exponent.abs() <= _WEIGHT_RANGE)
+        return ~((lse2 + c >= math.log2(terms) + _FLOOR) & representable).all()
+
+    separate = unsafe(row_lse2, grad_row, len(col_lse2)) | unsafe(col_lse2, grad_col, len(row_lse2))
+
+    def weight(lse2: Tensor, grad: Tensor) -> Tensor:
+        exponent = (grad.abs().log2() - lse2).clamp(-1e30, 1e30).float()
+        encoded = (exponent.view(torch.int32) & ~1) | (grad < 0).int()
+        return torch.where(separate, encoded.view(torch.float32), (grad * torch.exp2(-lse2 - c)).float())
+
+    return weight(row_lse2, grad_row), weight(col_lse2, grad_col), separate.float().reshape(1)
+
+
+def gradient(
+    images: Tensor,  # (n, D)
+    texts: Tensor,  # (M, D)
+    logit_scale: Tensor,
+    control: Tensor,  # (2,)
+    apart: Tensor,  # (1,): whether the weights are separate
+    row_weight: Tensor,  # (n,)
+    col_weight: Tensor,  # (M,)
+    kept: Tensor,  # (n, pitch) bfloat16 exponentials, or empty
+    positive: Tensor,  # (n,) float64
+    row_lse2: Tensor,  # (n,) float64
+    col_lse2: Tensor,  # (M,) float64
+    grad_row: Tensor,  # (n,) float64
+    grad_col: Tensor,  # (M,) float64
+    grad_positive: Tensor,  # (n,) float64
+    label_offset: int,
+) -> Tensor:
+    """dS (n, pitch) in the embeddings' dtype; at the labels from the float64 statistics."""
+    m = texts.shape[0]
+    v = control[0] * (images.float() @ texts.float().T)
+    e = kept[:, :m].float() if kept.numel() else torch.exp2(v + control[1])
+
+    def separate(weight: Tensor) -> Tensor:
+        sign = 1 - 2 * (weight.view(torch.int32) & 1)
+        return sign * torch.exp2(v + weight)
+
+    common = e * (row_weight[:, None] + col_weight)
+    ds = images.new_full((images.shape[0], row_pitch(m)), float("nan"))
+    ds[:, :m] = torch.where(apart.bool(), separate(row_weight[:, None]) + separate(col_weight), common)
+    labels = slice(label_offset, label_offset + len(images))
+    w = _LOG2E * logit_scale.reshape(()).double() * positive
+    at_label = grad_row * torch.exp2(w - row_lse2) + grad_col[labels] * torch.exp2(w - col_lse2[labels]) + grad_positive
+    ds.diagonal(label_offset)[: len(images)] = at_label.to(ds.dtype)
+    return ds
+
+
+def sigmoid(
+    images: Tensor,  # (n, D)
+    texts: Tensor,  # (M, D)
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    row_labels: Tensor,  # (n,) float32, the column of each row's label
+    col_numbers: Tensor,  # (M,) float32
+) -> tuple[Tensor, Tensor]:
+    """Row sums (3, n) in float64 of the loss, of dS and of dS <x, y>; and dS (n, pitch) in the embeddings' dtype."""
+    t = images.float() @ texts.float().T
+    z = torch.where(row_labels[:, None] == col_numbers, 1.0, -1.0).to(t.dtype)
+    s = z * (logit_scale.reshape(()).float() * t + logit_bias.reshape(()).float())
+    ds = -z * torch.sigmoid(-s)
+    of_rows = [v.sum(1, dtype=torch.float64) for v in (-torch.nn.functional.logsigmoid(s), ds, ds * t)]
+    rounded = images.new_full((images.shape[0], row_pitch(texts.shape[0])), float("nan"))
+    rounded[:, : texts.shape[0]] = ds
+    return torch.stack(of_rows), rounded
+
+
+STEPS = {
+    "contrastive_sm90_shift": shift,
+    "contrastive_sm90_sums": sums,
+    "contrastive_sm90_lse": lse,
+    "contrastive_sm90_positive": positive,
+    "contrastive_sm90_weights": weights,
+    "contrastive_sm90_gradient": gradient,
+    "contrastive_sm90_sigmoid": sigmoid,
+}
+
+_library = torch.library.Library("gapkern", "IMPL")
+for _name, _step in STEPS.items():
+    _library.impl(_name, _step, "CompositeExplicitAutograd")

@@ -1,0 +1,177 @@
+"""The contrastive operators on Hopper (compute capability 9.0): the losses' arithmetic in the products' epilogues.
+
+Same schemas and contract as csrc/contrastive/contrastive.h. The steps are the operators `contrastive_sm90_*`: CUDA
+kernels in csrc/contrastive/sm90.cuh, and their PyTorch emulation in emulation.py; dX and dY are library products with
+dS. No step synchronises with the host. float32 (precision "medium") is rounded to bfloat16 once, its gradients are
+float32.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gapkern.ops.contrastive.arguments import LseBackwardArguments
+from gapkern.ops.products import matmul
+
+SUPER_ROWS = 16384  # rows per call of contrastive_sm90_sums, which holds the partial sums of their tiles
+GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB
+TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and columns of a product's tile, and the SMs of an H100
+
+_LN2 = math.log(2.0)
+
+
+def row_pitch(columns: int) -> int:
+    """Elements from one row to the next of dS and the kept exponentials: columns, rounded up to a multiple of 8."""
+    return -(-columns // 8) * 8
+
+
+def _operands(x: Tensor) -> Tensor:
+    """Embeddings as the kernels take them: bfloat16 or float16, contiguous, aligned to 16 bytes."""
+    x = (x.bfloat16() if x.dtype == torch.float32 else x).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _exponentials(kept: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    """The memory of `kept` as (rows, pitch) bfloat16 exponentials, as many as fit: all, or a multiple of TILE rows.
+
+    None for float16: the exponentials exceed its range, and in bfloat16 are less precise than its gradients.
+    """
+    n, pitch = images.shape[0], row_pitch(texts.shape[0])
+    rows = min(n, kept.numel() * kept.element_size() // (2 * pitch)) if images.dtype == torch.bfloat16 else 0
+    rows = rows if rows == n else rows // TILE * TILE
+    return kept.view(torch.bfloat16).flatten()[: rows * pitch].view(rows, pitch)
+
+
+def _chunks(n: int, kept: int, step: int) -> Iterator[slice]:
+    """Chunks of at most `step` of n rows, none across the end of the `kept` first ones."""
+    for first, last in ((0, kept), (kept, n)):
+        for start in range(first, last, step):
+            yield slice(start, min(last, start + step))
+
+
+def _gradient_rows(n: int, m: int, d: int) -> int:
+    """Rows of dS at a time: within GRADIENT_ELEMENTS, and such that the tiles of dX are whole waves of the SMs."""
+    most = max(TILE, GRADIENT_ELEMENTS // m // TILE * TILE)
+    across = -(-d // WIDTH)
+    wave = TILE * (MULTIPROCESSORS // math.gcd(MULTIPROCESSORS, across))
+    return min(n, most // wave * wave or most)
+
+
+def _control(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (images, texts)]
+    return torch.ops.gapkern.contrastive_sm90_shift(*norms, logit_scale)
+
+
+def contrastive_lse(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    similarity: str,
+    label_offset: int,
+    precision: str,
+    work_bytes: int,
+) -> tuple[Tensor, ...]:
+    """See `gapkern.ops.contrastive.lse_pair`."""
+    images, texts = _operands(images), _operands(texts)
+    n, m = images.shape[0], texts.shape[0]
+    kept = images.new_empty((min(n, max(work_bytes, 0) // (4 * m)), m), dtype=torch.float32)
+    exponentials = _exponentials(kept, images, texts)
+    control = _control(images, texts, logit_scale)
+    row_sums = torch.empty(n, dtype=torch.float64, device=images.device)
+    col_sums = torch.zeros(m, dtype=torch.float64, device=images.device)
+    for rows in _chunks(n, exponentials.shape[0], SUPER_ROWS):
+        row_sums[rows], part = torch.ops.gapkern.contrastive_sm90_sums(images[rows], texts, control, exponentials[rows])
+        col_sums += part
+    row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, images, texts, control)
+    positive = torch.ops.gapkern.contrastive_sm90_positive(images, texts, label_offset)
+    row_stats = torch.stack([torch.zeros_like(row), row / _LN2, positive])
+    col_stats = torch.stack([torch.zeros_like(col), col / _LN2])
+    return row, col, positive * logit_scale.reshape(()).double(), row_stats, col_stats, kept
+
+
+def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `contrastive_lse`."""
+    x, y = _operands(arguments.images), _operands(arguments.texts)
+    logit_scale, needs = arguments.logit_scale, arguments.needs
+    loss_scale = arguments.loss_scale(x.dtype)
+    by_rows = needs[0] or (needs[2] and not needs[1])  # <X, dX> is the gradient of the scale, as is <Y, dY>
+    dx, dy = _unscaled_gradients(x, y, arguments.scaled(loss_scale), (by_rows, needs[1]))
+    of_scale = loss_scale.new_empty(0)
+    if needs[2]:
+        side, gradient = (x, dx) if by_rows else (y, dy)
+        of_scale = (torch.linalg.vecdot(side.float(), gradient).sum(dtype=torch.float64) / loss_scale).reshape(1)
+    factor = (logit_scale.reshape(()).double() / loss_scale).float()
+    dx = dx * factor if needs[0] else dx.new_empty(0)
+    return dx.to(arguments.images.dtype), (dy * factor).to(arguments.texts.dtype), of_scale.to(logit_scale.dtype)
+
+
+def _unscaled_gradients(
+    x: Tensor, y: Tensor, arguments: LseBackwardArguments, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dS Y and dS^T X in float32, from dS of some rows at a time; empty where not needed."""
+    n, m = x.shape[0], y.shape[0]
+    (_, row_lse2, positive), col_lse2 = arguments.row_stats, arguments.col_stats[1]
+    grad_row, grad_col = arguments.grad_row, arguments.grad_col
+    control = _control(x, y, arguments.logit_scale)
+    row_weight, col_weight, separate = torch.ops.gapkern.contrastive_sm90_weights(
+        row_lse2, col_lse2, grad_row, grad_col, control
+    )
+    exponentials = _exponentials(arguments.kept, x, y)
+    dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
+    dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
+    for rows in _chunks(n, exponentials.shape[0], _gradient_rows(n, m, x.shape[1])):
+        ds = torch.ops.gapkern.contrastive_sm90_gradient(
+            images=x[rows],
+            texts=y,
+            logit_scale=arguments.logit_scale,
+            control=control,
+            apart=separate,
+            row_weight=row_weight[rows],
+            col_weight=col_weight,
+            kept=exponentials[rows],
+            positive=positive[rows],
+            row_lse2=row_lse2[rows],
+            col_lse2=col_lse2,
+            grad_row=grad_row[rows],
+            grad_col=grad_col,
+            grad_positive=arguments.grad_positive[rows],
+            label_offset=rows.start + arguments.label_offset,
+        )[:, :m]
+        if needs[0]:
+            dx[rows] = matmul(ds, y, torch.float32)
+        if needs[1]:
+            dy += matmul(ds.T, x[rows], torch.float32)
+    return dx, dy
+
+
+def sigmoid_loss(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    label_offset: int,
+    precision: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """See `gapkern.ops.contrastive.sigmoid_sum`."""
+    x, y = _operands(images), _operands(texts)
+    n, m = x.shape[0], y.shape[0]
+    labels = torch.arange(label_offset, label_offset + n, dtype=torch.float32, device=x.device)
+    numbers = torch.arange(m, dtype=torch.float32, device=x.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=x.device)
+    dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
+    dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
+    for rows in _chunks(n, 0, _gradient_rows(n, m, x.shape[1])):
+        of_rows, ds = torch.ops.gapkern.contrastive_sm90_sigmoid(
+            x[rows], y, logit_scale, logit_bias, labels[rows], numbers
+        )
+        sums += of_rows.sum(1)
+        if needs[0]:
+            dx[rows] = matmul(ds[:, :m], y, torch.float32)
+        if needs[1]:
+            dy += matmul(ds[:, :m].T, x[rows], torch.float32)
+    scale = logit_scale.reshape(()).float()
+    loss, of_bias, of_scale = (v.clone() for v in sums)
+    return loss, dx * scale, dy * scale, of_scale, of_bias
