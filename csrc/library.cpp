@@ -44,9 +44,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def("contrastive_sm90_positive(Tensor images, Tensor texts, int label_offset) -> Tensor");
   m.def(
       "contrastive_sm90_weights(Tensor row_lse2, Tensor col_lse2, Tensor grad_row, Tensor grad_col, Tensor control)"
-      " -> (Tensor row_weight, Tensor col_weight, Tensor apart)");
+      " -> (Tensor row_weight, Tensor col_weight, Tensor separate)");
   m.def(
-      "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor logit_scale, Tensor control, Tensor apart,"
+      "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor logit_scale, Tensor control, Tensor separate,"
       " Tensor row_weight, Tensor col_weight, Tensor kept, Tensor positive, Tensor row_lse2, Tensor col_lse2,"
       " Tensor grad_row, Tensor grad_col, Tensor grad_positive, int label_offset) -> Tensor");
   // The sigmoid loss's step there: sums [3, n] over the rows' losses, dS and dS <x, y>. row_labels and col_numbers are

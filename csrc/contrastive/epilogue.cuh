@@ -1,5 +1,5 @@
-// The element-wise arithmetic of the Hopper kernels' epilogues, from an accumulator <x_i, y_j>. Host and device, so that
-// it is tested without a GPU.
+// The element-wise arithmetic of the Hopper kernels' epilogues, from an accumulator <x_i, y_j>. Host and device, so
+// that it is tested without a GPU.
 //
 // k = log2(e) logit_scale and shift = -c are the same for every element: one exponential e = 2^(k acc - c) serves the
 // sum over the row and the sum over the column. In the gradient dS = e (a_i + b_j) with weights a_i and b_j, unless one

@@ -88,9 +88,9 @@ Tensor shift(const Tensor& row_norms, const Tensor& col_norms, const Tensor& log
   const Tensor rows = as_type(row_norms, ScalarType::Float), columns = as_type(col_norms, ScalarType::Float);
   const Tensor scale = as_type(logit_scale, ScalarType::Float);
   Tensor control = floats(row_norms, 2);
-  choose_shift<<<1, kShiftThreads, 0, stream_of(rows)>>>(rows.const_data_ptr<float>(), rows.numel(),
-                                                    columns.const_data_ptr<float>(), columns.numel(),
-                                                    scale.const_data_ptr<float>(), control.mutable_data_ptr<float>());
+  choose_shift<<<1, kShiftThreads, 0, stream_of(rows)>>>(
+      rows.const_data_ptr<float>(), rows.numel(), columns.const_data_ptr<float>(), columns.numel(),
+      scale.const_data_ptr<float>(), control.mutable_data_ptr<float>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return control;
 }
@@ -205,8 +205,10 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_s
     return as_type(values, ScalarType::Double);
   };
   const Tensor label_products = doubles_of(positive, in.rows, "positive"),
-               row_lse = doubles_of(row_lse2, in.rows, "row_lse2"), col_lse = doubles_of(col_lse2, in.columns, "col_lse2"),
-               of_rows = doubles_of(grad_row, in.rows, "grad_row"), of_columns = doubles_of(grad_col, in.columns, "grad_col"),
+               row_lse = doubles_of(row_lse2, in.rows, "row_lse2"),
+               col_lse = doubles_of(col_lse2, in.columns, "col_lse2"),
+               of_rows = doubles_of(grad_row, in.rows, "grad_row"),
+               of_columns = doubles_of(grad_col, in.columns, "grad_col"),
                of_labels = doubles_of(grad_positive, in.rows, "grad_positive");
   Tensor ds = torch::stable::new_empty(images, {in.rows, pitch}, images.scalar_type());
   GradientArguments arguments{};

@@ -1,6 +1,6 @@
-// The small kernels around the Hopper products: the choice of the exponents' shift, sums of partial sums, weights, labels,
-// and the float32 recomputation of what a common shift could not represent. All decisions are taken on the device, so
-// that nothing waits for the host and everything can be captured in a graph.
+// The small kernels around the Hopper products: the choice of the exponents' shift, sums of partial sums, weights,
+// labels, and the float32 recomputation of what a common shift could not represent. All decisions are taken on the
+// device, so that nothing waits for the host and everything can be captured in a graph.
 //
 // The shift. |k <x, y>| <= bound = k max|x| max|y|. c is at least what keeps a sum of `terms` exponentials below
 // 2^kCeiling: no sum overflows. A sum may underflow instead: below terms 2^kFloor more than 2^-24 of it can have been
@@ -9,7 +9,8 @@
 // is rounded is k <x, y> - c. For normalised embeddings c is the bound up to logit_scale 35 and the least from 67 on
 // (32768 pairs); at 100 only rows whose best cosine is below -0.26 are recomputed. For embeddings of large norms most
 // rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those. In the gradient a row or column whose weight
-// or exponentials leave float32's range has a separate weight (contrastive/epilogue.cuh); tiles without any pay nothing.
+// or exponentials leave float32's range has a separate weight (contrastive/epilogue.cuh); tiles without any pay
+// nothing.
 #pragma once
 #include "common/cuda.cuh"
 #include "contrastive/epilogue.cuh"
@@ -45,7 +46,8 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
   return x;
 }
 
-// The largest of `count` values, at least zero, for a thread's part; loads eight at a time, so that their latencies overlap.
+// The largest of `count` values, at least zero, for a thread's part; loads eight at a time, so that their latencies
+// overlap.
 __device__ __forceinline__ float part_max(const float* values, int64_t count, int threads) {
   constexpr int loads = 8;
   float most = 0;
@@ -195,8 +197,8 @@ inline __global__ void __launch_bounds__(kThreads)
   if (i < count) {
     const float shift = control[1];
     separate = common_weight_is_safe(grad[i], lse2[i], shift, double(terms)) ? 0 : 1;
-    weight[i] = separate != 0 ? separate_weight(grad[i], lse2[i])
-                              : common_weight(grad[i] * exp2(-lse2[i] - double(shift)));
+    weight[i] =
+        separate != 0 ? separate_weight(grad[i], lse2[i]) : common_weight(grad[i] * exp2(-lse2[i] - double(shift)));
   }
   separate = block_max<kWarps>(separate, scratch);
   if (threadIdx.x == 0) separate_of_block[blockIdx.x] = separate;

@@ -1,5 +1,5 @@
-// A warp-specialised, persistent, cooperative GEMM of CUTLASS 3.x for sm_90a with our epilogue. Needs NDEBUG: an assertion
-// between two wgmma makes ptxas serialise them all (C7510).
+// A warp-specialised, persistent, cooperative GEMM of CUTLASS 3.x for sm_90a with our epilogue. Needs NDEBUG: an
+// assertion between two wgmma makes ptxas serialise them all (C7510).
 #pragma once
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
@@ -44,7 +44,8 @@ struct Parts {
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, RowMajor, 8, T, ColumnMajor, 8, float, Tile, Cluster,
       cutlass::gemm::collective::StageCount<kStages>, Schedule>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue<Design>, Scheduler>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue<Design>, Scheduler>;
 };
 
 // A class of its own for the sake of its name: a line in a profile, and not the page that CUTLASS's types fill.

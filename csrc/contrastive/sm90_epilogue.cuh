@@ -1,9 +1,9 @@
 // The epilogue of the Hopper products, written for CUTLASS's cooperative kernel in place of a visitor tree: it works on
 // the accumulators in their registers, a warp on 16 x 256 of them, and no warp waits for another but to add up columns.
 //
-// Turns. Two warp groups share a tile and its stages. Were both in their epilogues at once, the tensor cores would idle;
-// so the second group enters its own when the first has left: one multiplies, at the full rate, while the other is in
-// its epilogue. The stages let the first run ahead by kStages steps of 64 dims, 2048 cycles of the tensor cores.
+// Turns. Two warp groups share a tile and its stages. Were both in their epilogues at once, the tensor cores would
+// idle; so the second group enters its own when the first has left: one multiplies, at the full rate, while the other
+// is in its epilogue. The stages let the first run ahead by kStages steps of 64 dims, 2048 cycles of the tensor cores.
 #pragma once
 #include <cutlass/arch/barrier.h>
 #include <cutlass/cutlass.h>
@@ -68,18 +68,19 @@ CUTLASS_DEVICE void load_rows(const float* values, const Place& at, float otherw
   CUTLASS_PRAGMA_UNROLL
   for (int h = 0; h < 2; ++h) out[h] = at.row + 8 * h < at.rows ? __ldg(values + at.row + 8 * h) : otherwise;
 }
+template <int count>
 CUTLASS_DEVICE void load_columns(const float* values, const Place& at, int first_block, bool edge, float otherwise,
-                                 float (&out)[2 * kStoreBlocks]) {
+                                 float (&out)[count]) {
   const float* from = values + at.column + 8 * first_block;
   if (edge) {
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < 2 * kStoreBlocks; ++i) {
+    for (int i = 0; i < count; ++i) {
       const int place = i / 2 * 8 + i % 2;
       out[i] = at.column + 8 * first_block + place < at.columns ? __ldg(from + place) : otherwise;
     }
   } else {
     CUTLASS_PRAGMA_UNROLL
-    for (int n = 0; n < kStoreBlocks; ++n) {
+    for (int n = 0; n < count / 2; ++n) {
       const float2 pair = __ldg(reinterpret_cast<const float2*>(from + 8 * n));
       out[2 * n] = pair.x;
       out[2 * n + 1] = pair.y;
@@ -105,25 +106,30 @@ struct Scratch {
   CUTLASS_DEVICE float* of(int warp) const { return first + warp % kGroupWarps * pitch; }
 };
 
-// part [groups of 64 rows, padded columns]: sums[2 n + c] over a thread's two rows, added over the lanes of a column (a
-// butterfly that halves what is left to add in every step) and the group's warps.
+// A step of a butterfly over the lanes of a column: of 2 count sums each lane keeps half and gives the other half away.
+template <int count>
+CUTLASS_DEVICE void add_over_lanes(float (&sums)[2 * kBlocks], int lane) {
+  constexpr int distance = count / 2;
+  const bool upper = lane & distance;
+  CUTLASS_PRAGMA_UNROLL
+  for (int i = 0; i < count; ++i) {
+    const float given = upper ? sums[i] : sums[i + count], own = upper ? sums[i + count] : sums[i];
+    sums[i] = own + __shfl_xor_sync(kLanes, given, distance);
+  }
+}
+
+// part [groups of 64 rows, padded columns]: sums[2 n + c] over a thread's two rows, added over the lanes of a column
+// and the group's warps.
 CUTLASS_DEVICE void write_column_sums(float (&sums)[2 * kBlocks], const Place& at, const Scratch& scratch,
                                       float* part) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int step = 0; step < 3; ++step) {
-    const int count = kBlocks >> step, lane = 16 >> step;
-    const bool upper = at.lane & lane;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < count; ++i) {
-      const float given = upper ? sums[i] : sums[i + count], own = upper ? sums[i + count] : sums[i];
-      sums[i] = own + __shfl_xor_sync(kLanes, given, lane);
-    }
-  }
+  add_over_lanes<kBlocks>(sums, at.lane);
+  add_over_lanes<kBlocks / 2>(sums, at.lane);
+  add_over_lanes<kBlocks / 4>(sums, at.lane);
   float* of_warp = scratch.of(at.warp);
   CUTLASS_PRAGMA_UNROLL
   for (int n = 0; n < kBlocks / 8; ++n)
     *reinterpret_cast<float2*>(of_warp + (at.lane / 4 * (kBlocks / 8) + n) * 8 + at.lane % 4 * 2) = {sums[2 * n],
-                                                                                                  sums[2 * n + 1]};
+                                                                                                     sums[2 * n + 1]};
   cutlass::arch::NamedBarrier::sync(kGroupThreads, at.group());
   const int column = (at.warp % kGroupWarps * 32 + at.lane) * 2;
   float2 total{0, 0};
@@ -143,8 +149,8 @@ struct Store {
   using Staging = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
                                                cute::Shape<cute::Int<kWarpTileRows>, cute::Int<kStoreColumns>>{}));
   static auto map_of(T* out, int rows, int columns, int64_t pitch) {
-    const auto layout = cute::make_layout(cute::make_shape(rows, columns, 1),
-                                          cute::make_stride(pitch, cute::_1{}, int64_t(0)));
+    const auto layout =
+        cute::make_layout(cute::make_shape(rows, columns, 1), cute::make_stride(pitch, cute::_1{}, int64_t(0)));
     return cute::make_tma_copy(cute::SM90_TMA_STORE{}, cute::make_tensor(cute::make_gmem_ptr(out), layout), Staging{},
                                cute::Shape<cute::Int<kWarpTileRows>, cute::Int<kStoreColumns>>{}, cute::_1{});
   }

@@ -1,5 +1,5 @@
-// Forward on Hopper: e = 2^(k <x_i, y_j> - c) formed once in the epilogue, and its sums over the rows and the columns of
-// every tile. No atomics: the tiles' sums are added later in their order.
+// Forward on Hopper: e = 2^(k <x_i, y_j> - c) formed once in the epilogue, and its sums over the rows and the columns
+// of every tile. No atomics: the tiles' sums are added later in their order.
 #include "contrastive/sm90_cutlass.cuh"
 
 namespace gapkern::contrastive::sm90 {

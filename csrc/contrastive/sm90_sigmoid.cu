@@ -19,21 +19,22 @@ struct Sigmoid {
     if (edge) exclude_outside(values, at, excluded(scale));
     float label[2], losses[2] = {}, gradients[2] = {}, products[2] = {};
     load_rows(to.labels, at, none, label);
+    constexpr int blocks = 2;  // at a time: more and registers spill
     CUTLASS_PRAGMA_UNROLL
-    for (int number = 0; number < kStores; ++number) {
-      float column[2 * kStoreBlocks];
-      load_columns(to.numbers, at, number * kStoreBlocks, edge, none, column);
+    for (int first = 0; first < kBlocks; first += blocks) {
+      float column[2 * blocks];
+      load_columns(to.numbers, at, first, edge, none, column);
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 4 * kStoreBlocks; ++i) {
-        const int n = number * kStoreBlocks + i / 4, h = i / 2 % 2, c = i % 2;
-        float& value = element(values, n, h, c);
+      for (int i = 0; i < 4 * blocks; ++i) {
+        const int h = i / 2 % 2, c = i % 2;
+        float& value = element(values, first + i / 4, h, c);
         const SigmoidTerms terms = sigmoid_terms(value, scale, bias, label[h] == column[i / 4 * 2 + c]);
         losses[h] += terms.loss;
         gradients[h] += terms.gradient;
         products[h] = fmaf(terms.gradient, value, products[h]);
         value = terms.gradient;
       }
-      store(number);
+      if ((first + blocks) % kStoreBlocks == 0) store(first / kStoreBlocks);
     }
     write_row_sums(losses, at, to.loss_part);
     write_row_sums(gradients, at, to.gradient_part);
