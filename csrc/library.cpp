@@ -32,8 +32,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def(
       "contrastive_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, int label_offset, Tensor like)"
       " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
-  // The softmax losses' steps on Hopper (contrastive/sm90.cuh; gapkern/ops/hopper.py has them in PyTorch's operations).
-  // control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up to 8] receives them, unless empty.
+  // The softmax losses' steps on Hopper (contrastive/sm90.cuh; in PyTorch's operations
+  // gapkern/ops/contrastive/emulation.py). control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up
+  // to 8] receives them, unless empty.
   m.def("contrastive_sm90_shift(Tensor row_norms, Tensor col_norms, Tensor logit_scale) -> Tensor");
   m.def(
       "contrastive_sm90_sums(Tensor images, Tensor texts, Tensor control, Tensor(a!) kept)"

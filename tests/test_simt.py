@@ -54,8 +54,11 @@ PLANTED = {
             "for (int c = 0; c < kThreadColumns; ++c) t[c] = column + c < columns ? from[c] : R(0);",
             "for (int c = 0; c < kThreadColumns; ++c) t[c] = from[c];",
         ),
-        ("if (lane == 0) room[warp] = x;\n  __syncthreads();", "if (lane == 0) room[warp] = x;"),
-        ("if (lane == 0) room[warp] = x;\n  __syncthreads();", "if (lane == 0) { room[warp] = x; __syncthreads(); }"),
+        ("if (lane == 0) scratch[warp] = x;\n  __syncthreads();", "if (lane == 0) scratch[warp] = x;"),
+        (
+            "if (lane == 0) scratch[warp] = x;\n  __syncthreads();",
+            "if (lane == 0) { scratch[warp] = x; __syncthreads(); }",
+        ),
     ],
     "meanshift": [
         ("r += kSumWarps)", "r += kSumWarps + 1)"),

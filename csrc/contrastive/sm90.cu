@@ -1,5 +1,5 @@
-// The contrastive losses on Hopper, the CUDA side of gapkern/ops/hopper.py: products with their exponentials in the
-// epilogue (contrastive/sm90_gemm.h) and the small kernels around them (contrastive/sm90.cuh).
+// The contrastive losses on Hopper, the CUDA side of gapkern/ops/contrastive/sm90.py: products with their exponentials
+// in the epilogue (contrastive/sm90_gemm.h) and the small kernels around them (contrastive/sm90.cuh).
 #include "common/cuda_host.h"
 #include "contrastive/sm90.cuh"
 #include "contrastive/sm90_gemm.h"

@@ -207,7 +207,7 @@ struct Store {
 template <>
 struct Store<void> {
   struct Map {};
-  struct alignas(128) Buffers {
+  struct alignas(1024) Buffers {
     float sums[kGroups * kGroupWarps][kTileN];
   };
   static Map map_of(void*, int, int, int64_t) { return {}; }
@@ -264,6 +264,8 @@ class Epilogue {
 
  public:
   using TensorStorage = typename Tile::Buffers;
+  // The mainloop's stages lie behind, and 128-byte swizzles repeat every 1024 bytes of address.
+  static_assert(alignof(TensorStorage) == 1024 && sizeof(TensorStorage) % 1024 == 0);
   struct SharedStorage {
     TensorStorage tensors;
   };

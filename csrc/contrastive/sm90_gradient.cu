@@ -12,12 +12,11 @@ struct Gradients {
 
   // Whether any of a warp's rows or columns has a separate weight. Brings the columns' weights into L1.
   static CUTLASS_DEVICE bool any_separate(const float (&row)[2], const float* columns, const Place& at) {
-    bool found = is_separate(row[0]) || is_separate(row[1]);
+    uint32_t bits = to_bits(row[0]) | to_bits(row[1]);
     const int first = at.tile_column * kTileN + at.lane;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kTileN; i += 32)
-      found = found || is_separate(first + i < at.columns ? __ldg(columns + first + i) : 0.f);
-    return __any_sync(kLanes, found);
+    for (int i = 0; i < kTileN; i += 32) bits |= to_bits(__ldg(columns + min(first + i, at.columns - 1)));
+    return __any_sync(kLanes, bits & 1);
   }
 
   template <class Accumulators, class Storing>
