@@ -337,8 +337,10 @@ class Epilogue {
     // A first group two epilogues ahead would alias the barrier's phase; the stages allow it for few dims alone.
     const bool in_turn = cute::get<2>(problem) > kStages / 2 * kDepth;
     if (in_turn) turns.begin(at, turn.phase());
-    Design::run(params_.design, at, values, Tile::scratch(buffers, at),
-                [&](int number) { Tile::columns(params_.map, buffers, at, values, number); });
+    // Clusters pad the grid of tiles.
+    if (at.tile_row * kTileM < at.rows && at.tile_column * kTileN < at.columns)
+      Design::run(params_.design, at, values, Tile::scratch(buffers, at),
+                  [&](int number) { Tile::columns(params_.map, buffers, at, values, number); });
     if (in_turn) turns.end(at);
     ++turn;
     return cute::make_tuple(turn, stores);

@@ -16,7 +16,7 @@ from .forms import LOAD, REGISTER, STORE, TEXT, program
 
 BYTES = {"u8": 1, "s8": 1, "u16": 2, "u32": 4, "f32": 4, "u64": 8, "f64": 8}
 WIDTH = {1: "h", 2: "h", 4: "w", 8: "d"}
-_MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([24]))?\.([usf]\d+)$")
+_MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:\.nc)?(?:\.v([24]))?\.([usf]\d+)$")
 
 
 def is_memory(form: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.products import add_matmul, write_matmul
 
-SUPER_ROWS = 16384  # rows per call of contrastive_sm90_sums, which holds the partial sums of their tiles
+SUPER_ROWS = 8192  # rows per call of contrastive_sm90_sums: they stay in L2 while the texts pass
 GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB,
 LARGEST_GRADIENT, GRADIENT_ROWS = 2**30, 4096  # or 2 GiB for so many rows: dY is read and written once for each chunk
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and columns of a product's tile, and the SMs of an H100
