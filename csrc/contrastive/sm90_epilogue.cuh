@@ -42,8 +42,12 @@ struct Place {
         row(m * kTileM + warp * kWarpTileRows + lane / 4),
         column(n * kTileN + lane % 4 * 2) {}
   CUTLASS_DEVICE int group() const { return warp / kGroupWarps; }
+  // A vote, for a branch that the compiler knows to be uniform.
   CUTLASS_DEVICE bool at_an_edge() const {
-    return (tile_row + 1) * kTileM > rows || (tile_column + 1) * kTileN > columns;
+    return __any_sync(kLanes, (tile_row + 1) * kTileM > rows || (tile_column + 1) * kTileN > columns);
+  }
+  CUTLASS_DEVICE bool inside() const {
+    return __any_sync(kLanes, tile_row * kTileM < rows && tile_column * kTileN < columns);
   }
   CUTLASS_DEVICE int64_t padded_rows() const { return int64_t(rows + kTileM - 1) / kTileM * kTileM; }
   CUTLASS_DEVICE int64_t padded_columns() const { return int64_t(columns + kTileN - 1) / kTileN * kTileN; }
@@ -338,7 +342,7 @@ class Epilogue {
     const bool in_turn = cute::get<2>(problem) > kStages / 2 * kDepth;
     if (in_turn) turns.begin(at, turn.phase());
     // Clusters pad the grid of tiles.
-    if (at.tile_row * kTileM < at.rows && at.tile_column * kTileN < at.columns)
+    if (at.inside())
       Design::run(params_.design, at, values, Tile::scratch(buffers, at),
                   [&](int number) { Tile::columns(params_.map, buffers, at, values, number); });
     if (in_turn) turns.end(at);
