@@ -292,7 +292,7 @@ def _eager_sigmoid(x, y, scale, bias):
 
 
 def _sigmoid_of_open_clip(*inputs):
-    return importlib.import_module("open_clip").SigLipLoss()(*inputs)
+    return importlib.import_module("open_clip.loss").SigLipLoss()(*inputs)
 
 
 def sigmoid(device: str, quick: bool) -> Iterator[Case]:

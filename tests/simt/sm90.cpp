@@ -311,8 +311,21 @@ double choices(int64_t rows, int64_t columns) {
   return wrong;
 }
 
+// One block's maximum over more values than it loads at once.
+double found_anywhere() {
+  double wrong = 0;
+  for (const int64_t at : {0, 2047, 2100, 4999}) {
+    check::vector<float> part(5000, 0.f), separate = check::poisoned<float>(1);
+    part[at] = 1;
+    simt::launch(1, kThreads, any_separate_weight, part.data(), int64_t(part.size()), separate.data());
+    wrong += std::abs(double(separate[0]) - 1);
+  }
+  return wrong;
+}
+
 int main() {
   numbers();
+  check::kernel("any separate weight", 0, found_anywhere);
   check::kernel("shift and weights", 0, [] { return check::largest({choices(2, 512), choices(512, 2)}); });
   const Embeddings<BFloat16> ragged(131, 261, 24, 7, 20, 1), sharp(70, 135, 40, 0, 100, 1);
   const Embeddings<Half> half(67, 131, 33, 3, 10, 1);
