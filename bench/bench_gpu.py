@@ -1,6 +1,7 @@
 """The CUDA kernels against their limits: `bash bench/gpu.sh` runs this, each section in a process of its own.
 
 python bench/bench_gpu.py SECTION --out FOLDER [--device cpu] [--quick] [--seconds 60]
+python bench/bench_gpu.py smoke [--device cpu]      every operator and loss once, against the CPU
 python bench/bench_gpu.py collect --out FOLDER      one gpu.json of all sections, and a short table
 
 Limits are measured in the same run: bytes over the rate of a device copy, 2 operations a product over the rate of an
@@ -9,6 +10,7 @@ contender that raises or runs out of memory is recorded as failed, with the reas
 """
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -114,40 +116,145 @@ def _pair(n: int, d: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]
     return [*(t.to(dtype).requires_grad_() for t in (x, y)), torch.tensor(SCALE, device=device)]
 
 
-def _largest(device: str, quick: bool) -> Case:
+def _lse_of_chunks(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exps of the rows and columns of scale x y^T in float32, 2048 rows of logits at a time."""
+    row, col = [], torch.full((len(y),), -torch.inf, device=y.device)
+    for part in x.split(2048):
+        logits = scale * (part @ y.T)
+        row.append(logits.logsumexp(1))
+        col = torch.logaddexp(col, logits.logsumexp(0))
+    return torch.cat(row), col
+
+
+def _check_large(result: tuple, inputs: list[torch.Tensor]) -> None:
+    """The contrastive loss, and 64 rows of either gradient, of batches whose logits need not fit into memory."""
+    loss, dx, dy = result
+    x, y, scale = (t.detach().float() for t in inputs[:3])
+    lse, n, few = _lse_of_chunks(x, y, scale), len(x), min(64, len(x))
+    expected = ((lse[0] + lse[1]) / 2 - scale * torch.linalg.vecdot(x, y)).mean()
+    _near({"ours": [loss], "exact": [expected]}, "ours", "exact", 1e-4)
+    for found, (a, b), (of_a, of_b) in ((dx, (x, y), lse), (dy, (y, x), lse[::-1])):
+        logits = scale * (a[:few] @ b.T)
+        softmax = (logits - of_a[:few, None]).exp() + (logits - of_b).exp()
+        gradient = scale / (2 * n) * (softmax @ b - 2 * b[:few])
+        _near({"ours": [found[:few]], "exact": [gradient]}, "ours", "exact", 3e-2)
+
+
+def _check_large_sigmoid(result: tuple, inputs: list[torch.Tensor]) -> None:
+    loss, dx, dy = result
+    x, y, scale, bias = (t.detach().float() for t in inputs)
+    n, few, expected = len(x), min(64, len(x)), x.new_zeros(())
+    for start in range(0, n, 2048):
+        logits = scale * (x[start : start + 2048] @ y.T) + bias
+        expected += torch.nn.functional.softplus(logits).sum() - logits.diagonal(start).sum()
+    _near({"ours": [loss], "exact": [expected / n]}, "ours", "exact", 1e-4)
+    for found, a, b in ((dx, x, y), (dy, y, x)):
+        weights = torch.sigmoid(scale * (a[:few] @ b.T) + bias)
+        weights.diagonal()[:] -= 1
+        _near({"ours": [found[:few]], "exact": [scale / n * (weights @ b)]}, "ours", "exact", 3e-2)
+
+
+def ours(device: str, quick: bool) -> Iterator[Case]:
+    """The targets' shapes: bfloat16, 32768 pairs, nothing of anybody else's beside them."""
+    for n, d in ((64, 32),) if quick else ((32768, 768), (32768, 512), (32768, 1024)):
+        inputs = _pair(n, d, device, torch.bfloat16)
+        contenders = [
+            Contender(f"gapkern, {kind}", _gradients(functools.partial(contrastive_loss, memory=kind), inputs))
+            for kind in ("recompute", "keep")
+        ]
+
+        def check(results, inputs=inputs):
+            for result in results.values():
+                _check_large(result, inputs)
+
+        yield Case({"N": n, "D": d, "dtype": "bfloat16", "operations": 8 * n * n * d}, contenders, check)
+
+
+def _of_memeff(x, y, scale):
+    # Its temperature is a number of its own, the gradient by it not among its results.
+    loss = importlib.import_module("memeff").MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)
+    return loss(x, y)
+
+
+def _of_siglip_kernel(x, y, scale, bias):
+    return importlib.import_module("siglip_kernel").fused_siglip_loss(x, y, scale.log(), bias)
+
+
+def rivals(device: str, quick: bool) -> Iterator[Case]:
+    """The published fused losses, from their wheels where they import."""
+    n, d = (64, 32) if quick else (65536, 768)
+    inputs = _pair(n, d, device, torch.bfloat16)
+    contenders = [
+        Contender("memeff", _gradients(_of_memeff, inputs), "baseline"),
+        Contender("gapkern, recompute", _gradients(functools.partial(contrastive_loss, memory="recompute"), inputs)),
+    ]
+
+    def check_each(results, check, inputs):
+        wrong = {}
+        for name, result in results.items():
+            try:
+                check(result, inputs)
+            except AssertionError as error:
+                if name.startswith("gapkern"):
+                    raise
+                wrong[name] = harness.reason(error)
+        return wrong
+
+    about = {"operation": "softmax", "N": n, "D": d, "dtype": "bfloat16"}
+    yield Case(
+        {**about, "operations": 8 * n * n * d},
+        contenders,
+        lambda results: check_each(results, _check_large, inputs),
+        "memeff",
+    )
+    pairs = [*inputs[:2], *(torch.tensor(v, device=device) for v in (10.0, -10.0))]
+    contenders = [
+        Contender("siglip-kernel", _gradients(_of_siglip_kernel, pairs), "baseline"),
+        Contender("gapkern", _gradients(sigmoid_loss, pairs)),
+    ]
+    about["operation"] = "sigmoid"
+    yield Case(
+        {**about, "operations": 6 * n * n * d},
+        contenders,
+        lambda results: check_each(results, _check_large_sigmoid, pairs),
+        "siglip-kernel",
+    )
+
+
+def contrastive(device: str, quick: bool, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Case]:
+    """Against PyTorch, compiled once, and open_clip."""
+    shapes = ((64, 32),) if quick else ((32768, 768), (4096, 768), (16384, 768), (32768, 512), (32768, 1024))
+    for number, (n, d) in enumerate(shapes):
+        for dtype in dtypes:
+            inputs = _pair(n, d, device, dtype)
+            others = list(_others(compiled=number == 0 and dtype == torch.bfloat16 and not quick))
+            contenders = [Contender(name, _gradients(f, inputs), "baseline") for name, f in others]
+            for memory in ("recompute", "keep"):
+                loss = functools.partial(contrastive_loss, memory=memory)
+                contenders.append(Contender(f"gapkern, {memory}", _gradients(loss, inputs)))
+
+            def check(results, dtype=dtype):
+                return _against_eager(results, 3e-2 if dtype == torch.bfloat16 else 1e-4)
+
+            about = {"N": n, "D": d, "dtype": str(dtype)[6:], "operations": 8 * n * n * d}
+            yield Case(about, contenders, check, EAGER)
+
+
+def float32(device: str, quick: bool) -> Iterator[Case]:
+    yield from contrastive(device, quick, (torch.float32,))
+
+
+def largest(device: str, quick: bool) -> Iterator[Case]:
     """A batch whose logits no device could hold; checked for being finite only."""
     n, d = (128, 32) if quick else (262_144, 512)
     inputs = _pair(n, d, device, torch.bfloat16)
-    ours = _gradients(lambda x, y, s: contrastive_loss(x, y, s, memory="recompute"), inputs)
+    loss = functools.partial(contrastive_loss, memory="recompute")
     about = {"N": n, "D": d, "dtype": "bfloat16", "operations": 8 * n * n * d}
 
     def finite(results):
         assert all(t.isfinite().all() and t.abs().sum() > 0 for t in results["gapkern, recompute"])
 
-    return Case(about, [Contender("gapkern, recompute", ours)], finite)
-
-
-def contrastive(device: str, quick: bool) -> Iterator[Case]:
-    batches, widths = ((64,), (32,)) if quick else ((4096, 16384, 32768), (768, 512, 1024))
-    for d in widths:
-        for n in batches:
-            for dtype in (torch.bfloat16, torch.float32):
-                inputs = _pair(n, d, device, dtype)
-                torch.compiler.reset()
-                # Compilation takes longer than all else: only at the first width.
-                others = list(_others(compiled=d == widths[0] and not quick))
-                contenders = [Contender(name, _gradients(f, inputs), "baseline") for name, f in others]
-                for memory in ("recompute", "keep"):
-                    loss = lambda x, y, s, memory=memory: contrastive_loss(x, y, s, memory=memory)  # noqa: E731
-                    contenders.append(Contender(f"gapkern, {memory}", _gradients(loss, inputs)))
-
-                def check(results, dtype=dtype):
-                    return _against_eager(results, 3e-2 if dtype == torch.bfloat16 else 1e-4)
-
-                about = {"N": n, "D": d, "dtype": str(dtype)[6:], "operations": 8 * n * n * d}
-                yield Case(about, contenders, check, EAGER)
-        if d == widths[0]:
-            yield _largest(device, quick)
+    yield Case(about, [Contender("gapkern, recompute", _gradients(loss, inputs))], finite)
 
 
 def memory(device: str, quick: bool) -> Iterator[dict[str, Any]]:
@@ -185,7 +292,7 @@ def _eager_sigmoid(x, y, scale, bias):
 
 
 def _sigmoid_of_open_clip(*inputs):
-    return importlib.import_module("open_clip").SigLipLoss()(*inputs)
+    return importlib.import_module("open_clip.loss").SigLipLoss()(*inputs)
 
 
 def sigmoid(device: str, quick: bool) -> Iterator[Case]:
@@ -357,8 +464,8 @@ def _steps_on_hopper(device: str) -> dict[str, Callable[[], Any]]:
     none = x.new_empty(0, 80)
     lse = torch.full((77,), 12.0, device=device, dtype=torch.float64)
     grad = torch.linspace(0.1, 1, 77, device=device, dtype=torch.float64)
-    together = torch.zeros(1, device=device)
-    weights = [(grad * torch.exp2(-lse)).float()] * 2
+    common = torch.zeros(1, device=device)
+    weights = list(ops.contrastive_sm90_weights(lse, lse, grad, grad, control)[:2])
     numbers = torch.arange(77.0, device=device)
     return {
         "contrastive_sm90_shift": lambda: ops.contrastive_sm90_shift(one, one, scale),
@@ -371,7 +478,7 @@ def _steps_on_hopper(device: str) -> dict[str, Callable[[], Any]]:
             y,
             scale,
             control,
-            together,
+            common,
             *weights,
             none,
             ops.contrastive_sm90_positive(x, y, 0),
@@ -416,12 +523,16 @@ def smoke(device: str) -> None:
 
 
 SECTIONS: dict[str, Callable[[str, bool], Iterator[Any]]] = {
+    "ours": ours,
     "ceilings": ceilings,
+    "rivals": rivals,
     "contrastive": contrastive,
     "sigmoid": sigmoid,
-    "memory": memory,
+    "float32": float32,
+    "largest": largest,
     "rowwise": rowwise,
     "search": search,
+    "memory": memory,
 }
 
 
@@ -522,7 +633,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--also", type=Path, help="collect: write gpu.json into this folder too")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; bench/results is left as it is")
     parser.add_argument("--seconds", type=float, default=60)
     arguments = parser.parse_args()
     if arguments.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -533,7 +644,7 @@ def main() -> int:
         smoke(arguments.device)
     elif arguments.section == "collect":
         result = collect(arguments.out)
-        for folder in filter(None, (harness.RESULTS, arguments.also)):
+        for folder in filter(None, (None if arguments.quick else harness.RESULTS, arguments.also)):
             folder.mkdir(parents=True, exist_ok=True)
             files.write_json(folder / "gpu.json", result)
         print("\n".join(table(result)))

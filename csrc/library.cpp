@@ -32,8 +32,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def(
       "contrastive_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, int label_offset, Tensor like)"
       " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
-  // The softmax losses' steps on Hopper (contrastive/sm90.cuh; gapkern/ops/hopper.py has them in PyTorch's operations).
-  // control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up to 8] receives them, unless empty.
+  // The softmax losses' steps on Hopper (contrastive/sm90.cuh; in PyTorch's operations
+  // gapkern/ops/contrastive/emulation.py). control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up
+  // to 8] receives them, unless empty.
   m.def("contrastive_sm90_shift(Tensor row_norms, Tensor col_norms, Tensor logit_scale) -> Tensor");
   m.def(
       "contrastive_sm90_sums(Tensor images, Tensor texts, Tensor control, Tensor(a!) kept)"
@@ -44,9 +45,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def("contrastive_sm90_positive(Tensor images, Tensor texts, int label_offset) -> Tensor");
   m.def(
       "contrastive_sm90_weights(Tensor row_lse2, Tensor col_lse2, Tensor grad_row, Tensor grad_col, Tensor control)"
-      " -> (Tensor row_weight, Tensor col_weight, Tensor apart)");
+      " -> (Tensor row_weight, Tensor col_weight, Tensor separate)");
   m.def(
-      "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor logit_scale, Tensor control, Tensor apart,"
+      "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor logit_scale, Tensor control, Tensor separate,"
       " Tensor row_weight, Tensor col_weight, Tensor kept, Tensor positive, Tensor row_lse2, Tensor col_lse2,"
       " Tensor grad_row, Tensor grad_col, Tensor grad_positive, int label_offset) -> Tensor");
   // The sigmoid loss's step there: sums [3, n] over the rows' losses, dS and dS <x, y>. row_labels and col_numbers are

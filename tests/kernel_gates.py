@@ -4,8 +4,10 @@ python tests/kernel_gates.py           compares
 python tests/kernel_gates.py --write   writes the table anew; its difference belongs in the commit that changed a kernel
 
 The table holds, per architecture and kernel: registers, bytes of stack and of static shared memory, and counts of
-instructions: loads and stores of local memory (spills, and arrays that did not stay in registers), exponentials, and
-matrix products of Hopper's (HGMMA).
+instructions: loads and stores of local memory (spills, and arrays that did not stay in registers), exponentials, matrix
+products of Hopper's (HGMMA), branches (BRA) and points where divergent threads meet again (BSSY), all instructions, and
+issue slots: the cycles of a scheduler that all of them take at the rates of CUDA's table of arithmetic throughput. A
+count that grew is a fault: a branch for every element, or a library function where a polynomial does, is seen here.
 """
 
 import ctypes
@@ -34,8 +36,21 @@ EXPONENTIALS = {
     "contrastive::sigmoid_tiles<float": 32,
 }
 
-_COUNTED = {"LDL": "local_loads", "STL": "local_stores", "MUFU.EX2": "exponentials", "HGMMA": "hgmma"}
-_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(LDL|STL|MUFU\.EX2|HGMMA)\b")
+_COUNTED = {
+    "LDL": "local_loads",
+    "STL": "local_stores",
+    "MUFU.EX2": "exponentials",
+    "HGMMA": "hgmma",
+    "BRA": "branches",
+    "BSSY": "reconvergences",
+}
+_MUST_NOT_GROW = ("branches", "reconvergences", "instructions", "issue_slots")
+# Cycles of one of a multiprocessor's four schedulers for an instruction of a warp: 32 lanes over a quarter of the rate
+# that the CUDA C++ Programming Guide gives for compute capability 9.0. One where it issues to a unit of its own.
+_SLOTS = {"MUFU": 8, "SHFL": 4, "REDUX": 8, "NOP": 0}
+_HALF_RATE = re.compile(
+    r"(IADD|IMAD|LOP|SHF|LEA|ISETP|FSETP|DSETP|SEL|FSEL|IMNMX|VIMNMX|FMNMX|PRMT|F2F|F2I|I2F|DADD|DMUL|DFMA|VOTE|POPC|FLO)"
+)
 _USAGE = re.compile(r" Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
@@ -120,12 +135,22 @@ def measure() -> dict[str, Any]:
             arch = line.split("arch = ")[1].strip()
         elif "Function : " in line:
             symbol = line.split("Function : ")[1].strip()
-        # The regular expression alone would take ten times as long on a million lines.
-        elif any(code in line for code in _COUNTED) and (found := _INSTRUCTION.match(line)):
-            counts[arch, symbol, found[1]] += 1
-    codes = list(_COUNTED)
-    for (arch, symbol, code), count in sorted(counts.items(), key=lambda entry: codes.index(entry[0][2])):
-        kernels[arch][symbols[symbol]][_COUNTED[code]] = count
+        elif line.startswith("        /*") and not line.startswith("        /* 0x"):
+            words = line.split(None, 3)
+            code = words[2] if words[1].startswith("@") else words[1]
+            counts[arch, symbol, code.rstrip(";")] += 1
+    for (arch, symbol, code), count in counts.items():
+        row, operation = kernels[arch][symbols[symbol]], code.partition(".")[0]
+        key = _COUNTED.get("MUFU.EX2" if code.startswith("MUFU.EX2") else operation)
+        if key:
+            row[key] = row.get(key, 0) + count
+        slots = _SLOTS.get(operation, 2 if _HALF_RATE.match(operation) else 1)
+        row["instructions"] = row.get("instructions", 0) + count * (operation != "NOP")
+        row["issue_slots"] = row.get("issue_slots", 0) + count * slots
+    order = ["registers", "stack", "shared", *_COUNTED.values(), "instructions", "issue_slots"]
+    for of in kernels.values():
+        for name, row in of.items():
+            of[name] = {key: row[key] for key in order if key in row}
     ptx = _cuobjdump("--dump-ptx")
     return {
         "nvcc": compiler(),
@@ -164,6 +189,9 @@ def _kernel_faults(name: str, found: dict[str, int], wanted: dict[str, int]) -> 
     for key in ("stack", "local_loads", "local_stores", "exponentials"):
         if found.get(key, 0) != wanted.get(key, 0):
             wrong.append(f"{key}: expected {wanted.get(key, 0)}, found {found.get(key, 0)}")
+    for key in _MUST_NOT_GROW:
+        if found.get(key, 0) > wanted.get(key, 0):
+            wrong.append(f"{key}: at most {wanted.get(key, 0)}, found {found.get(key, 0)}")
     if found["registers"] > wanted["registers"] + SPARE_REGISTERS:
         wrong.append(f"registers: at most {wanted['registers']} + {SPARE_REGISTERS}, found {found['registers']}")
     if found["shared"] > SHARED_MEMORY:

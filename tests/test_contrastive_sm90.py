@@ -178,7 +178,39 @@ def test_sigmoid_results_are_what_the_fake_kernel_says():
 def test_rows_of_a_gradient_block():
     assert [sm90._gradient_rows(32768, 32768, d) for d in (512, 768, 1024)] == [8448, 5632, 8448]
     assert sm90._gradient_rows(300, 517, 72) == 300
-    assert sm90._gradient_rows(10**6, 2 * 10**6, 768) == 128
+    assert sm90._gradient_rows(10**6, 2 * 10**6, 768) == 512
+    assert sm90._gradient_rows(10**7, 10**7, 768) == 256
+    # 2 GiB of dS; clusters of two tiles leave none over.
+    assert sm90._gradient_rows(262_144, 262_144, 512) == 4096
+    for m in (32768, 65536, 100_000, 262_144, 500_000):
+        for d in (8, 512, 768, 1024):
+            assert sm90._gradient_rows(10**7, m, d) % 256 == 0
+
+
+@pytest.mark.parametrize("side", ["row", "column"])
+def test_one_separate_weight_leaves_the_others_common(side):
+    x, y = pair(20, 30, 16, torch.bfloat16)
+    ops, scale, ones = torch.ops.gapkern, torch.tensor(5.0), [torch.ones(20), torch.ones(30)]
+    control = ops.contrastive_sm90_shift(*ones, scale)
+    logits = 5 * (x.double() @ y.double().T)
+    lse2 = [logits.logsumexp(i) / math.log(2) for i in (1, 0)]
+    grads = [v.double() for v in ones]
+    grads[side == "column"][3] = -1e-70
+    *weights, separate = ops.contrastive_sm90_weights(*lse2, *grads, control)
+    tags = [w.view(torch.int32) & 1 for w in weights]
+    assert separate == 1
+    assert [int(t.sum()) for t in tags] == ([1, 0] if side == "row" else [0, 1])
+    assert tags[side == "column"][3]
+    positive, label = ops.contrastive_sm90_positive(x, y, 0), torch.arange(20)
+    truth = sum(
+        g * (logits - v * math.log(2)).exp() for g, v in ((grads[0][:, None], lse2[0][:, None]), (grads[1], lse2[1]))
+    )
+    truth[label, label] += 1
+    for kept in (x.new_empty(0, 32), torch.zeros(20, 32, dtype=torch.bfloat16)):  # flushed ones are not used
+        ds = ops.contrastive_sm90_gradient(
+            x, y, scale, control, separate, *weights, kept, positive, *lse2, *grads, ones[0].double(), 0
+        )
+        assert_near(ds[:, :30], truth, 4e-3)
 
 
 def test_not_a_number_reaches_the_results():

@@ -1,11 +1,11 @@
-// What the Hopper kernels make of an accumulator <x_i, y_j>: the only arithmetic in their epilogues, and as such all
-// that CUTLASS's visitors do besides moving and summing. Host and device, so that it is tested without a GPU.
+// The element-wise arithmetic of the Hopper kernels' epilogues, from an accumulator <x_i, y_j>. Host and device, so
+// that it is tested without a GPU.
 //
 // k = log2(e) logit_scale and shift = -c are the same for every element: one exponential e = 2^(k acc - c) serves the
-// sum over the row and the sum over the column. In the gradient dS = e (a_i + b_j) while that is safe; `apart` weighs a
-// row and a column with an exponential each, which never over- or underflows wrongly.
+// sum over the row and the sum over the column. In the gradient dS = e (a_i + b_j) with weights a_i and b_j, unless one
+// of them or e leaves the range of float32: such a row or column has a separate weight, with an exponential of its own.
 //
-// The sigmoid loss needs no statistics: one product gives the loss, dS, and the sums that the scale and the bias need.
+// The sigmoid loss needs no statistics: one product gives the loss, dS, and the sums for scale and bias.
 #pragma once
 #include <cmath>
 
@@ -13,7 +13,7 @@
 
 namespace gapkern::contrastive::sm90 {
 
-// Results below 2^-126 are zero on the device.
+// Results below 2^-126 flush to zero on the device.
 GAPKERN_HD float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -35,45 +35,77 @@ GAPKERN_HD float reciprocal_fast(float x) {
 #endif
 }
 
+GAPKERN_HD float log2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::log2(x);
+#endif
+}
+
 GAPKERN_HD float exponential(float acc, float k, float shift) { return exp2_fast(fmaf(k, acc, shift)); }
 
-// A weight g 2^-lse2 as one float that neither over- nor underflows: log2 |g| - lse2, the sign in the lowest bit.
-GAPKERN_HD float encode_weight(double g, double lse2) {
+// A weight g 2^-lse2 in one float, told apart by its lowest bit: 0 for the factor g 2^(c - lse2) of e, 1 for a separate
+// weight, the exponent log2 |g| - lse2 with the sign in bit 1.
+GAPKERN_HD float common_weight(double factor) { return from_bits(to_bits(float(factor)) & ~1u); }
+GAPKERN_HD bool is_separate(float weight) { return to_bits(weight) & 1; }
+GAPKERN_HD float separate_weight(double g, double lse2) {
   const double magnitude = g < 0 ? -g : g, least = -1e30, most = 1e30;
   double exponent = magnitude == 0 ? least : log2(magnitude) - lse2;
   exponent = exponent < least ? least : exponent > most ? most : exponent;
-  return from_bits((to_bits(float(exponent)) & ~1u) | uint32_t(g < 0));
+  return from_bits((to_bits(float(exponent)) & ~3u) | uint32_t(g < 0) << 1 | 1);
+}
+// A common weight as a separate one; the exponential's shift goes into it.
+GAPKERN_HD float separated(float weight, float shift) {
+  const float exponent = log2_fast(weight < 0 ? -weight : weight) + shift, least = -1e30f;
+  const uint32_t bits = (to_bits(exponent < least ? least : exponent) & ~3u) | uint32_t(weight < 0) << 1 | 1;
+  return is_separate(weight) ? weight : from_bits(bits);
 }
 
-// The weight times 2^v.
-GAPKERN_HD float encoded_term(float v, float weight) {
-  return from_bits(to_bits(exp2_fast(v + weight)) ^ (to_bits(weight) << 31));
+// A separate weight times 2^v.
+GAPKERN_HD float separate_term(float v, float weight) {
+  return from_bits(to_bits(exp2_fast(v + weight)) ^ (to_bits(weight) & 2) << 30);
 }
 
-GAPKERN_HD float logit_gradient(float acc, float k, float shift, bool apart, float a, float b) {
-  if (!apart) return exponential(acc, k, shift) * (a + b);
-  const float v = k * acc;
-  return encoded_term(v, a) + encoded_term(v, b);
+GAPKERN_HD float gradient_of_common(float acc, float k, float shift, float a, float b) {
+  return exponential(acc, k, shift) * (a + b);
+}
+GAPKERN_HD float gradient_of_separate(float acc, float k, float a, float b) {
+  return separate_term(k * acc, a) + separate_term(k * acc, b);
 }
 
-// z (s <x, y> + bias) with z = 1 where the column is the row's label, and -1 elsewhere. Numbers of rows and columns
-// come as floats, exact up to 2^24.
-GAPKERN_HD float signed_logit(float acc, float scale, float bias, float label, float column) {
-  const float s = fmaf(scale, acc, bias);
-  return label == column ? s : -s;
+// log1p(e) / e on [0, 1]: the polynomial of least relative error, 3e-8; evaluated in float32 1.7e-7.
+GAPKERN_HD float log1p_ratio(float e) {
+  float p = 0.005232690833508968f;
+  p = fmaf(p, e, -0.029505228623747826f);
+  p = fmaf(p, e, 0.07822594791650772f);
+  p = fmaf(p, e, -0.13663245737552643f);
+  p = fmaf(p, e, 0.19106008112430573f);
+  p = fmaf(p, e, -0.2484298199415207f);
+  p = fmaf(p, e, 0.3331909775733948f);
+  p = fmaf(p, e, -0.4999949336051941f);
+  return fmaf(p, e, 0.9999999403953552f);
 }
 
-GAPKERN_HD float exponential_of_minus_magnitude(float u) { return exp2_fast(-1.44269504f * (u < 0 ? -u : u)); }
-
-GAPKERN_HD float sigmoid_loss(float acc, float scale, float bias, float label, float column) {
-  const float u = signed_logit(acc, scale, bias, label, column);
-  return (u < 0 ? -u : 0.f) + log1pf(exponential_of_minus_magnitude(u));
+// The loss -log sigmoid(z (s <x, y> + bias)), z = 1 at the label and -1 elsewhere, and its derivative by s <x, y>.
+struct SigmoidTerms {
+  float loss, gradient;
+};
+GAPKERN_HD SigmoidTerms sigmoid_terms(float acc, float scale, float bias, bool at_label) {
+  const float s = fmaf(scale, acc, bias), u = at_label ? s : -s;
+  const float e = exp2_fast(-1.44269504f * (u < 0 ? -u : u));
+  const float reciprocal = reciprocal_fast(1 + e), sigmoid = u < 0 ? reciprocal : e * reciprocal;  // of -u
+  return {fmaf(e, log1p_ratio(e), u < 0 ? -u : 0.f), at_label ? -sigmoid : sigmoid};
 }
 
-GAPKERN_HD float sigmoid_gradient(float acc, float scale, float bias, float label, float column) {
-  const float u = signed_logit(acc, scale, bias, label, column), e = exponential_of_minus_magnitude(u);
-  const float sigmoid = (u < 0 ? 1.f : e) * reciprocal_fast(1 + e);  // of -u
-  return label == column ? -sigmoid : sigmoid;
+// What lies beyond the matrices has the accumulator 0; set to this its exponential is zero, and its sigmoid loss.
+inline constexpr float kFar = 3e38f;
+GAPKERN_HD float nonzero(float scale) {
+  const float magnitude = scale < 0 ? -scale : scale;
+  return magnitude < 1e-30f ? (scale < 0 ? -1e-30f : 1e-30f) : scale;
 }
+GAPKERN_HD float excluded(float scale) { return scale < 0 ? kFar : -kFar; }
 
 }  // namespace gapkern::contrastive::sm90

@@ -1,4 +1,4 @@
-// What the losses' device kernels share.
+// Exponentials in base 2 and constants, shared by the losses' device kernels.
 #pragma once
 #include "common/cuda.cuh"
 

@@ -1,6 +1,6 @@
 // Device kernels over a chunk of logits, t = S / logit_scale [rows, M], that a library product has written.
-// Each reads t once. Statistics are relative to a row's or column's own maximum within a tile, so that no logit is ever
-// too large or too small: the second exponential is free beside the memory traffic.
+// Each reads t once. Exponents are relative to a row's or column's own maximum within a tile and cannot overflow; the
+// second exponential hides behind the memory traffic.
 //
 // A block has a tile of kTileRows x kTileColumns: a warp 8 rows of it, a thread 4 neighbouring columns.
 #pragma once
@@ -57,8 +57,8 @@ __device__ __forceinline__ R reference(R maximum) {
   return maximum > kNothing<R> ? maximum : R(0);
 }
 
-// row_part [tiles across, rows], column_part [tiles down, M]: log-sums of every tile's rows and columns. Labels are in
-// none of them: a small loss is what the others amount to beside the label, and would drown in it.
+// row_part [tiles across, rows], column_part [tiles down, M]: log-sums of every tile's rows and columns without the
+// labels, which are added in float64: a small loss is the log1p of the other terms over the label's, and would cancel.
 template <class R, bool pack>
 __global__ void __launch_bounds__(kTileThreads)
     lse_tiles(Chunk<R> chunk, const R* scale, int64_t label_offset, Partial* row_part, Partial* column_part) {
@@ -136,7 +136,8 @@ inline __global__ void lse_combine(const Partial* part, int64_t tiles, int64_t c
   out[i] = kLn2 * base + log(sum);
 }
 
-// A log-sum-exp in units of log 2, in two parts: k t less the first is exact near it, so that nothing rounds before.
+// A log-sum-exp in units of log 2 in two parts: k t - high is exact where the two are close (Sterbenz), low is added
+// then.
 template <class R>
 struct Split {
   R high = 0, low = 0;
@@ -145,8 +146,8 @@ struct Split {
   __device__ __forceinline__ R probability(R v) const { return exp2_of((v - high) - low); }
 };
 
-// What a row's and a column's logits are weighed with: dS = grad_row e^(S - row_lse) + grad_col e^(S - col_lse), but
-// grad_label at the label: there p - 1 of a rounded p would be all rounding for a small loss.
+// dS = grad_row e^(S - row_lse) + grad_col e^(S - col_lse), but grad_label at the label: p - 1 of a rounded p cancels
+// for a small loss.
 template <class R>
 struct Weights {
   const double* row_lse;  // in units of log 2, as col_lse
@@ -165,15 +166,15 @@ struct TileSums {
   R* columns;     // [tiles down, M], or null
 };
 
-// The sum of x over the block, for its first thread; uses room [kTileWarps].
-__device__ __forceinline__ double block_sum(double x, double* room) {
+// The sum of x over the block, for its first thread; scratch [kTileWarps].
+__device__ __forceinline__ double block_sum(double x, double* scratch) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   x = warp_sum(x);
-  if (lane == 0) room[warp] = x;
+  if (lane == 0) scratch[warp] = x;
   __syncthreads();
   double total = 0;
   if (threadIdx.x == 0)
-    for (int w = 0; w < kTileWarps; ++w) total += room[w];
+    for (int w = 0; w < kTileWarps; ++w) total += scratch[w];
   return total;
 }
 
@@ -182,7 +183,7 @@ template <class R, class O, bool pack>
 __device__ __forceinline__ void store_tile(const Chunk<R>& chunk, const Place& at,
                                            const R (&w)[kWarpRows][kThreadColumns], double of_scale,
                                            const TileSums<R>& sums, O* ds) {
-  GAPKERN_SHARED(double, room, kTileWarps);
+  GAPKERN_SHARED(double, scratch, kTileWarps);
   GAPKERN_SHARED(R, part, kTileWarps * kTileColumns);
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
@@ -196,7 +197,7 @@ __device__ __forceinline__ void store_tile(const Chunk<R>& chunk, const Place& a
       for (int c = 0; c < kThreadColumns; ++c)
         if (at.column + c < chunk.columns) to[c] = narrow.value[c];
   }
-  const double total = block_sum(of_scale, room);
+  const double total = block_sum(of_scale, scratch);
   if (threadIdx.x == 0) sums.scale[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = total;
   if (!sums.rows) return;
 #pragma unroll
@@ -263,8 +264,8 @@ template <class R, class O, bool pack>
 __global__ void __launch_bounds__(kTileThreads)
     sigmoid_tiles(Chunk<R> chunk, const R* scale, const R* bias, int64_t label_offset, TileSums<R> sums, double* loss,
                   double* of_bias, O* ds) {
-  GAPKERN_SHARED(double, loss_room, kTileWarps);
-  GAPKERN_SHARED(double, bias_room, kTileWarps);
+  GAPKERN_SHARED(double, loss_scratch, kTileWarps);
+  GAPKERN_SHARED(double, bias_scratch, kTileWarps);
   const Place at;
   const R s = *scale, b = *bias;
   R w[kWarpRows][kThreadColumns];
@@ -291,8 +292,8 @@ __global__ void __launch_bounds__(kTileThreads)
     bias_sum += double(weights);
     scale_sum += double(products);
   }
-  loss_sum = block_sum(loss_sum, loss_room);
-  bias_sum = block_sum(bias_sum, bias_room);
+  loss_sum = block_sum(loss_sum, loss_scratch);
+  bias_sum = block_sum(bias_sum, bias_scratch);
   if (threadIdx.x == 0) {
     loss[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = loss_sum;
     of_bias[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = bias_sum;

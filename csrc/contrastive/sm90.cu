@@ -1,5 +1,5 @@
-// The contrastive losses on Hopper, the CUDA side of gapkern/ops/hopper.py: products with their exponentials in the
-// epilogue (contrastive/sm90_gemm.h) and the small kernels around them (contrastive/sm90.cuh).
+// The contrastive losses on Hopper, the CUDA side of gapkern/ops/contrastive/sm90.py: products with their exponentials
+// in the epilogue (contrastive/sm90_gemm.h) and the small kernels around them (contrastive/sm90.cuh).
 #include "common/cuda_host.h"
 #include "contrastive/sm90.cuh"
 #include "contrastive/sm90_gemm.h"
@@ -73,6 +73,10 @@ struct Inputs {
   }
 };
 
+void expect_pairs(const Tensor& values, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(values.data_ptr()) % 8 == 0, name, ": expected a multiple of 8 bytes");
+}
+
 void succeed(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, "gapkern: ", what, " on Hopper: ", cudaGetErrorString(status));
 }
@@ -84,9 +88,9 @@ Tensor shift(const Tensor& row_norms, const Tensor& col_norms, const Tensor& log
   const Tensor rows = as_type(row_norms, ScalarType::Float), columns = as_type(col_norms, ScalarType::Float);
   const Tensor scale = as_type(logit_scale, ScalarType::Float);
   Tensor control = floats(row_norms, 2);
-  choose_shift<<<1, kThreads, 0, stream_of(rows)>>>(rows.const_data_ptr<float>(), rows.numel(),
-                                                    columns.const_data_ptr<float>(), columns.numel(),
-                                                    scale.const_data_ptr<float>(), control.mutable_data_ptr<float>());
+  choose_shift<<<1, kShiftThreads, 0, stream_of(rows)>>>(
+      rows.const_data_ptr<float>(), rows.numel(), columns.const_data_ptr<float>(), columns.numel(),
+      scale.const_data_ptr<float>(), control.mutable_data_ptr<float>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return control;
 }
@@ -110,14 +114,17 @@ std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const
     STD_TORCH_CHECK(in.bfloat16() && kept.scalar_type() == ScalarType::BFloat16, "kept: expected bfloat16");
     STD_TORCH_CHECK(kept.is_contiguous() && packs(kept, pitch), "kept: expected rows at multiples of 16 bytes");
   }
-  Tensor row_part = floats(images, across * down * kTileM), column_part = floats(images, down * across * kTileN);
-  succeed(launch_sums(in.problem(), control.const_data_ptr<float>(), row_part.mutable_data_ptr<float>(),
-                      column_part.mutable_data_ptr<float>(), kept.numel() > 0 ? kept.data_ptr() : nullptr, pitch,
-                      stream_of(images)),
+  const int64_t parts = kTileM / kPartRows * down;
+  Tensor row_part = floats(images, across * down * kTileM), column_part = floats(images, parts * across * kTileN);
+  SumsArguments arguments{};
+  arguments.control = control.const_data_ptr<float>();
+  arguments.row_part = row_part.mutable_data_ptr<float>();
+  arguments.column_part = column_part.mutable_data_ptr<float>();
+  succeed(launch_sums(in.problem(), arguments, kept.numel() > 0 ? kept.data_ptr() : nullptr, pitch, stream_of(images)),
           "sums");
   Tensor of_rows = doubles(images, in.rows), of_columns = doubles(images, in.columns);
   add_up(row_part, across, of_rows, in.rows);
-  add_up(column_part, down, of_columns, in.columns);
+  add_up(column_part, parts, of_columns, in.columns);
   return {of_rows, of_columns};
 }
 
@@ -164,23 +171,23 @@ std::tuple<Tensor, Tensor, Tensor> weights(const Tensor& row_lse2, const Tensor&
   expect(row_lse2, control, 2, "control");
   const Tensor lse[] = {as_type(row_lse2, ScalarType::Double), as_type(col_lse2, ScalarType::Double)};
   const Tensor grad[] = {as_type(grad_row, ScalarType::Double), as_type(grad_col, ScalarType::Double)};
-  Tensor weight[] = {floats(row_lse2, rows), floats(row_lse2, columns)}, apart = floats(row_lse2, 1);
+  Tensor weight[] = {floats(row_lse2, rows), floats(row_lse2, columns)}, separate = floats(row_lse2, 1);
+  const int64_t of_rows = tiles(rows, kThreads), of_columns = tiles(columns, kThreads);
+  Tensor separate_of_block = floats(row_lse2, of_rows + of_columns);
   const cudaStream_t stream = stream_of(row_lse2);
-  choose_weights<<<1, kThreads, 0, stream>>>(lse[0].const_data_ptr<double>(), grad[0].const_data_ptr<double>(), rows,
-                                             lse[1].const_data_ptr<double>(), grad[1].const_data_ptr<double>(), columns,
-                                             control.const_data_ptr<float>(), apart.mutable_data_ptr<float>());
-  for (int side = 0; side < 2; ++side) {
-    const int64_t count = side ? columns : rows;
-    form_weights<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream>>>(
-        lse[side].const_data_ptr<double>(), grad[side].const_data_ptr<double>(), count, control.const_data_ptr<float>(),
-        apart.const_data_ptr<float>(), weight[side].mutable_data_ptr<float>());
-  }
+  for (int side = 0; side < 2; ++side)
+    form_weights<<<unsigned(side ? of_columns : of_rows), kThreads, 0, stream>>>(
+        lse[side].const_data_ptr<double>(), grad[side].const_data_ptr<double>(), side ? columns : rows,
+        side ? rows : columns, control.const_data_ptr<float>(), weight[side].mutable_data_ptr<float>(),
+        separate_of_block.mutable_data_ptr<float>() + (side ? of_rows : 0));
+  any_separate_weight<<<1, kThreads, 0, stream>>>(separate_of_block.const_data_ptr<float>(), of_rows + of_columns,
+                                                  separate.mutable_data_ptr<float>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {weight[0], weight[1], apart};
+  return {weight[0], weight[1], separate};
 }
 
 Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_scale, const Tensor& control,
-                const Tensor& apart, const Tensor& row_weight, const Tensor& col_weight, const Tensor& kept,
+                const Tensor& separate, const Tensor& row_weight, const Tensor& col_weight, const Tensor& kept,
                 const Tensor& positive, const Tensor& row_lse2, const Tensor& col_lse2, const Tensor& grad_row,
                 const Tensor& grad_col, const Tensor& grad_positive, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
@@ -189,44 +196,52 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_s
   const cudaStream_t stream = stream_of(images);
   STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
   expect(images, control, 2, "control");
-  expect(images, apart, 1, "apart");
+  expect(images, separate, 1, "separate");
   expect(images, row_weight, in.rows, "row_weight");
   expect(images, col_weight, in.columns, "col_weight");
-  const Tensor vectors[] = {as_type(positive, ScalarType::Double), as_type(row_lse2, ScalarType::Double),
-                            as_type(grad_row, ScalarType::Double), as_type(grad_positive, ScalarType::Double),
-                            as_type(col_lse2, ScalarType::Double), as_type(grad_col, ScalarType::Double)};
-  for (int i = 0; i < 6; ++i) expect(images, vectors[i], i < 4 ? in.rows : in.columns, "lse and grad");
+  expect_pairs(col_weight, "col_weight");
+  const auto doubles_of = [&](const Tensor& values, int64_t count, const char* name) {
+    expect(images, values, count, name);
+    return as_type(values, ScalarType::Double);
+  };
+  const Tensor label_products = doubles_of(positive, in.rows, "positive"),
+               row_lse = doubles_of(row_lse2, in.rows, "row_lse2"),
+               col_lse = doubles_of(col_lse2, in.columns, "col_lse2"),
+               of_rows = doubles_of(grad_row, in.rows, "grad_row"),
+               of_columns = doubles_of(grad_col, in.columns, "grad_col"),
+               of_labels = doubles_of(grad_positive, in.rows, "grad_positive");
   Tensor ds = torch::stable::new_empty(images, {in.rows, pitch}, images.scalar_type());
-  const Weighing weighing{control.const_data_ptr<float>(), apart.const_data_ptr<float>(),
-                          row_weight.const_data_ptr<float>(), col_weight.const_data_ptr<float>()};
+  GradientArguments arguments{};
+  arguments.control = control.const_data_ptr<float>();
+  arguments.row_weight = row_weight.const_data_ptr<float>();
+  arguments.column_weight = col_weight.const_data_ptr<float>();
   if (kept.numel() > 0) {
     expect(images, kept, in.rows * pitch, "kept");
     STD_TORCH_CHECK(kept.scalar_type() == ScalarType::BFloat16 && kept.is_contiguous() && packs(kept, pitch),
                     "kept: expected bfloat16 rows at multiples of 16 bytes");
-    const int64_t down = tiles(in.rows, kSide);
-    STD_TORCH_CHECK(down <= 65535, "images: expected at most ", 65535 * kSide, " kept rows");
+    Weighing weighing{};
+    weighing.control = arguments.control;
+    weighing.separate = arguments.condition = separate.const_data_ptr<float>();
+    weighing.row_weight = arguments.row_weight;
+    weighing.column_weight = arguments.column_weight;
     in.with([&](auto products) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
-      T* to = static_cast<T*>(ds.data_ptr());
       gradient_of_kept<<<blocks(in.rows * pitch, 8 * kThreads), kThreads, 0, stream>>>(
-          static_cast<const BFloat16*>(kept.data_ptr()), weighing, in.rows, in.columns, pitch, to);
-      gradient_apart<<<dim3(unsigned(tiles(in.columns, kSide)), unsigned(down)), kThreads, 0, stream>>>(
-          products, weighing, pitch, to);
+          static_cast<const BFloat16*>(kept.data_ptr()), weighing, in.rows, in.columns, pitch,
+          static_cast<T*>(ds.data_ptr()));
     });
-  } else {
-    succeed(launch_gradient(in.problem(), weighing.control, weighing.apart, weighing.row_weight, weighing.column_weight,
-                            ds.data_ptr(), pitch, stream),
-            "gradient");
   }
+  succeed(launch_gradient(in.problem(), arguments, ds.data_ptr(), pitch, stream), "gradient");
   const Tensor scale = as_type(logit_scale, ScalarType::Double);
   expect(images, scale, 1, "logit_scale");
-  const Labels labels{vectors[0].const_data_ptr<double>(),
-                      vectors[1].const_data_ptr<double>(),
-                      vectors[4].const_data_ptr<double>(),
-                      vectors[2].const_data_ptr<double>(),
-                      vectors[5].const_data_ptr<double>(),
-                      vectors[3].const_data_ptr<double>(),
-                      label_offset};
+  Labels labels{};
+  labels.positive = label_products.const_data_ptr<double>();
+  labels.row_lse2 = row_lse.const_data_ptr<double>();
+  labels.col_lse2 = col_lse.const_data_ptr<double>();
+  labels.grad_row = of_rows.const_data_ptr<double>();
+  labels.grad_col = of_columns.const_data_ptr<double>();
+  labels.grad_positive = of_labels.const_data_ptr<double>();
+  labels.offset = label_offset;
   in.with([&](auto products) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
     patch_labels<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream>>>(
@@ -251,12 +266,16 @@ std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, co
   const int64_t pitch = pitch_of(in.columns);
   Tensor part = floats(images, 3 * across * stride), ds = torch::stable::new_empty(images, {in.rows, pitch});
   Tensor sums = torch::stable::new_empty(images, {3, in.rows}, ScalarType::Double);
-  float* first = part.mutable_data_ptr<float>();
-  succeed(launch_sigmoid(in.problem(), scale.const_data_ptr<float>(), bias.const_data_ptr<float>(),
-                         labels.const_data_ptr<float>(), numbers.const_data_ptr<float>(),
-                         {first, first + across * stride, first + 2 * across * stride}, ds.data_ptr(), pitch,
-                         stream_of(images)),
-          "sigmoid");
+  expect_pairs(numbers, "col_numbers");
+  SigmoidArguments arguments{};
+  arguments.scale = scale.const_data_ptr<float>();
+  arguments.bias = bias.const_data_ptr<float>();
+  arguments.labels = labels.const_data_ptr<float>();
+  arguments.numbers = numbers.const_data_ptr<float>();
+  arguments.loss_part = part.mutable_data_ptr<float>();
+  arguments.gradient_part = arguments.loss_part + across * stride;
+  arguments.scale_part = arguments.gradient_part + across * stride;
+  succeed(launch_sigmoid(in.problem(), arguments, ds.data_ptr(), pitch, stream_of(images)), "sigmoid");
   add_up(part, across, sums, in.rows);
   return {sums, ds};
 }

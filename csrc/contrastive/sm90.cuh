@@ -1,15 +1,16 @@
-// What surrounds the Hopper products: the choice of the exponents' shift, sums of partial sums, weights, labels, and
-// the exact repair of what a common shift could not represent. All decisions are taken on the device, so that nothing
-// waits for the host and everything can be captured in a graph.
+// The small kernels around the Hopper products: the choice of the exponents' shift, sums of partial sums, weights,
+// labels, and the float32 recomputation of what a common shift could not represent. All decisions are taken on the
+// device, so that nothing waits for the host and everything can be captured in a graph.
 //
 // The shift. |k <x, y>| <= bound = k max|x| max|y|. c is at least what keeps a sum of `terms` exponentials below
-// 2^kCeiling: no sum overflows. One may be too small instead: below terms 2^kFloor more than 2^-24 of it can have been
-// flushed to zero. Such rows are marked NaN and repaired by `repair_lse`, float32 products with a running maximum. Up
-// to there c is raised to the bound, if it is large enough without: the logits of trained pairs are near it, and what
+// 2^kCeiling: no sum overflows. A sum may underflow instead: below terms 2^kFloor more than 2^-24 of it can have been
+// flushed to zero. Such rows are marked NaN and recomputed by `repair_lse`, float32 products with a running maximum.
+// Otherwise c is raised to the bound where that is safe without: the logits of trained pairs are near it, and what
 // is rounded is k <x, y> - c. For normalised embeddings c is the bound up to logit_scale 35 and the least from 67 on
-// (32768 pairs); at 100 only rows whose best cosine is below -0.26 are repaired. For embeddings of large norms most
-// rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those. The gradient then weighs rows and columns
-// apart (contrastive/epilogue.cuh), chosen by the flag of `choose_weights`.
+// (32768 pairs); at 100 only rows whose best cosine is below -0.26 are recomputed. For embeddings of large norms most
+// rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those. In the gradient a row or column whose weight
+// or exponentials leave float32's range has a separate weight (contrastive/epilogue.cuh); tiles without any pay
+// nothing.
 #pragma once
 #include "common/cuda.cuh"
 #include "contrastive/epilogue.cuh"
@@ -34,26 +35,41 @@ GAPKERN_HD double log2_sum(double sum, double terms, float shift) {
   return complete ? log2(sum) - double(shift) : double(from_bits(0x7fc00000u));
 }
 
-__device__ __forceinline__ float block_max(float x, float* room) {
+// Over a block of `warps`; `scratch` has a float for each.
+template <int warps>
+__device__ __forceinline__ float block_max(float x, float* scratch) {
   x = warp_max(x);
-  if (threadIdx.x % kWarp == 0) room[threadIdx.x / kWarp] = x;
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
-  x = room[0];
-  for (int w = 1; w < kWarps; ++w) x = larger(x, room[w]);
+  x = scratch[0];
+  for (int w = 1; w < warps; ++w) x = larger(x, scratch[w]);
   return x;
 }
 
+// The largest of `count` values, at least zero, for a thread's part; loads eight at a time, so that their latencies
+// overlap.
+__device__ __forceinline__ float part_max(const float* values, int64_t count, int threads) {
+  constexpr int loads = 8;
+  float most = 0;
+  for (int64_t first = threadIdx.x; first < count; first += loads * threads) {
+    float value[loads];
+#pragma unroll
+    for (int i = 0; i < loads; ++i) value[i] = first + i * threads < count ? values[first + i * threads] : 0.f;
+#pragma unroll
+    for (int i = 0; i < loads; ++i) most = larger(most, value[i]);
+  }
+  return most;
+}
+
 // control = {k, -c}; one block.
-inline __global__ void __launch_bounds__(kThreads)
+inline constexpr int kShiftThreads = 1024, kShiftWarps = kShiftThreads / kWarp;
+inline __global__ void __launch_bounds__(kShiftThreads)
     choose_shift(const float* row_norms, int64_t rows, const float* column_norms, int64_t columns, const float* scale,
                  float* control) {
-  GAPKERN_SHARED(float, row_room, kWarps);
-  GAPKERN_SHARED(float, column_room, kWarps);
-  float row = 0, column = 0;
-  for (int64_t i = threadIdx.x; i < rows; i += kThreads) row = larger(row, row_norms[i]);
-  for (int64_t j = threadIdx.x; j < columns; j += kThreads) column = larger(column, column_norms[j]);
-  row = block_max(row, row_room);
-  column = block_max(column, column_room);
+  GAPKERN_SHARED(float, row_scratch, kShiftWarps);
+  GAPKERN_SHARED(float, column_scratch, kShiftWarps);
+  const float row = block_max<kShiftWarps>(part_max(row_norms, rows, kShiftThreads), row_scratch);
+  const float column = block_max<kShiftWarps>(part_max(column_norms, columns, kShiftThreads), column_scratch);
   if (threadIdx.x != 0) return;
   const float k = float(kLog2e) * *scale;
   const float bound = (k < 0 ? -k : k) * row * column * 1.001f;  // the norms are rounded
@@ -171,42 +187,45 @@ GAPKERN_HD bool common_weight_is_safe(double g, double lse2, float shift, double
   return exponent >= -kWeightRange && exponent <= kWeightRange;
 }
 
-// apart = 1 where any row or column is not safe, else 0; one block.
+// The weights of rows or columns, common where that is safe; separate_of_block[b] = 1 where any of a block's is not.
 inline __global__ void __launch_bounds__(kThreads)
-    choose_weights(const double* row_lse2, const double* grad_row, int64_t rows, const double* col_lse2,
-                   const double* grad_col, int64_t columns, const float* control, float* apart) {
-  GAPKERN_SHARED(float, room, kWarps);
-  float found = 0;
-  for (int64_t i = threadIdx.x; i < rows; i += kThreads)
-    if (!common_weight_is_safe(grad_row[i], row_lse2[i], control[1], double(columns))) found = 1;
-  for (int64_t j = threadIdx.x; j < columns; j += kThreads)
-    if (!common_weight_is_safe(grad_col[j], col_lse2[j], control[1], double(rows))) found = 1;
-  found = block_max(found, room);
-  if (threadIdx.x == 0) *apart = found;
+    form_weights(const double* lse2, const double* grad, int64_t count, int64_t terms, const float* control,
+                 float* weight, float* separate_of_block) {
+  GAPKERN_SHARED(float, scratch, kWarps);
+  const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  float separate = 0;
+  if (i < count) {
+    const float shift = control[1];
+    separate = common_weight_is_safe(grad[i], lse2[i], shift, double(terms)) ? 0 : 1;
+    weight[i] =
+        separate != 0 ? separate_weight(grad[i], lse2[i]) : common_weight(grad[i] * exp2(-lse2[i] - double(shift)));
+  }
+  separate = block_max<kWarps>(separate, scratch);
+  if (threadIdx.x == 0) separate_of_block[blockIdx.x] = separate;
 }
 
-// A row's or column's weight in the form that `apart` asks for.
-inline __global__ void form_weights(const double* lse2, const double* grad, int64_t count, const float* control,
-                                    const float* apart, float* weight) {
-  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (i >= count) return;
-  weight[i] = *apart != 0 ? encode_weight(grad[i], lse2[i]) : float(grad[i] * exp2(-lse2[i] - double(control[1])));
+// separate = 1 where any block has a separate weight, else 0; one block.
+inline __global__ void __launch_bounds__(kThreads)
+    any_separate_weight(const float* separate_of_block, int64_t blocks, float* separate) {
+  GAPKERN_SHARED(float, scratch, kWarps);
+  const float found = block_max<kWarps>(part_max(separate_of_block, blocks, kThreads), scratch);
+  if (threadIdx.x == 0) *separate = found;
 }
 
-// What the gradient's kernels are told about it; ds [rows, pitch].
+// What the gradient's kernels are told about the weights.
 struct Weighing {
   const float* control;
-  const float* apart;
+  const float* separate;  // whether there are any
   const float* row_weight;
   const float* column_weight;
 };
 
-// dS from the exponentials that the forward pass kept, [rows, pitch]; nothing where the weights are apart, as the
-// exponentials may then have been flushed.
+// dS from the exponentials that the forward pass kept, [rows, pitch]; nothing where there are separate weights, as the
+// exponentials may then have been flushed: the product is formed again.
 template <class T>
 __global__ void gradient_of_kept(const BFloat16* kept, Weighing w, int64_t rows, int64_t columns, int64_t pitch,
                                  T* ds) {
-  if (*w.apart != 0) return;
+  if (*w.separate != 0) return;
   constexpr int count = 8;
   const int64_t packs = pitch / count, all = rows * packs;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < all; i += int64_t(gridDim.x) * blockDim.x) {
@@ -221,21 +240,6 @@ __global__ void gradient_of_kept(const BFloat16* kept, Weighing w, int64_t rows,
     }
     *reinterpret_cast<Pack<T, count>*>(ds + i * count) = out;
   }
-}
-
-// And from the products formed again where they are apart; nothing where they are not.
-template <class T>
-__global__ void __launch_bounds__(kThreads) gradient_apart(Products<T> p, Weighing w, int64_t pitch, T* ds) {
-  if (*w.apart == 0) return;
-  const int64_t row0 = blockIdx.y * int64_t(kSide), column0 = blockIdx.x * int64_t(kSide);
-  float acc[kPart][kPart];
-  tile_products(p, row0, column0, acc);
-  over_part(acc, [&](float product, int, int in_row, int in_column) {
-    const int64_t row = row0 + in_row, column = column0 + in_column;
-    if (row >= p.rows || column >= p.columns) return;
-    from_wide(logit_gradient(product, w.control[0], w.control[1], true, w.row_weight[row], w.column_weight[column]),
-              ds + row * pitch + column);
-  });
 }
 
 // positive[i] = <x_i, y_{i + label_offset}>, a warp each.

@@ -7,6 +7,7 @@
 namespace gapkern::contrastive::sm90 {
 
 inline constexpr int kTileM = 128, kTileN = 256;
+inline constexpr int kPartRows = 64;  // of a tile, whose columns are summed together
 
 enum class Element { bfloat16, float16 };
 
@@ -19,19 +20,35 @@ struct Problem {
   int device, multiprocessors;
 };
 
-// row_part [tiles across, kTileM * tiles down], column_part [tiles down, kTileN * tiles across]: sums of the tiles' e.
-// kept [rows, pitch] bfloat16 receives e, or is null; pitch is a multiple of 8. bfloat16 inputs only.
-cudaError_t launch_sums(const Problem& problem, const float* control, float* row_part, float* column_part, void* kept,
-                        int64_t pitch, cudaStream_t stream);
-// ds [rows, pitch] in the inputs' type, as in every function below.
-cudaError_t launch_gradient(const Problem& problem, const float* control, const float* apart, const float* row_weight,
-                            const float* column_weight, void* ds, int64_t pitch, cudaStream_t stream);
-// loss_part, grad_part and scale_part as row_part: sums of the tiles' losses, dS, and dS <x, y>. labels [rows] has the
-// number of each row's label, numbers [columns] each column's.
-struct SigmoidSums {
-  float *loss_part, *grad_part, *scale_part;
+// What a product's epilogue is told, and where it writes. Vectors for every column are at multiples of 8 bytes.
+struct SumsArguments {
+  const float* control;  // k and -c
+  float* row_part;       // [tiles across, kTileM * tiles down]: sums of e over each tile's columns
+  float* column_part;    // [kTileM / kPartRows * tiles down, kTileN * tiles across]: over kPartRows rows
 };
-cudaError_t launch_sigmoid(const Problem& problem, const float* scale, const float* bias, const float* labels,
-                           const float* numbers, const SigmoidSums& sums, void* ds, int64_t pitch, cudaStream_t stream);
+struct GradientArguments {
+  const float* control;
+  const float* row_weight;     // [rows], common or separate (contrastive/epilogue.cuh)
+  const float* column_weight;  // [columns]
+  const float* condition;      // nothing is done where it points to 0; or null
+};
+struct SigmoidArguments {
+  const float* scale;
+  const float* bias;
+  const float* labels;   // [rows]: the number of each row's label
+  const float* numbers;  // [columns]: each column's
+  float* loss_part;      // as row_part: sums of the losses,
+  float* gradient_part;  // of dS,
+  float* scale_part;     // and of dS <x, y>
+};
+
+// kept [rows, pitch] bfloat16 receives e, or is null; pitch is a multiple of 8. bfloat16 inputs only.
+cudaError_t launch_sums(const Problem& problem, const SumsArguments& arguments, void* kept, int64_t pitch,
+                        cudaStream_t stream);
+// ds [rows, pitch] in the inputs' type.
+cudaError_t launch_gradient(const Problem& problem, const GradientArguments& arguments, void* ds, int64_t pitch,
+                            cudaStream_t stream);
+cudaError_t launch_sigmoid(const Problem& problem, const SigmoidArguments& arguments, void* ds, int64_t pitch,
+                           cudaStream_t stream);
 
 }  // namespace gapkern::contrastive::sm90

@@ -3,27 +3,60 @@
 
 namespace gapkern::contrastive::sm90 {
 
-struct Gradient {
-  static CUTLASS_DEVICE float of(float acc, float k, float shift, float apart, float a, float b) {
-    return logit_gradient(acc, k, shift, apart != 0, a, b);
-  }
-};
 template <class T>
 struct Gradients {
   using Input = T;
   using Out = T;
-  using Visitor =
-      fusion::Sm90EVT<Elementwise<Gradient>::To<T>, fusion::Sm90AccFetch, Scalar, Scalar, Scalar, PerRow, PerColumn>;
+  using Arguments = GradientArguments;
+  static constexpr bool kConditional = true;
+
+  // Whether any of a warp's rows or columns has a separate weight. Brings the columns' weights into L1.
+  static CUTLASS_DEVICE bool any_separate(const float (&row)[2], const float* columns, const Place& at) {
+    uint32_t bits = to_bits(row[0]) | to_bits(row[1]);
+    const int first = at.tile_column * kTileN + at.lane;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kTileN; i += 32) bits |= to_bits(__ldg(columns + min(first + i, at.columns - 1)));
+    return __any_sync(kLanes, bits & 1);
+  }
+
+  template <class Accumulators, class Storing>
+  static CUTLASS_DEVICE void run(const Arguments& from, const Place& at, Accumulators& values, const Scratch&,
+                                 const Storing& store) {
+    const float k = __ldg(from.control), shift = __ldg(from.control + 1);
+    const bool edge = at.at_an_edge();
+    float a[2];
+    load_rows(from.row_weight, at, 0.f, a);
+    const bool separate = any_separate(a, from.column_weight, at);
+    const float separate_a[2] = {separated(a[0], shift), separated(a[1], shift)};
+    CUTLASS_PRAGMA_UNROLL
+    for (int number = 0; number < kStores; ++number) {
+      float b[2 * kStoreBlocks];
+      load_columns(from.column_weight, at, number * kStoreBlocks, edge, 0.f, b);
+      const auto for_each = [&](const auto& gradient) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4 * kStoreBlocks; ++i) {
+          const int n = number * kStoreBlocks + i / 4, h = i / 2 % 2, c = i % 2;
+          float& value = element(values, n, h, c);
+          value = gradient(value, h, i / 4 * 2 + c);
+        }
+      };
+      if (separate) {
+        CUTLASS_PRAGMA_UNROLL
+        for (float& weight : b) weight = separated(weight, shift);
+        for_each([&](float x, int h, int j) { return gradient_of_separate(x, k, separate_a[h], b[j]); });
+      } else {
+        for_each([&](float x, int h, int j) { return gradient_of_common(x, k, shift, a[h], b[j]); });
+      }
+      store(number);
+    }
+  }
 };
 
-cudaError_t launch_gradient(const Problem& p, const float* control, const float* apart, const float* row_weight,
-                            const float* column_weight, void* ds, int64_t pitch, cudaStream_t stream) {
+cudaError_t launch_gradient(const Problem& p, const GradientArguments& arguments, void* ds, int64_t pitch,
+                            cudaStream_t stream) {
   return by_element(p, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Gemm<Gradients<T>>::run(
-        p,
-        {{}, scalar(control), scalar(control + 1), scalar(apart), per_row(row_weight), per_column(column_weight), {}},
-        static_cast<T*>(ds), pitch, stream);
+    return Gemm<Gradients<T>>::run(p, arguments, static_cast<T*>(ds), pitch, stream);
   });
 }
 

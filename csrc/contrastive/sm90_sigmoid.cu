@@ -3,56 +3,50 @@
 
 namespace gapkern::contrastive::sm90 {
 
-struct Loss {
-  static CUTLASS_DEVICE float of(float acc, float scale, float bias, float label, float column) {
-    return sigmoid_loss(acc, scale, bias, label, column);
-  }
-};
-struct LossGradient {
-  static CUTLASS_DEVICE float of(float acc, float scale, float bias, float label, float column) {
-    return sigmoid_gradient(acc, scale, bias, label, column);
-  }
-};
-struct Multiply {
-  static CUTLASS_DEVICE float of(float a, float b) { return a * b; }
-};
-
-template <int... children>
-using From = cute::seq<children...>;
 template <class T>
 struct Sigmoid {
   using Input = T;
   using Out = T;
-  using Visitor = fusion::Sm90TopologicalVisitor<
-      float,
-      cute::tuple<From<>, From<>, From<>, From<>, From<>,  // 0: <x, y>, scale, bias, labels, columns
-                  From<0, 1, 2, 3, 4>, From<5>,            // 5: the losses, their sums
-                  From<0, 1, 2, 3, 4>, From<7>,            // 7: dS, its sums
-                  From<7, 0>, From<9>,                     // 9: dS <x, y>, its sums
-                  From<8>>,                                // 11: dS, rounded
-      fusion::Sm90AccFetch, Scalar, Scalar, PerRow, PerColumn, Elementwise<Loss>::To<float>, RowSums,
-      Elementwise<LossGradient>::To<float>, RowSums, Elementwise<Multiply>::To<float>, RowSums, Rounded<T>>;
+  using Arguments = SigmoidArguments;
+  static constexpr bool kConditional = false;
+
+  template <class Accumulators, class Storing>
+  static CUTLASS_DEVICE void run(const Arguments& to, const Place& at, Accumulators& values, const Scratch&,
+                                 const Storing& store) {
+    const float scale = nonzero(__ldg(to.scale)), bias = __ldg(to.bias);
+    const float none = from_bits(0x7fc00000u);  // equal to no label
+    const bool edge = at.at_an_edge();
+    if (edge) exclude_outside(values, at, excluded(scale));
+    float label[2], losses[2] = {}, gradients[2] = {}, products[2] = {};
+    load_rows(to.labels, at, none, label);
+    constexpr int blocks = 2;  // at a time: more and registers spill
+    CUTLASS_PRAGMA_UNROLL
+    for (int first = 0; first < kBlocks; first += blocks) {
+      float column[2 * blocks];
+      load_columns(to.numbers, at, first, edge, none, column);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < 4 * blocks; ++i) {
+        const int h = i / 2 % 2, c = i % 2;
+        float& value = element(values, first + i / 4, h, c);
+        const SigmoidTerms terms = sigmoid_terms(value, scale, bias, label[h] == column[i / 4 * 2 + c]);
+        losses[h] += terms.loss;
+        gradients[h] += terms.gradient;
+        products[h] = fmaf(terms.gradient, value, products[h]);
+        value = terms.gradient;
+      }
+      if ((first + blocks) % kStoreBlocks == 0) store(first / kStoreBlocks);
+    }
+    write_row_sums(losses, at, to.loss_part);
+    write_row_sums(gradients, at, to.gradient_part);
+    write_row_sums(products, at, to.scale_part);
+  }
 };
 
-cudaError_t launch_sigmoid(const Problem& p, const float* scale, const float* bias, const float* labels,
-                           const float* numbers, const SigmoidSums& sums, void* ds, int64_t pitch,
+cudaError_t launch_sigmoid(const Problem& p, const SigmoidArguments& arguments, void* ds, int64_t pitch,
                            cudaStream_t stream) {
   return by_element(p, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Gemm<Sigmoid<T>>::run(p,
-                                 {{},
-                                  scalar(scale),
-                                  scalar(bias),
-                                  per_row(labels),
-                                  per_column(numbers),
-                                  {},
-                                  row_sums(sums.loss_part),
-                                  {},
-                                  row_sums(sums.grad_part),
-                                  {},
-                                  row_sums(sums.scale_part),
-                                  {}},
-                                 static_cast<T*>(ds), pitch, stream);
+    return Gemm<Sigmoid<T>>::run(p, arguments, static_cast<T*>(ds), pitch, stream);
   });
 }
 

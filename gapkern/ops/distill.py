@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gapkern.ops import autocast, derivatives
-from gapkern.ops.products import matmul
+from gapkern.ops.products import add_matmul, matmul, write_matmul
 
 CHUNK_ELEMENTS = 2**21  # logits at hand, in several copies: 8 MiB each in float32
 CUDA_CHUNK_ELEMENTS = 2**25
@@ -124,9 +124,9 @@ def _cross_backward(
         ds += _difference(_surprise(s, col[:, None]), _surprise(r, teacher_col[:, None])).mul_(by_col)
         of_scale += torch.sum(t.mul_(ds), dtype=torch.float64)
         if needs[0]:
-            dx[rows] = matmul(ds.to(low), y, work)
+            write_matmul(dx[rows], ds.to(low), y)
         if needs[1]:
-            dy += matmul(ds.T.to(low), x[rows], work)
+            add_matmul(dy, ds.T.to(low), x[rows])
     dx, dy = (student.scale * d for d in (dx, dy))
     of_scale = of_scale.reshape(1) if needs[2] else of_scale.new_empty(0)
     return dx.to(images.dtype), dy.to(texts.dtype), of_scale.to(logit_scale.dtype)

@@ -38,7 +38,8 @@ struct Embeddings {
     grad_row[0] = grad_col[m - 1] = 0;
     for (int64_t i = 0; i < n; ++i) row_lse[i] = log_sum(i, true);
     for (int64_t j = 0; j < m; ++j) col_lse[j] = log_sum(j, false);
-    simt::launch(1, kThreads, choose_shift, row_norms.data(), n, column_norms.data(), m, scale.data(), control.data());
+    simt::launch(1, kShiftThreads, choose_shift, row_norms.data(), n, column_norms.data(), m, scale.data(),
+                 control.data());
   }
   float norm(const check::vector<T>& of, int64_t i) const {
     double sum = 0;
@@ -116,8 +117,22 @@ void statistics(const std::string& name, double tolerance, const Embeddings<T>& 
   check::report(least <= missing && missing <= most, "log-sum-exps " + name, "repaired " + check::digits(missing));
 }
 
+void form_all_weights(const check::vector<double>& row_lse2, const check::vector<double>& grad_row,
+                      const check::vector<double>& col_lse2, const check::vector<double>& grad_col,
+                      const check::vector<float>& control, check::vector<float>& row_weight,
+                      check::vector<float>& col_weight, check::vector<float>& separate) {
+  const auto blocks_of = [](const check::vector<double>& v) { return (int64_t(v.size()) + kThreads - 1) / kThreads; };
+  const int64_t of_rows = blocks_of(row_lse2), of_columns = blocks_of(col_lse2);
+  check::vector<float> part = check::poisoned<float>(of_rows + of_columns);
+  simt::launch(unsigned(of_rows), kThreads, form_weights, row_lse2.data(), grad_row.data(), int64_t(row_lse2.size()),
+               int64_t(col_lse2.size()), control.data(), row_weight.data(), part.data());
+  simt::launch(unsigned(of_columns), kThreads, form_weights, col_lse2.data(), grad_col.data(), int64_t(col_lse2.size()),
+               int64_t(row_lse2.size()), control.data(), col_weight.data(), part.data() + of_rows);
+  simt::launch(1, kThreads, any_separate_weight, part.data(), of_rows + of_columns, separate.data());
+}
+
 template <class T>
-void gradient(const std::string& name, double tolerance, const Embeddings<T>& p, bool expected_apart) {
+void gradient(const std::string& name, double tolerance, const Embeddings<T>& p, bool expected_separate) {
   const check::vector<double> row_lse2 = p.lse2(true), col_lse2 = p.lse2(false);
   check::vector<double> truth(p.rows * p.columns);
   for (int64_t i = 0; i < p.rows; ++i)
@@ -130,30 +145,26 @@ void gradient(const std::string& name, double tolerance, const Embeddings<T>& p,
   epilogue(p, unused[0], unused[1], kept);
   for (const bool keeps : {false, true})
     check::kernel("dS " + name + (keeps ? " kept" : ""), tolerance, [&] {
-      check::vector<float> apart = check::poisoned<float>(1);
+      check::vector<float> separate = check::poisoned<float>(1);
       check::vector<float> weight[] = {check::poisoned<float>(p.rows), check::poisoned<float>(p.columns)};
       check::vector<double> positive = check::poisoned<double>(p.rows);
       check::vector<T> ds = check::poisoned<T>(p.rows * p.pitch);
       const check::vector<double> scale{double(p.scale[0])};
-      simt::launch(1, kThreads, choose_weights, row_lse2.data(), p.grad_row.data(), p.rows, col_lse2.data(),
-                   p.grad_col.data(), p.columns, p.control.data(), apart.data());
-      for (int side = 0; side < 2; ++side) {
-        const check::vector<double>&lse2 = side ? col_lse2 : row_lse2, &grad = side ? p.grad_col : p.grad_row;
-        simt::launch(unsigned((lse2.size() + 127) / 128), 128, form_weights, lse2.data(), grad.data(),
-                     int64_t(lse2.size()), p.control.data(), apart.data(), weight[side].data());
-      }
-      const Weighing weighing{p.control.data(), apart.data(), weight[0].data(), weight[1].data()};
+      form_all_weights(row_lse2, p.grad_row, col_lse2, p.grad_col, p.control, weight[0], weight[1], separate);
+      const Weighing weighing{p.control.data(), separate.data(), weight[0].data(), weight[1].data()};
       if (keeps) {
         simt::launch(3, kThreads, gradient_of_kept<T>, kept.data(), weighing, p.rows, p.columns, p.pitch, ds.data());
-        const dim3 grid(unsigned((p.columns + kSide - 1) / kSide), unsigned((p.rows + kSide - 1) / kSide));
-        simt::launch(grid, kThreads, gradient_apart<T>, p.products(), weighing, p.pitch, ds.data());
-      } else {
-        for (int64_t i = 0; i < p.rows; ++i)
-          for (int64_t j = 0; j < p.columns; ++j)
-            from_wide(
-                logit_gradient(float(p.t(i, j)), p.control[0], p.control[1], apart[0] != 0, weight[0][i], weight[1][j]),
-                &ds[i * p.pitch + j]);
       }
+      if (!keeps || separate[0] != 0)
+        for (int64_t i = 0; i < p.rows; ++i)
+          for (int64_t j = 0; j < p.columns; ++j) {
+            const float acc = float(p.t(i, j)), k = p.control[0], shift = p.control[1];
+            const float a = weight[0][i], b = weight[1][j];
+            const float w = is_separate(a) || is_separate(b)
+                                ? gradient_of_separate(acc, k, separated(a, shift), separated(b, shift))
+                                : gradient_of_common(acc, k, shift, a, b);
+            from_wide(w, &ds[i * p.pitch + j]);
+          }
       simt::launch(unsigned((p.rows + kWarps - 1) / kWarps), kThreads, label_products<T>, p.products(), p.offset,
                    positive.data());
       const Labels labels{positive.data(),   row_lse2.data(),        col_lse2.data(), p.grad_row.data(),
@@ -162,7 +173,7 @@ void gradient(const std::string& name, double tolerance, const Embeddings<T>& p,
                    ds.data());
       check::vector<T> dense(p.rows * p.columns);
       for (int64_t i = 0; i < p.rows; ++i) std::copy_n(&ds[i * p.pitch], p.columns, &dense[i * p.columns]);
-      return check::largest({check::error(dense, truth, 1e-3), std::abs(double(apart[0]) - expected_apart)});
+      return check::largest({check::error(dense, truth, 1e-3), std::abs(double(separate[0]) - expected_separate)});
     });
 }
 
@@ -191,11 +202,11 @@ void sigmoid(const std::string& name, double tolerance, const Embeddings<T>& p, 
       for (int64_t i = 0; i < p.rows; ++i)
         for (int64_t j = 0; j < p.columns; ++j) {
           const float acc = float(p.t(i, j)), label = float(i + offset), column = float(j);
-          const float w = sigmoid_gradient(acc, p.scale[0], bias, label, column);
-          from_wide(w, &ds[i * p.columns + j]);
-          part[j / kTileN * down * kTileM + i] += which == 0   ? sigmoid_loss(acc, p.scale[0], bias, label, column)
-                                                  : which == 1 ? w
-                                                               : w * acc;
+          const SigmoidTerms terms = sigmoid_terms(acc, p.scale[0], bias, label == column);
+          from_wide(terms.gradient, &ds[i * p.columns + j]);
+          part[j / kTileN * down * kTileM + i] += which == 0   ? terms.loss
+                                                  : which == 1 ? terms.gradient
+                                                               : terms.gradient * acc;
         }
       check::vector<double> sums = check::poisoned<double>(p.rows);
       simt::launch(unsigned((p.rows + 127) / 128), 128, sum_parts, part.data(), across, down * kTileM, p.rows,
@@ -215,12 +226,36 @@ void numbers() {
   double worst = 0;
   for (const double g : {1e-30, -3e-5, 0.7, -1e6, 0.0})
     for (const double lse2 : {-900.0, -20.0, 0.0, 40.0, 3000.0}) {
-      const float term = encoded_term(float(lse2), encode_weight(g, lse2));
+      const float term = separate_term(float(lse2), separate_weight(g, lse2));
       worst = std::max(worst, std::abs(double(term) - g) / (std::abs(g) + 1e-30));
     }
-  check::report(worst < 1e-3, "encoded weights", "error " + check::digits(worst));
-  check::report(encoded_term(0, encode_weight(-1, INFINITY)) == 0 && encoded_term(0, encode_weight(1, 1e300)) == 0,
-                "encoded weights", "of nothing");
+  check::report(worst < 1e-3, "separate weights", "error " + check::digits(worst));
+  check::report(
+      separate_term(0, separate_weight(-1, INFINITY)) == 0 && separate_term(0, separate_weight(1, 1e300)) == 0,
+      "separate weights", "of nothing");
+  worst = 0;
+  for (const float shift : {0.f, -50.f})
+    for (const float g : {3e-30f, -0.7f, 5e20f, 0.f}) {
+      const float weight = common_weight(g), term = separate_term(2, separated(weight, shift));
+      worst =
+          std::max(worst, std::abs(double(term) - 4 * std::exp2(double(shift)) * double(g)) / (1e-37 + std::abs(g)));
+      worst = std::max(worst, double(is_separate(weight) || !is_separate(separated(weight, shift))));
+    }
+  check::report(worst < 1e-4, "separate weights", "from common ones, error " + check::digits(worst));
+  double log1p_error = 0;
+  for (int i = 1; i <= 1 << 20; ++i) {
+    const float e = float(i) / float(1 << 20), small = std::ldexp(e, -i % 120);
+    for (const float x : {e, small})
+      log1p_error = std::max(log1p_error, std::abs(double(x * log1p_ratio(x)) / std::log1p(double(x)) - 1));
+  }
+  check::report(log1p_error < 2.4e-7, "log1p", "error " + check::digits(log1p_error));
+  check::report(exponential(excluded(-2), -2, -3) == 0 && exponential(excluded(0), nonzero(0), 7) == 0 &&
+                    exponential(excluded(1e-37f), nonzero(1e-37f), 0) == 0 && nonzero(-0.5f) == -0.5f,
+                "beyond the matrices", "exponentials");
+  for (const float s : {0.f, 10.f, -10.f}) {
+    const SigmoidTerms terms = sigmoid_terms(excluded(nonzero(s)), nonzero(s), 5, false);
+    check::report(terms.loss == 0 && terms.gradient == 0, "beyond the matrices", "the sigmoid loss");
+  }
   check::report(log2_sum(8, 4, -2) == 5 && std::isnan(log2_sum(0x1p127, 4, 0)) && std::isnan(log2_sum(INFINITY, 4, 0)),
                 "sums", "in units of log 2, and those that have overflowed");
   const struct {
@@ -235,7 +270,7 @@ void numbers() {
   check::report(right, "weights", "which are safe to share");
 }
 
-// The choices that one block makes for all rows and columns; whichever side is longer counts.
+// The shift that one block chooses for all rows and columns, whichever side is longer; and which weights are separate.
 double choices(int64_t rows, int64_t columns) {
   const bool tall = rows > columns;
   check::vector<float> row_norms(rows, 0.5f), column_norms(columns, 0.5f);
@@ -253,7 +288,7 @@ double choices(int64_t rows, int64_t columns) {
                                      {102.0, -2.}}) {
     const check::vector<float> scale{float(bound / kLog2e)};
     check::vector<float> control = check::poisoned<float>(2);
-    simt::launch(1, kThreads, choose_shift, row_norms.data(), rows, column_norms.data(), columns, scale.data(),
+    simt::launch(1, kShiftThreads, choose_shift, row_norms.data(), rows, column_norms.data(), columns, scale.data(),
                  control.data());
     wrong = check::largest({wrong, std::abs(double(control[1]) - shift)});
   }
@@ -262,16 +297,35 @@ double choices(int64_t rows, int64_t columns) {
     check::vector<double> row_lse2(rows, 0.), col_lse2(columns, 0.), grad_row(rows, 1.), grad_col(columns, 1.);
     (of_row ? row_lse2[rows - 1] : col_lse2[columns - 1]) = -93.5;
     const check::vector<float> control{1, 0};
-    check::vector<float> apart = check::poisoned<float>(1);
-    simt::launch(1, kThreads, choose_weights, row_lse2.data(), grad_row.data(), rows, col_lse2.data(), grad_col.data(),
-                 columns, control.data(), apart.data());
-    wrong = check::largest({wrong, std::abs(double(apart[0]) - double(of_row != tall))});
+    check::vector<float> separate = check::poisoned<float>(1);
+    check::vector<float> weight[] = {check::poisoned<float>(rows), check::poisoned<float>(columns)};
+    form_all_weights(row_lse2, grad_row, col_lse2, grad_col, control, weight[0], weight[1], separate);
+    // That one alone, if any.
+    const bool found = of_row != tall;
+    wrong = check::largest({wrong, std::abs(double(separate[0]) - double(found))});
+    for (int side = 0; side < 2; ++side)
+      for (int64_t i = 0; i < int64_t(weight[side].size()); ++i)
+        wrong +=
+            is_separate(weight[side][i]) != (found && of_row == (side == 0) && i + 1 == int64_t(weight[side].size()));
+  }
+  return wrong;
+}
+
+// One block's maximum over more values than it loads at once.
+double found_anywhere() {
+  double wrong = 0;
+  for (const int64_t at : {0, 2047, 2100, 4999}) {
+    check::vector<float> part(5000, 0.f), separate = check::poisoned<float>(1);
+    part[at] = 1;
+    simt::launch(1, kThreads, any_separate_weight, part.data(), int64_t(part.size()), separate.data());
+    wrong += std::abs(double(separate[0]) - 1);
   }
   return wrong;
 }
 
 int main() {
   numbers();
+  check::kernel("any separate weight", 0, found_anywhere);
   check::kernel("shift and weights", 0, [] { return check::largest({choices(2, 512), choices(512, 2)}); });
   const Embeddings<BFloat16> ragged(131, 261, 24, 7, 20, 1), sharp(70, 135, 40, 0, 100, 1);
   const Embeddings<Half> half(67, 131, 33, 3, 10, 1);

@@ -205,13 +205,13 @@ class Device:
         from gapkern import _search
         from gapkern.ops.contrastive import dispatch
 
-        unsupported_reason = dispatch.unsupported_reason
+        reason = dispatch.unsupported_reason
         with contextlib.ExitStack() as changes:
             for owner, name, as_on_cuda in (
                 (
                     dispatch,
                     "unsupported_reason",
-                    lambda _, *rest, **named: unsupported_reason(torch.device("cuda", 0), *rest, **named),
+                    lambda _, *rest, **named: reason(torch.device("cuda", 0), *rest, **named),
                 ),
                 (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
                 (_search, "has_tiles", lambda gallery: gallery.dtype != torch.float64),

@@ -15,11 +15,25 @@ def _mistakes():
         problem=kept,
     )
     yield of(
-        "no barrier before a bulk store",
-        ("race", "missing proxy fence", "uninitialised"),
+        "no barrier before columns are added",
+        ("race", "uninitialised"),
+        SUMS,
+        (r"bar\.sync %r\d+, %r\d+;", GONE, 0),
+        problem=sums,
+    )
+    yield of(
+        "a column sum over the scratch of a store in flight",
+        "race",
         KEPT,
-        (r"(fence\.proxy\.async\.shared::cta;\s*\}\s*mov\.u32 %r\d+, 256;\s*)bar\.sync %r\d+, %r\d+;", r"\1"),
+        (r"cp\.async\.bulk\.wait_group\.read 0;", GONE, 0),
         problem=kept,
+    )
+    yield of(
+        "a first group that does not say it is done",
+        "deadlock",
+        SUMS,
+        (r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", GONE, 0),
+        problem=sums,
     )
     yield of(
         "a bulk store that nobody waits for",
@@ -114,7 +128,7 @@ def _mistakes():
         "a misplaced stage",
         ("race", "misaligned", "uninitialised", "wrong result"),
         SUMS,
-        (r"(add\.s32 %r\d+, %r\d+), 17408;", r"\1, 17536;"),
+        (r"(add\.s32 %r\d+, %r\d+), 9216;", r"\1, 9344;"),
         problem=sums,
     )
     yield of(

@@ -283,7 +283,7 @@ void types(const std::string& prefix) {
 }  // namespace
 
 void memory_handlers() {
-  types<Space::global, false>("ld.global");
+  for (const char* form : {"ld.global", "ld.global.nc"}) types<Space::global, false>(form);
   types<Space::global, true>("st.global");
   types<Space::shared, false>("ld.shared");
   types<Space::shared, true>("st.shared");

@@ -7,7 +7,7 @@ import torch
 from . import problems
 from .device import Device, quiet
 
-SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_t", "KeptSums", "GradientsINS_10bfloat16_t"
+SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_tEv", "4SumsINS_10bfloat16_tES", "GradientsINS_10bfloat16_t"
 COLUMN_SUM, SHIFTED, NEAREST = "sum_rowsIfLi4E", "apply_rowsIfLi4ELb1E", "nearest_tilesIfLb1E"
 LSE_TILES, BITS = "lse_tilesIfLb1E", "WriteBits"
 

@@ -104,16 +104,15 @@ def float16_gradients_of_kept(device):
     kept[:, :m] = torch.exp2(control[0] * (x.float() @ y.float().T) + control[1])
     row, col = (logits.logsumexp(i) / math.log(2) for i in (1, 0))
     grads = [torch.full((k,), 0.5, dtype=torch.float64) for k in (n, m, n)]
-    for apart in (0.0, 1.0):
+    for separate in (0.0, 1.0):
         positive = torch.linalg.vecdot(x.double(), y[:n].double())
-        if apart:
-            weights = [(g.log2() - v).float() for g, v in ((grads[0], row), (grads[1], col))]
-            weights = [(w.view(torch.int32) & ~1).view(torch.float32) for w in weights]  # the last bit is the sign
-        else:
-            weights = [
-                (g * torch.exp2(-v - control[1].double())).float() for g, v in ((grads[0], row), (grads[1], col))
-            ]
-        arguments = (x, y, scale, control, torch.tensor([apart]), *weights, kept, positive, row, col, *grads, 0)
+        exponents = [g.log2() - v for g, v in ((grads[0], row), (grads[1], col))]
+        common = [torch.exp2(v - control[1].double()).float() for v in exponents]
+        weights = [  # told apart by the last bit; the one before is a separate weight's sign
+            (v.float().view(torch.int32) & ~3 | 1 if separate else w.view(torch.int32) & ~1).view(torch.float32)
+            for v, w in zip(exponents, common, strict=True)
+        ]
+        arguments = (x, y, scale, control, torch.tensor([separate]), *weights, kept, positive, row, col, *grads, 0)
         ds = device.call("contrastive_sm90_gradient", *arguments)[:, :m]
         truth = 0.5 * (logits.softmax(1) + logits.softmax(0))
         truth[torch.arange(n), torch.arange(n)] += 0.5
@@ -128,7 +127,7 @@ def elements_near(found, truth, epsilon, scale=1.0):
     assert not off.any(), f"{int(off.sum())} elements, first at {off.nonzero()[0].tolist()}"
 
 
-def gradient_elements(device, n, m, d, dtype, keep, apart=False):
+def gradient_elements(device, n, m, d, dtype, keep, separate=False):
     """dS of the softmax losses, element by element, from weights of one size."""
     x, y = pair(n, m, d, dtype)
     scale, norms = torch.tensor(3.0), [torch.ones(n), torch.ones(m)]
@@ -143,11 +142,13 @@ def gradient_elements(device, n, m, d, dtype, keep, apart=False):
     elements_near(3 * positive, logits.diagonal(), 1e-5)
     grads = [1 + torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (n, m, n)]
     grads[1] *= m / n
-    if apart:
-        grads[0][0] = 1e-70  # its weight leaves float32
+    if separate:  # weights that leave float32, of a row and a column in tiles that have others too
+        grads[0][0] = 1e-70
+        grads[1][m - 1] = -1e-70
     row2, col2 = row / math.log(2), col / math.log(2)
     weights = device.call("contrastive_sm90_weights", row2, col2, *grads[:2], control)
-    assert bool(weights[2]) == apart
+    assert bool(weights[2]) == separate
+    assert sum(int((w.view(torch.int32) & 1).sum()) for w in weights[:2]) == 2 * separate
     ds = device.call(
         "contrastive_sm90_gradient",
         x,
@@ -374,20 +375,21 @@ def _kernels():
     yield softmax_statistics, (1, 1, 8, bf16, kept), {}
     for work_bytes in (0, *on_gpu(kept)):
         yield softmax_statistics, (130, 300, 64, f32, work_bytes), {"offset": 7}
-    # Sums that need the repair, gradients apart.
+    # Sums that need the repair, separate weights.
     norms = [(5.0, 100.0), (20.0, 100.0), *on_gpu(*itertools.product((0.1, 1.0, 5.0, 30.0), (1.0, 14.3, 50.0)))]
     for (size, scale), work_bytes in itertools.product(norms, (0, kept)):
         yield softmax_statistics, (140, 270, 32, bf16, work_bytes), {"size": size, "scale": scale}
     yield softmax_statistics, (140, 270, 32, f16, 0), {"size": 8.0, "scale": 20.0}
     yield float16_gradients_of_kept, (), {}
-    for dtype, keep, apart in (
+    for dtype, keep, separate in (
         (bf16, False, False),
         (bf16, True, False),
         (bf16, False, True),
+        (bf16, True, True),
         (f16, False, False),
         (f16, False, True),
     ):
-        yield gradient_elements, (140, 300, 72, dtype, keep, apart), {}
+        yield gradient_elements, (140, 300, 72, dtype, keep, separate), {}
     yield gradient_elements, (70, 1290, 8, bf16, False), {}  # more tiles than a loop's unrolling
     for dtype in (bf16, f16):
         yield sigmoid_elements, (140, 300, 72, dtype), {}

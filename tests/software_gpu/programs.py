@@ -16,7 +16,7 @@ from .forms import LOAD, REGISTER, STORE, TEXT, program
 
 BYTES = {"u8": 1, "s8": 1, "u16": 2, "u32": 4, "f32": 4, "u64": 8, "f64": 8}
 WIDTH = {1: "h", 2: "h", 4: "w", 8: "d"}
-_MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([24]))?\.([usf]\d+)$")
+_MEMORY = re.compile(r"(ld|st)\.(global|shared|param)(?:\.nc)?(?:\.v([24]))?\.([usf]\d+)$")
 
 
 def is_memory(form: str) -> bool:
@@ -101,14 +101,16 @@ def votes(device: Device) -> set[str]:
     body = """.reg .b32 %x, %y; .reg .pred %p, %q; .reg .b64 %z; and.b32 %x, %t, 5; setp.eq.s32 %p, %x, 4;
 vote.sync.ballot.b32 %y, %p, -1; add.s64 %z, %a0, %o; st.global.u32 [%z], %y;
 mov.u32 %x, 0; elect.sync %y|%q, -1; @%q mov.s32 %x, 1; shl.b32 %x, %x, 8; or.b32 %x, %x, %y;
-st.global.u32 [%z+4], %x;"""
-    out = torch.zeros(64, dtype=torch.int32)
-    device.run(program(body, 1), "k", [out])
-    votes, elected = out.numpy().view(np.uint32).reshape(32, 2).T
+st.global.u32 [%z+4], %x; vote.sync.any.pred %q, %p, -1; selp.u32 %x, 1, 0, %q; setp.gt.u32 %p, %t, 31;
+vote.sync.any.pred %q, %p, -1; selp.u32 %y, 2, 0, %q; or.b32 %x, %x, %y; bar.warp.sync -1; st.global.u32 [%z+8], %x;"""
+    out = torch.zeros(128, dtype=torch.int32)
+    device.run(program(body.replace("add.s64 %z, %a0, %o;", "shl.b64 %z, %o, 1; add.s64 %z, %a0, %z;"), 1), "k", [out])
+    votes, elected, any_of, _ = out.numpy().view(np.uint32).reshape(32, 4).T
+    assert (any_of == 1).all()
     assert (votes == sum(1 << i for i in range(32) if i & 5 == 4)).all()
     assert ((elected & 255) == 0).all()
     assert (elected >> 8 == (np.arange(32) == 0)).all()
-    return {"vote.sync.ballot.b32", "elect.sync"}
+    return {"vote.sync.ballot.b32", "vote.sync.any.pred", "bar.warp.sync", "elect.sync"}
 
 
 def branches(device: Device) -> set[str]:

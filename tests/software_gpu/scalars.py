@@ -244,7 +244,7 @@ def _table():
     for t in ("s32", "s64"):
         yield Scalar(f"neg.{t}", t, (t,), np.negative)
     yield Scalar("mad.lo.s32", "s32", ("s32",) * 3, lambda a, b, c: a * b + c)
-    for small, large in (("s32", "s64"), ("u32", "u64")):
+    for small, large in (("u16", "u32"), ("s32", "s64"), ("u32", "u64")):
         yield Scalar(f"mul.wide.{small}", large, (small, small), _wide(TYPES[large]))
     for t in ("s32", "u32", "s64", "u64"):
         yield Scalar(f"mul.hi.{t}", t, (t, t), _high)
@@ -268,6 +268,8 @@ def _table():
     yield Scalar("add.rz.f32", "f32", ("f32", "f32"), each(_add_to_zero, np.float32))
     yield Scalar("ex2.approx.f32", "f32", ("f32",), lambda a: np.exp2(a.astype(np.float64)).astype(np.float32), 2**-21)
     yield Scalar("ex2.approx.ftz.f32", "f32", ("f32",), _flushed(np.exp2), 2**-21)
+    # Within 2^-22 of the result outside [1/2, 2], and absolutely inside.
+    yield Scalar("lg2.approx.ftz.f32", "f32", ("f32",), _flushed(np.log2), 2**-18)
     yield Scalar("rcp.approx.ftz.f32", "f32", ("f32",), _flushed(lambda x: 1 / x), 2**-22)
     yield Scalar("rcp.approx.ftz.f64", "f64", ("f64",), _upper_reciprocal, 2**-18)
     comparisons = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater}
@@ -291,7 +293,7 @@ def _table():
     yield Scalar("mov.pred", "pred", ("pred",), lambda a: a)
     for to, source in (("u16", "u32"), ("u32", "u16"), ("u32", "u64"), ("u64", "u32"), ("s64", "s32"), ("f64", "f32")):
         yield Scalar(f"cvt.{to}.{source}", to, (source,), lambda a, to=to: a.astype(TYPES[to]))
-    for to, source in (("f32", "f64"), ("f32", "s32"), ("f64", "s32"), ("f64", "s64")):
+    for to, source in (("f32", "f64"), ("f32", "s32"), ("f32", "u32"), ("f64", "s32"), ("f64", "s64")):
         yield Scalar(f"cvt.rn.{to}.{source}", to, (source,), lambda a, to=to: a.astype(TYPES[to]))
     for to, source in (("s32", "f32"), ("s32", "f64"), ("s64", "f64")):
         yield Scalar(f"cvt.rzi.{to}.{source}", to, (source,), _truncate(TYPES[to]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
-from gapkern.ops.products import matmul
+from gapkern.ops.products import add_matmul, matmul, write_matmul
 
 CHUNK_ELEMENTS = 2**24  # logits at a time: 64 MiB in float32
 CUDA_CHUNK_ELEMENTS = 2**26  # enough rows that the products fill a large GPU
@@ -61,15 +61,15 @@ class _Gradients:
 
     def add(self, rows: slice, ds: Tensor, of_scale: Tensor, row_sums: Tensor, col_sums: Tensor) -> None:
         """ds (n, M); the others are partial sums, to be added over their first dimension."""
-        x, y, dtype = self.logits.images, self.logits.texts, self.logits.dtype
+        x, y = self.logits.images, self.logits.texts
         self.of_scale += of_scale.sum()
         if self.logits.euclidean:
             self.row_sums[rows] = row_sums.sum(0)
             self.column_sums += col_sums.sum(0)
         if self.needs[0]:
-            self.dx[rows] = matmul(ds, y, dtype)
+            write_matmul(self.dx[rows], ds, y)
         if self.needs[1]:
-            self.dy += matmul(ds.T, x[rows], dtype)
+            add_matmul(self.dy, ds.T, x[rows])
 
     def finish(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = scale.to(self.logits.dtype)

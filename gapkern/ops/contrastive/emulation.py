@@ -74,27 +74,28 @@ def weights(
     grad_col: Tensor,  # (M,) float64
     control: Tensor,  # (2,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of rows (N,) and columns (M,), and whether they are separate (1,), float32.
+    """Weights of rows (N,) and columns (M,), and whether any is separate (1,), float32.
 
-    dS_ij = e_ij (row_weight_i + col_weight_j), with weights grad 2^(c - lse2). Where float32 cannot represent such a
-    weight, rows and columns get separate exponentials: the weight is then the exponent log2 |grad| - lse2, the sign of
-    grad in its last bit.
+    dS_ij = e_ij (row_weight_i + col_weight_j), with common weights grad 2^(c - lse2), their lowest bit 0. Where float32
+    cannot represent such a weight or its exponentials, the row or column has a separate weight: the exponent
+    log2 |grad| - lse2, its lowest bit 1 and the sign of grad in bit 1.
     """
     c = control[1].double()
 
-    def unsafe(lse2: Tensor, grad: Tensor, terms: int) -> Tensor:
-        exponent = grad.abs().log2() - lse2 - c
-        representable = (grad == 0) | (exponent.abs() <= _WEIGHT_RANGE)
-        return ~((lse2 + c >= math.log2(terms) + _FLOOR) & representable).all()
+    def weight(lse2: Tensor, grad: Tensor, terms: int) -> Tensor:
+        exponent = grad.abs().log2() - lse2
+        representable = (grad == 0) | ((exponent - c).abs() <= _WEIGHT_RANGE)
+        is_common = (lse2 + c >= math.log2(terms) + _FLOOR) & representable
+        common = (grad * torch.exp2(-lse2 - c)).float().view(torch.int32) & ~1
+        separate = (exponent.clamp(-1e30, 1e30).float().view(torch.int32) & ~3) | (grad < 0).int() << 1 | 1
+        return torch.where(is_common, common, separate).view(torch.float32)
 
-    separate = unsafe(row_lse2, grad_row, len(col_lse2)) | unsafe(col_lse2, grad_col, len(row_lse2))
+    found = weight(row_lse2, grad_row, len(col_lse2)), weight(col_lse2, grad_col, len(row_lse2))
+    return *found, torch.cat([_is_separate(w) for w in found]).any().float().reshape(1)
 
-    def weight(lse2: Tensor, grad: Tensor) -> Tensor:
-        exponent = (grad.abs().log2() - lse2).clamp(-1e30, 1e30).float()
-        encoded = (exponent.view(torch.int32) & ~1) | (grad < 0).int()
-        return torch.where(separate, encoded.view(torch.float32), (grad * torch.exp2(-lse2 - c)).float())
 
-    return weight(row_lse2, grad_row), weight(col_lse2, grad_col), separate.float().reshape(1)
+def _is_separate(weight: Tensor) -> Tensor:
+    return weight.view(torch.int32) & 1 == 1
 
 
 def gradient(
@@ -102,7 +103,7 @@ def gradient(
     texts: Tensor,  # (M, D)
     logit_scale: Tensor,
     control: Tensor,  # (2,)
-    apart: Tensor,  # (1,): whether the weights are separate
+    separate: Tensor,  # (1,): whether any weight is separate
     row_weight: Tensor,  # (n,)
     col_weight: Tensor,  # (M,)
     kept: Tensor,  # (n, pitch) bfloat16 exponentials, or empty
@@ -117,15 +118,19 @@ def gradient(
     """dS (n, pitch) in the embeddings' dtype; at the labels from the float64 statistics."""
     m = texts.shape[0]
     v = control[0] * (images.float() @ texts.float().T)
-    e = kept[:, :m].float() if kept.numel() else torch.exp2(v + control[1])
+    e = torch.exp2(v + control[1])
+    if kept.numel():  # where a weight is separate they may have been flushed
+        e = torch.where(separate.bool(), e, kept[:, :m].float())
 
-    def separate(weight: Tensor) -> Tensor:
-        sign = 1 - 2 * (weight.view(torch.int32) & 1)
-        return sign * torch.exp2(v + weight)
+    def term(weight: Tensor) -> Tensor:
+        is_separate = _is_separate(weight)
+        exponent = torch.where(is_separate, weight, weight.abs().log2() + control[1])
+        negative = torch.where(is_separate, weight.view(torch.int32) & 2 != 0, weight < 0)
+        return torch.where(negative, -1, 1) * torch.exp2(v + exponent)
 
-    common = e * (row_weight[:, None] + col_weight)
+    a, b = row_weight[:, None], col_weight
     ds = images.new_full((images.shape[0], row_pitch(m)), float("nan"))
-    ds[:, :m] = torch.where(apart.bool(), separate(row_weight[:, None]) + separate(col_weight), common)
+    ds[:, :m] = torch.where(_is_separate(a) | _is_separate(b), term(a) + term(b), e * (a + b))
     labels = slice(label_offset, label_offset + len(images))
     w = _LOG2E * logit_scale.reshape(()).double() * positive
     at_label = grad_row * torch.exp2(w - row_lse2) + grad_col[labels] * torch.exp2(w - col_lse2[labels]) + grad_positive

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
-from gapkern.ops.products import matmul
+from gapkern.ops.products import add_matmul, write_matmul
 
-SUPER_ROWS = 16384  # rows per call of contrastive_sm90_sums, which holds the partial sums of their tiles
-GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB
+SUPER_ROWS = 8192  # rows per call of contrastive_sm90_sums: they stay in L2 while the texts pass
+GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB,
+LARGEST_GRADIENT, GRADIENT_ROWS = 2**30, 4096  # or 2 GiB for so many rows: dY is read and written once for each chunk
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and columns of a product's tile, and the SMs of an H100
 
 _LN2 = math.log(2.0)
@@ -52,11 +53,19 @@ def _chunks(n: int, kept: int, step: int) -> Iterator[slice]:
 
 
 def _gradient_rows(n: int, m: int, d: int) -> int:
-    """Rows of dS at a time: within GRADIENT_ELEMENTS, and such that the tiles of dX are whole waves of the SMs."""
-    most = max(TILE, GRADIENT_ELEMENTS // m // TILE * TILE)
+    """Rows of dS at a time: pairs of tiles, as clusters have them, and where it fits whole waves of dX's tiles."""
+    pair = 2 * TILE
+    most = max(GRADIENT_ELEMENTS // m, min(GRADIENT_ROWS, LARGEST_GRADIENT // m)) // pair * pair or pair
     across = -(-d // WIDTH)
-    wave = TILE * (MULTIPROCESSORS // math.gcd(MULTIPROCESSORS, across))
+    wave = TILE * math.lcm(2, MULTIPROCESSORS // math.gcd(MULTIPROCESSORS, across))
     return min(n, most // wave * wave or most)
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in `dtype`, in one pass over memory; `gradient` may be overwritten."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 def _control(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
@@ -103,8 +112,9 @@ def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, T
         side, gradient = (x, dx) if by_rows else (y, dy)
         of_scale = (torch.linalg.vecdot(side.float(), gradient).sum(dtype=torch.float64) / loss_scale).reshape(1)
     factor = (logit_scale.reshape(()).double() / loss_scale).float()
-    dx = dx * factor if needs[0] else dx.new_empty(0)
-    return dx.to(arguments.images.dtype), (dy * factor).to(arguments.texts.dtype), of_scale.to(logit_scale.dtype)
+    dx = dx if needs[0] else dx.new_empty(0)
+    dx, dy = _times(dx, factor, arguments.images.dtype), _times(dy, factor, arguments.texts.dtype)
+    return dx, dy, of_scale.to(logit_scale.dtype)
 
 
 def _unscaled_gradients(
@@ -127,7 +137,7 @@ def _unscaled_gradients(
             texts=y,
             logit_scale=arguments.logit_scale,
             control=control,
-            apart=separate,
+            separate=separate,
             row_weight=row_weight[rows],
             col_weight=col_weight,
             kept=exponentials[rows],
@@ -140,9 +150,9 @@ def _unscaled_gradients(
             label_offset=rows.start + arguments.label_offset,
         )[:, :m]
         if needs[0]:
-            dx[rows] = matmul(ds, y, torch.float32)
+            write_matmul(dx[rows], ds, y)
         if needs[1]:
-            dy += matmul(ds.T, x[rows], torch.float32)
+            add_matmul(dy, ds.T, x[rows])
     return dx, dy
 
 
@@ -169,9 +179,9 @@ def sigmoid_loss(
         )
         sums += of_rows.sum(1)
         if needs[0]:
-            dx[rows] = matmul(ds[:, :m], y, torch.float32)
+            write_matmul(dx[rows], ds[:, :m], y)
         if needs[1]:
-            dy += matmul(ds[:, :m].T, x[rows], torch.float32)
+            add_matmul(dy, ds[:, :m].T, x[rows])
     scale = logit_scale.reshape(()).float()
     loss, of_bias, of_scale = (v.clone() for v in sums)
-    return loss, dx * scale, dy * scale, of_scale, of_bias
+    return loss, _times(dx, scale, dx.dtype), _times(dy, scale, dy.dtype), of_scale, of_bias
