@@ -1,7 +1,7 @@
 """`gapkern gap`: the metrics of a pair of embedding files."""
 
 from gapkern import files, layout
-from gapkern.cli import common
+from gapkern.cli import common, mixed
 
 
 def add(verbs) -> None:
@@ -10,7 +10,8 @@ def add(verbs) -> None:
         help="measure the modality gap of paired embeddings",
         description="Measures the modality gap of paired embeddings: row i of IMAGES belongs to row i of TEXTS, which "
         "is checked where both are known by name. A folder of 'gapkern embed' stands for its images, or texts. Files "
-        "are .npy or .safetensors; 'file.npy[0]' takes the first matrix of a stack, 'file.safetensors[key]' a tensor.",
+        "are .npy or .safetensors; 'file.npy[0]' takes the first matrix of a stack, 'file.safetensors[key]' a tensor. "
+        "'gapkern gap mixed --help': images and texts in one gallery.",
     )
     parser.add_argument("images", help="embeddings of the first modality, (N, D)")
     parser.add_argument("texts", help="embeddings of the second, (N, D)")
@@ -18,6 +19,7 @@ def add(verbs) -> None:
     parser.add_argument("--out", help="write the metrics to this JSON file too")
     common.add_json(parser)
     parser.set_defaults(run=run)
+    parser.actions["mixed"] = mixed.parser(type(parser))
 
 
 def run(arguments) -> int:

@@ -4,6 +4,7 @@ from gapkern.gap.baselines import BASELINES
 from gapkern.gap.estimator import NotFittedError
 from gapkern.gap.meanshift import MeanShift
 from gapkern.gap.metrics import gap_metrics
+from gapkern.gap.mixed import MixedShift, fuse
 from gapkern.gap.projection import Projection
 
-__all__ = ["BASELINES", "MeanShift", "NotFittedError", "Projection", "gap_metrics"]
+__all__ = ["BASELINES", "MeanShift", "MixedShift", "NotFittedError", "Projection", "fuse", "gap_metrics"]
