@@ -181,6 +181,22 @@ class Projection(TwoSided[Fit]):
         matrix = self._checked("queries", queries, len(fit.mean), model)
         return _like(queries, _mapped(matrix, fit, self.metric, bool(self.reduce), matrix.dtype))
 
+    @isolated
+    def offsets(self, queries: Tensor | np.ndarray, *, model: str | None = None) -> Tensor:
+        """(Q,) float64: each query's own distance to the hull, which projecting removes; on the CPU.
+
+        By inner product and cosine too it is the part of y - mu outside of V, which changes no order.
+
+        Example:
+            >>> gallery = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+            >>> Projection("exact").fit(gallery).offsets(torch.tensor([[2.0, 0.5, 0.5], [3.0, 0.2, 0.8]])).tolist()
+            [2.0, 3.0]
+        """
+        self.check_parameters()
+        fit = self._fit("offsets")
+        y = self._checked("queries", queries, len(fit.mean), model)
+        return _offsets(y, fit)
+
     def save(self, path: str | os.PathLike[str], *, made_from: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file; a file of that name is replaced only once the new one is complete.
 
@@ -226,9 +242,8 @@ def _fit(gallery: Side, queries: Side, wanted: int | float | str, agreement: flo
         return Fit(mean, basis, torch.nan, torch.nan)
     found = Fit(mean, basis, 0.0, 0.0)
     y = queries.sample.rows
-    outside = y.double() - _mapped(y, Fit(mean, basis, 0, 0), "l2", False, torch.float64)
     kept = _keeper(gallery.sample.rows, y, metric)(found)
-    return Fit(mean, basis, float(outside.norm(dim=1).mean()), kept)
+    return Fit(mean, basis, float(_offsets(y, found).mean()), kept)
 
 
 def _basis(gallery: Side, queries: Side, wanted: int | float | str, agreement: float, metric: str) -> Tensor:
@@ -262,6 +277,12 @@ def _keeper(gallery: Tensor, queries: Tensor, metric: str) -> Callable[[Fit], fl
         return float((after == before).double().mean())
 
     return keeps
+
+
+def _offsets(x: Tensor, fit: Fit) -> Tensor:
+    """(n,) float64: distances to the hull."""
+    parts = [rows.cpu().double() - _mapped(rows.cpu(), fit, "l2", False, torch.float64) for rows in batches(x.detach())]
+    return torch.cat([part.norm(dim=1) for part in parts]) if parts else torch.empty(0, dtype=torch.float64)
 
 
 def _mapped(x: Tensor, fit: Fit, metric: str, reduce: bool, dtype: torch.dtype) -> Tensor:
