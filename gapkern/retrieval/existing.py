@@ -107,7 +107,8 @@ def repair(
         lookup.tune(index, parameters, kind)
     k = _check.integer("k", k, low=1, high=index.ntotal)
     rows, ids, source = _rows(index, embeddings, path, kind)
-    projection = Projection(n_components, metric, agreement, model=model).fit(rows, y[::2])
+    centred = metric == "ip" and families.about_centres(index)
+    projection = Projection(n_components, metric, agreement, model=model, centred=centred).fit(rows, y[::2])
     held = y[1::2]
     true = ids[search(held, rows, k, metric=metric)[1]]
     projected = projection.transform_queries(held)

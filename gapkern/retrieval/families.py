@@ -199,6 +199,11 @@ def scores_decoded(index: Any, metric: str) -> bool:
     return True
 
 
+def about_centres(index: Any) -> bool:
+    """Whether scores err by <y - centre, e>, e the code's error: RaBitQ's, flat or in lists."""
+    return any("RaBitQ" in type(part).__name__ for part in parts(index, quantizers=False))
+
+
 def code_range(index: Any) -> tuple[float, float] | None:
     """The least and the largest value that a code keeps, where it is one of values as they are; None elsewhere."""
     module = faiss()
