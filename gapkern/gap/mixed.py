@@ -174,6 +174,7 @@ class MixedShift(Estimator):
         x = squarable(name, _check.finite(name, x))
         return unit(x.to(torch.promote_types(x.dtype, torch.float32))) if self.method == "means" else x
 
+    @isolated
     def merge(self, other: "MixedShift") -> "MixedShift":
         """Adds what another of the same method, fitted elsewhere on other rows, has seen. Returns self."""
         if not isinstance(other, MixedShift):
@@ -278,6 +279,7 @@ class MixedShift(Estimator):
             done += len(rows)
         return moved
 
+    @isolated
     def transform(self, gallery: Any, modality: Any, *, model: str | None = None) -> Any:
         """The rows (G, D), each by its modality: one name for all, or one each; shape, dtype and kind of the input."""
         matrix = self._checked("gallery", gallery, model)
@@ -290,6 +292,7 @@ class MixedShift(Estimator):
             moved[chosen] = self._moved(matrix[chosen], vector, self.method == "means" and name != FUSED)
         return moved.numpy() if isinstance(gallery, np.ndarray) else moved
 
+    @isolated
     def transform_queries(self, queries: Any, *, model: str | None = None) -> Any:
         """N(N(y) - mu_q) for "means"; for "shift" the queries as they are."""
         matrix = self._checked("queries", queries, model)
