@@ -1,5 +1,7 @@
 """`gapkern gap`: the metrics of a pair of embedding files."""
 
+from typing import Any
+
 from gapkern import files, layout
 from gapkern.cli import common, mixed
 
@@ -57,7 +59,7 @@ def run(arguments) -> int:
 
         verdicts = assess(images, texts, arguments.logit_scale, gallery=arguments.assess)
     if arguments.out or arguments.json:
-        told = metrics | {"inputs": {name: made_from(path, name=name) for name, path in places.items()}}
+        told: dict[str, Any] = metrics | {"inputs": {name: made_from(path, name=name) for name, path in places.items()}}
         if verdicts:
             told["verdicts"] = [vars(verdict) for verdict in verdicts]
     if arguments.out:

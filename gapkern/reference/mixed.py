@@ -25,14 +25,14 @@ def document(
         >>> document(torch.tensor([3.0, 4.0]), None, torch.tensor([0.6, 0.0])).tolist()
         [0.0, 1.0]
     """
-    zero = torch.zeros(len(text if text is not None else image), dtype=torch.float64)
-    of_text, of_image = (zero if mean is None else mean.double() for mean in (text_mean, image_mean))
-    if image is None:
+    of_text, of_image = (0.0 if mean is None else mean.double() for mean in (text_mean, image_mean))
+    if text is not None and image is not None:
+        both = weight * unit(text) + (1 - weight) * unit(image)
+        return unit(both - (weight * of_text + (1 - weight) * of_image))
+    if text is not None:
         return unit(unit(text) - of_text)
-    if text is None:
-        return unit(unit(image) - of_image)
-    both = weight * unit(text) + (1 - weight) * unit(image)
-    return unit(both - (weight * of_text + (1 - weight) * of_image))
+    assert image is not None
+    return unit(unit(image) - of_image)
 
 
 def query(text: Tensor, mean: Tensor | None = None) -> Tensor:

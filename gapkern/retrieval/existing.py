@@ -17,9 +17,8 @@ from gapkern import _check, layout
 from gapkern._ambient import isolated
 from gapkern._search import search
 from gapkern.gap import Projection
-from gapkern.retrieval import families, lookup, store, stored
+from gapkern.retrieval import certified, families, lookup, store, stored
 from gapkern.retrieval._faiss import errors, faiss
-from gapkern.theory import Certificates, certify
 
 ENDINGS = (".index", ".faiss", ".bin", ".ivf")
 CHUNK = 2**14  # queries searched at once
@@ -39,7 +38,7 @@ class Repair:
         gain, error: recall_after - recall_before, and its standard error.
         worth: both are not lower, and recall or agreement higher by more than their standard error.
         certified_before, certified_after: share whose first neighbour the codes cannot have changed, by `certify`; None
-            without `embeddings`, or where the index scores otherwise than by what it decodes to. Of codes alone: what
+            without embeddings, or where the index scores otherwise than by what it decodes to. Of codes alone: what
             lists or a graph leave out is not in it.
     """
 
@@ -119,7 +118,7 @@ def repair(
     gain, error = _difference(*shares)
     more, its = _difference(*first)
     worth = min(gain, more) >= 0 and (gain > error or more > its)
-    sure = _certificates(index, rows, held, projection) if source == "embeddings" else None
+    sure = certified.certificates(index, rows, held, projection) if source == "embeddings" else None
     result = Repair(
         index=kind,
         metric=metric,
@@ -187,7 +186,15 @@ def _innermost(index: Any) -> Any:
 
 def _rows(index: Any, embeddings: Any, path: Path, kind: str) -> tuple[Tensor, Tensor, str]:
     """Rows (G, D), their ids (G,), and where the rows are from."""
-    ids = _ids(index)
+    module = faiss()
+    ivf = families.lists_of(index)
+    outer = module.downcast_index(index)
+    if ivf is not None:
+        ids = stored.ids(index)
+    elif isinstance(outer, module.IndexIDMap):
+        ids = module.vector_to_array(outer.id_map)
+    else:
+        ids = np.arange(index.ntotal)
     if embeddings is not None:
         rows = _check.finite("embeddings", _check.matrix("embeddings", embeddings, rows="G")).detach().cpu()
         if rows.shape != (index.ntotal, index.d):
@@ -199,36 +206,12 @@ def _rows(index: Any, embeddings: Any, path: Path, kind: str) -> tuple[Tensor, T
     if not families.decodes(index):
         raise ValueError(f"existing: expected {expected}")
     with errors("existing", expected):
-        rows = _decoded(index, ids, kind)
+        if ivf is not None:
+            decoded = stored.vectors(index, ids, kind)
+        else:
+            decoded = _innermost(index).reconstruct_n(0, index.ntotal)
+    rows = _check.finite("existing", torch.from_numpy(decoded))
     return rows, torch.from_numpy(ids), "index" if _holds_rows(index) else "codes"
-
-
-def _decoded(index: Any, ids: np.ndarray, kind: str) -> Tensor:
-    """What the index has of the ids (G, D): of inverted lists in any order, elsewhere in that of the rows."""
-    inverted = families.lists_of(index) is not None
-    found = stored.vectors(index, ids, kind) if inverted else _innermost(index).reconstruct_n(0, index.ntotal)
-    return _check.finite("existing", torch.from_numpy(found))
-
-
-def _certificates(index: Any, rows: Tensor, queries: Tensor, projection: Projection) -> Certificates | None:
-    """What the errors of the codes of `rows`, which are in the order of their ids, leave certain."""
-    if not families.decodes(index) or not families.scores_decoded(index, projection.metric):
-        return None
-    held = _ids(index)
-    with errors("existing", "an index whose codes FAISS decodes"):
-        decoded = _decoded(index, held, type(_innermost(index)).__name__)
-    return certify(queries, rows, decoded[torch.from_numpy(held.argsort(kind="stable"))], projection)
-
-
-def _ids(index: Any) -> np.ndarray:
-    """Its ids, in the order of its rows or lists."""
-    module = faiss()
-    outer = module.downcast_index(index)
-    if families.lists_of(index) is not None:
-        return stored.ids(index)  # type: ignore[no-any-return]
-    if isinstance(outer, module.IndexIDMap):
-        return module.vector_to_array(outer.id_map)  # type: ignore[no-any-return]
-    return np.arange(index.ntotal)
 
 
 def _holds_rows(index: Any) -> bool:
