@@ -241,8 +241,8 @@ class Projection(TwoSided[Fit]):
         facts, tensors = saved.read(path, "Projection")
         with saved.blame(path):
             names = ("n_components", "metric", "agreement", "reduce", "model")
-            centred = facts.get("centred", False)
-            projection = Projection(*(facts[name] for name in names), centred=centred).check_parameters()
+            parameters = {name: facts[name] for name in names} | {"centred": facts.get("centred", False)}
+            projection = Projection(**parameters).check_parameters()
             mean, basis = (_check.finite(name, tensors[name]) for name in ("mean", "basis"))
             if basis.dim() != 2 or mean.shape != basis.shape[:1] or {mean.dtype, basis.dtype} != {torch.float64}:
                 raise ValueError(f"basis: expected float64 (D, k), got {tuple(basis.shape)} of {basis.dtype}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def unit(x: Tensor) -> Tensor:
     """x / ||x||, (D,) float64."""
-    return x.double() / x.double().norm()
+    return x.double() / torch.linalg.vector_norm(x.double())
 
 
 def document(
