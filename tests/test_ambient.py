@@ -18,14 +18,14 @@ from gapkern._ambient import isolated, isolation, steps
 from gapkern._logs import quiet
 from gapkern._threads import one_thread
 from gapkern.dynamics import descend, evaluate, isotropic_gaussians, measure, tight_clusters
-from gapkern.evaluation import classification, multiple_choice, retrieval, templates
+from gapkern.evaluation import classification, mixed_retrieval, multiple_choice, retrieval, templates
 from gapkern.evaluation.tasks import Settings
-from gapkern.gap import BASELINES
+from gapkern.gap import BASELINES, MixedShift, fuse, gap_structure
 from gapkern.perturb import perturb
 from gapkern.ranks import Rows
 from gapkern.retrieval import recall
 from gapkern.robustness import robustness
-from gapkern.theory import assess, freeze, leading_gradient, orthogonality, preservation, robustness_curve
+from gapkern.theory import assess, certify, freeze, leading_gradient, orthogonality, preservation, robustness_curve
 
 faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
 
@@ -120,9 +120,20 @@ def indexes(x, y):
     )
 
 
+def mixed(x, y):
+    names = ["image", "text", "fused"] * 16
+    found = [MixedShift(method).fit(y, x, names) for method in ("means", "shift")]
+    labels = torch.arange(48, device="cpu")
+    outcomes = [mixed_retrieval(x, y, names, labels, labels, shift=shift).to_dict() for shift in [None, *found]]
+    return outcomes, fuse(x, y), [shift.transform(y, names) for shift in found]
+
+
 ENTRIES = {
     "gap_metrics": lambda x, y: gap_metrics(x, y),
+    "gap_structure": lambda x, y: gap_structure(x, y, labels=torch.arange(48, device="cpu") % 5),
     "baselines": fitted_baselines,
+    "mixed": mixed,
+    "certify": lambda x, y: certify(x, y, y + 0.1, Projection("exact").fit(y[:20], x)).to_dict(),
     "mean_shift": shifts,
     "perturb": perturbed,
     "robustness": robust,

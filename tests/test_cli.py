@@ -48,6 +48,21 @@ def test_gap(pair, capsys):
     assert "\x1b" not in out
 
 
+def test_gap_says_what_holds_and_what_projecting_buys(pair, capsys):
+    from gapkern.theory import assess
+
+    line = ("gap", pair / "images.npy", pair / "texts.npy", "--assess", "texts")
+    found = json.loads(run(capsys, *line, "--json")[1])["verdicts"]
+    expected = assess(np.load(pair / "images.npy"), np.load(pair / "texts.npy"))
+    assert [(v["statement"], v["applies"], v["sentence"]) for v in found] == [
+        (v.statement, v.applies, v.sentence) for v in expected
+    ]
+    assert found[-1]["numbers"]["offset"] > 0
+    out = run(capsys, *line)[1]
+    assert "projection: " in out
+    assert expected[-1].sentence in out
+
+
 def test_golden_values_from_the_command_line(real_data, tmp_path, capsys):
     np.save(tmp_path / "clip.npy", real_data("clip"))
     _, out, _ = run(capsys, "gap", f"{tmp_path}/clip.npy[0]", f"{tmp_path}/clip.npy[1]", "--json")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from gapkern import ClipLoss, DistillClipLoss, MeanShift, SigLipLoss, contrastive_loss, sigmoid_loss
+from gapkern import ClipLoss, DistillClipLoss, MeanShift, Projection, SigLipLoss, contrastive_loss, sigmoid_loss
 from gapkern.testing import assert_near
 from tests.ranks import together
 
@@ -159,6 +159,11 @@ def shifts(rank, world):
         assert found.n_components_ == whole.n_components_
         assert_near(found.gap_vector_, whole.gap_vector_, 1e-12)
         assert float((found.shift_vector_ - whole.shift_vector_).abs().max()) < 1e-12
+        for metric in ("l2", "cosine"):
+            whole = Projection(components, metric).fit(gallery, queries)
+            found = Projection(components, metric).fit(gallery[own], queries[own]).all_reduce()
+            assert found.n_components_ == whole.n_components_
+            assert_near(found.transform_queries(queries.double()), whole.transform_queries(queries.double()), 1e-9)
 
 
 def a_rank_with_nothing(rank, world):

@@ -44,6 +44,46 @@ def test_every_difference_of_scores_stays(metric, rows, dims):
     assert projection.agreement_ == 1.0
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_order_of_all_rows_is_the_same_to_the_last_bit(metric, centred, seed):
+    """But for ties: rows whose scores lie closer than float64 tells, here less than one pair in a million."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, dims = (
+        int(torch.randint(2, 60, (1,), generator=generator)),
+        int(torch.randint(2, 90, (1,), generator=generator)),
+    )
+    gallery, queries = embeddings(rows, dims, seed=seed)
+    moved = Projection("exact", metric, centred=centred).fit(gallery).transform_queries(queries)
+    before, after = scores(queries, gallery, metric), scores(moved, gallery, metric)
+    order = before.argsort(1, descending=True)
+    if not torch.equal(order, after.argsort(1, descending=True)):
+        gaps = -before.gather(1, order).diff(dim=1)
+        turned = -after.gather(1, order).diff(dim=1) < 0
+        assert float(gaps[turned].max()) < 1e-13 * dims
+    ties = gallery[torch.randint(rows, (rows,), generator=generator)]  # rows that are there more than once
+    moved = Projection("exact", metric, centred=centred).fit(ties).transform_queries(queries)
+    after = scores(moved, ties, metric)
+    same = (ties[:, None] == ties).all(2)
+    assert float((after[:, :, None] - after[:, None]).abs()[:, same].max()) < 1e-12
+
+
+def test_of_all_that_keep_the_order_centred_ones_lie_nearest_the_mean():
+    gallery, queries = embeddings(8, 40)
+    linear, centred = (Projection("exact", "ip", centred=c).fit(gallery) for c in (False, True))
+    a, b = linear.transform_queries(queries), centred.transform_queries(queries)
+    mean = gallery.mean(0)
+    outside = mean - linear.basis_ @ (linear.basis_.T @ mean)
+    torch.testing.assert_close(b - a, outside.expand_as(a), rtol=0, atol=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        added = torch.randn(40, generator=generator, dtype=torch.float64)
+        added -= linear.basis_ @ (linear.basis_.T @ added)
+        assert bool(((a + added - mean).norm(dim=1) >= (b - mean).norm(dim=1)).all())
+        assert bool(((a + added).norm(dim=1) >= a.norm(dim=1)).all())
+
+
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
 def test_ties_stay_ties(metric):
     gallery = torch.eye(4, 9, dtype=torch.float64)
@@ -140,6 +180,7 @@ def test_batches_ranks_and_files_give_the_same_projection(tmp_path):
     whole.save(tmp_path / "projection.safetensors")
     loaded = Projection.load(tmp_path / "projection.safetensors")
     assert torch.equal(loaded.transform_queries(queries), expected)
+    assert repr(loaded) == repr(whole)
     assert (loaded.agreement_, loaded.offset_, loaded.n_components_) == (whole.agreement_, whole.offset_, 5)
     assert torch.equal(pickle.loads(pickle.dumps(whole)).transform_queries(queries), expected)
     with pytest.raises(ValueError, match="a loaded projection can be applied but not added to"):
@@ -153,6 +194,9 @@ def test_batches_ranks_and_files_give_the_same_projection(tmp_path):
 def test_offset_is_the_distance_that_the_projection_removes():
     gallery, queries = embeddings(6, 20)
     projection = Projection("exact").fit(gallery, queries)
+    offsets = projection.offsets(queries.numpy())
+    torch.testing.assert_close(offsets, (queries - projection.transform_queries(queries)).norm(dim=1))
+    assert projection.offsets(queries[:0]).shape == (0,)
     assert projection.offset_ == pytest.approx(
         float((queries - projection.transform_queries(queries)).norm(dim=1).mean()), rel=1e-12
     )
@@ -165,6 +209,8 @@ def test_what_is_refused():
         (Projection(n_components=1.5), "n_components: expected"),
         (Projection(agreement=2), "agreement: expected"),
         (Projection(reduce="no"), "reduce: expected True or False"),
+        (Projection(centred=1), "centred: expected True or False"),
+        (Projection(centred=True, reduce=True), "centred: expected False with reduce=True"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             broken.fit(gallery, queries)

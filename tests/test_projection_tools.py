@@ -108,6 +108,34 @@ def test_an_index_stores_what_it_stored_without_a_projection():
 
 
 @pytest.mark.faiss
+@pytest.mark.filterwarnings("ignore:.*FAISS")
+@pytest.mark.parametrize("factory", ["RaBitQ", "Flat"])
+def test_a_centred_projection_is_rabitqs(factory, run, real_data):
+    """By inner product its scores err by what the error has along y - centre. From a file, through an index."""
+    from gapkern.retrieval import GapIndex
+
+    images, texts = (torch.from_numpy(t) for t in real_data("clip"))
+    gallery = texts[:50]
+    np.save("g.npy", gallery.numpy())
+    np.save("q.npy", images.numpy())
+    line = ("project", "fit", "g.npy", "q.npy", "--metric", "ip", "--components", "exact")
+    assert run(*line, "--centred", "--out", "centred.safetensors")[0] == 0
+    assert run(*line, "--out", "linear.safetensors")[0] == 0
+    assert run(*line, "--centred", "--reduce", "--out", "x")[2].startswith("gapkern project: centred: expected False")
+    exact = order(images, gallery, "ip")[:, 0]
+    kept = {}
+    for name in ("centred", "linear"):
+        shift = transforms.load(f"{name}.safetensors")
+        assert transforms.facts(shift).get("centred", False) is (name == "centred")
+        found = GapIndex(factory, "ip", shift).train(gallery).add(gallery).search(images, 1)[1][:, 0]
+        kept[name] = float((found == exact).double().mean())
+    if factory == "Flat":
+        assert kept == {"centred": 1.0, "linear": 1.0}
+    else:
+        assert kept["centred"] > kept["linear"] + 0.2
+
+
+@pytest.mark.faiss
 @pytest.mark.parametrize(
     ("metric", "make", "message"),
     [

@@ -6,6 +6,7 @@ import torch
 
 from gapkern import MeanShift, Projection
 from gapkern.retrieval import GapIndex, repair
+from gapkern.theory import certify
 from tests.scenes import strict
 
 faiss = pytest.importorskip("faiss")
@@ -70,6 +71,61 @@ def test_the_figures_are_those_by_hand(factory, metric, tmp_path):
         # Every score moves by the same: the same rows are visited.
         assert (found.agreement_after, found.gain) == (found.agreement_before, pytest.approx(0, abs=0.01))
         assert not found.worth or factory != "Flat"
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "SQ8", "SQ6", "SQ4", "PQ48x4np", "IDMap2,SQ6", "IVF8,SQ6", "IVF8,PQ48x4np", "PCA24,SQ6"],
+)
+def test_what_is_certified_is_what_the_index_finds(factory, metric, tmp_path):
+    """FAISS's own answers, with all lists visited: a certified neighbour is always the first of them."""
+    gallery, queries = embeddings(queries=400)
+    index = written(tmp_path / "x.index", factory, gallery, metric)
+    line = {"parameters": "nprobe=8"} if "IVF" in factory else {}
+    found, projection = repair(tmp_path / "x.index", queries, embeddings=gallery, n_components="exact", **line)
+    if metric == "ip" and "PCA" in factory:
+        assert found.certified_before is found.certified_after is None
+        return
+    if "IVF" in factory:
+        index.nprobe = 8
+    held = queries[1::2]
+    true = exact(held, gallery, 1, metric)[:, 0].numpy()
+    true = 1000 + 2 * true if factory.startswith("IDMap") else true
+    ids = np.arange(len(gallery)) if not factory.startswith("IDMap") else 1000 + 2 * np.arange(len(gallery))
+    module = faiss.downcast_index(index)
+    inner = faiss.downcast_index(module.index) if factory.startswith("IDMap") else module
+    if "IVF" in factory:
+        inner.make_direct_map()
+    decoded = inner.reconstruct_n(0, len(ids))
+    sure = certify(held, gallery, decoded, projection)
+    for one, x in ((sure.before, held), (sure.after, projection.transform_queries(held))):
+        right = index.search(x.numpy(), 1)[1][:, 0] == true
+        assert not (one.certified.numpy() & ~right).any()
+    shares = [float(one.certified.double().mean()) for one in (sure.before, sure.after)]
+    assert [found.certified_before, found.certified_after] == pytest.approx(shares, abs=1e-12)
+    if factory == "SQ4":
+        assert found.certified_after > found.certified_before + 0.05
+
+
+def test_rabitq_by_inner_product_wants_queries_near_its_centre(tmp_path):
+    gallery, queries = embeddings()
+    index = written(tmp_path / "x.index", "RaBitQ", gallery + 1, "ip")
+    found, projection = repair(tmp_path / "x.index", queries + 1, embeddings=gallery + 1, n_components="exact")
+    assert projection.centred
+    true = exact((queries + 1)[1::2], gallery + 1, 10, "ip").numpy()
+    plain = Projection("exact", "ip").fit(gallery + 1).transform_queries((queries + 1)[1::2]).numpy()
+    recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(index.search(plain, 10)[1], true, strict=True)])
+    assert found.recall_after > recall + 0.05
+    assert found.recall_after > found.recall_before + 0.05
+
+
+@pytest.mark.parametrize("factory", ["RaBitQ", "IVF8,RaBitQ", "PQ48x4fs", "IVF8,PQ48x4fs", "SQ4,RFlat", "IVF8,PQ8+16"])
+def test_other_scores_than_those_of_the_codes_are_not_certified(factory, tmp_path):
+    gallery, queries = embeddings(600)
+    written(tmp_path / "x.index", factory, gallery, "l2")
+    found, _ = repair(tmp_path / "x.index", queries, embeddings=gallery)
+    assert found.certified_before is found.certified_after is None
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16", "IDMap,Flat", "SQ8", "IVF8,SQ8", "OPQ8,PQ8x4"])

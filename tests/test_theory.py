@@ -10,7 +10,7 @@ from gapkern import Gaussian, MeanShift, contrastive_loss
 from gapkern._search import nearest
 from gapkern._threads import one_thread
 from gapkern.dynamics import descend, isotropic_gaussians, tight_clusters
-from gapkern.gap import BASELINES
+from gapkern.gap import BASELINES, Projection
 from gapkern.robustness import robustness
 from gapkern.theory import assess, freeze, leading_gradient, orthogonality, preservation, robustness_curve
 
@@ -341,9 +341,21 @@ def test_orthogonality_of_known_shapes():
 def test_assessing_real_embeddings_says_what_applies(real_data):
     images, texts = real_data("clip")
     verdicts = {v.statement: v for v in assess(images, texts)}
-    assert list(verdicts) == ["3.1", "3.2", "assumption 3.3", "3.4", "3.5"]
+    assert list(verdicts) == ["3.1", "3.2", "assumption 3.3", "3.4", "3.5", "projection"]
     assert not verdicts["3.1"].applies
     assert 0.9 < verdicts["3.5"].numbers["guaranteed"] <= verdicts["3.5"].numbers["kept"]
+    few = {v.statement: v for v in assess(images[:50], texts[:50], noise=Gaussian(0.04))}["projection"]
+    assert few.applies
+    numbers = few.numbers
+    by_hand = Projection("auto").fit(texts[:50], images[:50])
+    offsets = torch.from_numpy(images[:50]).double() - by_hand.transform_queries(torch.from_numpy(images[:50]).double())
+    assert numbers["offset"] == pytest.approx(float(offsets.norm(dim=1).mean()), rel=1e-9)
+    assert 0 < numbers["offset_after_shift"] < numbers["offset"]
+    for metric in ("l2", "ip"):
+        none = robustness(images[:50], texts[:50], Gaussian(0.04), metric=metric).robustness
+        assert numbers[metric] == pytest.approx(none, abs=1e-6)
+        assert numbers[f"{metric}_projection"] > none + 0.03
+    assert numbers["l2_projection"] > numbers["l2_shift"] > numbers["l2"]
     exact = MeanShift(n_components="exact").fit(texts, images)
     assert {v.statement: v for v in assess(images, texts, shift=exact)}["3.5"].applies
 

@@ -28,6 +28,11 @@ def add(verbs: Any) -> None:
     fit.add_argument(
         "--reduce", action="store_true", help="rotate both sides into k dimensions: the same answers, k / D the size"
     )
+    fit.add_argument(
+        "--centred",
+        action="store_true",
+        help="by inner product and cosine, keep queries near the gallery's mean: for RaBitQ's codes",
+    )
     moves.add_fit(fit)
     fit.set_defaults(run=run_fit)
 
@@ -43,7 +48,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
     model, said = moves.fitting(arguments)
     projection = Projection(
-        arguments.components, arguments.metric, arguments.agreement, arguments.reduce, model
+        arguments.components, arguments.metric, arguments.agreement, arguments.reduce, model, arguments.centred
     ).check_parameters()
     moves.learn(projection, arguments)
     made_from = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
@@ -55,6 +60,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
         "agreement": projection.agreement_,
         "metric": projection.metric,
         "reduce": projection.reduce,
+        "centred": projection.centred,
         "model": model,
         "inputs": made_from,
     }

@@ -71,15 +71,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         common.print_json({**found.to_dict(), "out": written})
         return 0
-    common.table(
-        ["queries", "first neighbour kept", f"recall@{found.k}"],
-        [
-            ["as they are", found.agreement_before, found.recall_before],
-            ["projected", found.agreement_after, found.recall_after],
-        ],
+    columns = ["queries", "first neighbour kept", f"recall@{found.k}"]
+    before, after = (
+        ["as they are", found.agreement_before, found.recall_before],
+        ["projected", found.agreement_after, found.recall_after],
     )
+    if found.certified_before is not None:
+        columns, before, after = (
+            [*columns, "certified"],
+            [*before, found.certified_before],
+            [*after, found.certified_after],
+        )
+    common.table(columns, [before, after])
     print(f"{found.index}, {found.metric}, {found.vectors} x {found.dims}, {found.held_out} held-out queries")
     print(f"k = {found.components} components, with which an exact search keeps {found.kept:.1%} of first neighbours")
+    if found.certified_before is not None:
+        print("certified: no code with errors of these sizes can change the first neighbour")
     if found.rows == "codes":
         print(
             "the index has codes alone, and is compared with what they decode to: give --embeddings to see what they "

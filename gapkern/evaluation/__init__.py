@@ -2,6 +2,7 @@
 
 from gapkern.evaluation.encode import Encoder, from_model
 from gapkern.evaluation.inputs import from_files
+from gapkern.evaluation.mixed import MixedOutcome, OfModality, mixed_retrieval
 from gapkern.evaluation.tasks import (
     TASKS,
     Outcome,
@@ -15,11 +16,14 @@ from gapkern.evaluation.tasks import (
 __all__ = [
     "TASKS",
     "Encoder",
+    "MixedOutcome",
+    "OfModality",
     "Outcome",
     "Settings",
     "classification",
     "from_files",
     "from_model",
+    "mixed_retrieval",
     "multiple_choice",
     "retrieval",
     "templates",

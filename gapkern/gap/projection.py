@@ -58,6 +58,9 @@ class Projection(TwoSided[Fit]):
             `transform_queries` the same of queries. The answers are those of the full width from an index k / D the
             size. Cosine is then searched as "ip", since the rows are scaled before they are rotated.
         model: what made the embeddings, kept with the projection; `transform(..., model=)` then refuses another's.
+        centred: for inner products and cosine, y' = mu + V V^T (y - mu) there too: the point nearest to the gallery's
+            mean that keeps the order. For codes of rows about their mean (RaBitQ), whose scores err by <y' - mu, e>
+            where others err by <y', e>. Not with `reduce`.
 
     Attributes:
         mean_ (D,): mu.  basis_ (D, k): V.  n_components_: the k in use.  n_features_in_: D.
@@ -87,12 +90,14 @@ class Projection(TwoSided[Fit]):
         agreement: float = 0.99,
         reduce: bool = False,
         model: str | None = None,
+        centred: bool = False,
     ) -> None:
         self.n_components = n_components
         self.metric = metric
         self.agreement = agreement
         self.reduce = reduce
         self.model = model
+        self.centred = centred
 
     def check_parameters(self) -> "Projection":
         """Raises what `fit` would raise of the parameters. Returns self."""
@@ -100,6 +105,10 @@ class Projection(TwoSided[Fit]):
         _check.choice("metric", self.metric, METRICS)
         if not isinstance(self.reduce, bool | np.bool_):
             raise TypeError(f"reduce: expected True or False, got {type(self.reduce).__name__}")
+        if not isinstance(self.centred, bool | np.bool_):
+            raise TypeError(f"centred: expected True or False, got {type(self.centred).__name__}")
+        if self.centred and self.reduce:
+            raise ValueError("centred: expected False with reduce=True, which leaves nothing outside of the hull")
         return self
 
     @isolated
@@ -115,7 +124,7 @@ class Projection(TwoSided[Fit]):
         return self._learn(Side.none(rows.shape[1]), Side.none(rows.shape[1]), rows, others)
 
     def _request(self) -> tuple[Any, ...]:
-        return *super()._request(), str(self.metric)
+        return *super()._request(), str(self.metric), bool(self.centred)
 
     def _prepared(self, name: str, x: Tensor) -> Tensor:
         if self.metric != "cosine" or name != "gallery":
@@ -179,7 +188,28 @@ class Projection(TwoSided[Fit]):
         self.check_parameters()
         fit = self._fit("transform_queries")
         matrix = self._checked("queries", queries, len(fit.mean), model)
-        return _like(queries, _mapped(matrix, fit, self.metric, bool(self.reduce), matrix.dtype))
+        return _like(queries, _mapped(matrix, fit, self._map, bool(self.reduce), matrix.dtype))
+
+    @property
+    def _map(self) -> str:
+        """The metric whose map the queries take."""
+        return "l2" if self.centred else self.metric
+
+    @isolated
+    def offsets(self, queries: Tensor | np.ndarray, *, model: str | None = None) -> Tensor:
+        """(Q,) float64: each query's own distance to the hull, which projecting removes; on the CPU.
+
+        By inner product and cosine too it is the part of y - mu outside of V, which changes no order.
+
+        Example:
+            >>> gallery = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+            >>> Projection("exact").fit(gallery).offsets(torch.tensor([[2.0, 0.5, 0.5], [3.0, 0.2, 0.8]])).tolist()
+            [2.0, 3.0]
+        """
+        self.check_parameters()
+        fit = self._fit("offsets")
+        y = self._checked("queries", queries, len(fit.mean), model)
+        return _offsets(y, fit)
 
     def save(self, path: str | os.PathLike[str], *, made_from: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file; a file of that name is replaced only once the new one is complete.
@@ -195,6 +225,7 @@ class Projection(TwoSided[Fit]):
             "agreement": float(self.agreement),
             "reduce": bool(self.reduce),
             "model": None if self.model is None else str(self.model),
+            "centred": bool(self.centred),
             "offset_": fit.offset,
             "agreement_": fit.agreement,
         }
@@ -210,7 +241,8 @@ class Projection(TwoSided[Fit]):
         facts, tensors = saved.read(path, "Projection")
         with saved.blame(path):
             names = ("n_components", "metric", "agreement", "reduce", "model")
-            projection = Projection(*(facts[name] for name in names)).check_parameters()
+            parameters = {name: facts[name] for name in names} | {"centred": facts.get("centred", False)}
+            projection = Projection(**parameters).check_parameters()
             mean, basis = (_check.finite(name, tensors[name]) for name in ("mean", "basis"))
             if basis.dim() != 2 or mean.shape != basis.shape[:1] or {mean.dtype, basis.dtype} != {torch.float64}:
                 raise ValueError(f"basis: expected float64 (D, k), got {tuple(basis.shape)} of {basis.dtype}")
@@ -220,25 +252,26 @@ class Projection(TwoSided[Fit]):
         return projection
 
 
-def _fit(gallery: Side, queries: Side, wanted: int | float | str, agreement: float, metric: str) -> Fit:
-    mean, basis = gallery.moments.mean, _basis(gallery, queries, wanted, agreement, metric)
+def _fit(gallery: Side, queries: Side, wanted: int | float | str, agreement: float, metric: str, centred: bool) -> Fit:
+    mean, basis = gallery.moments.mean, _basis(gallery, queries, wanted, agreement, metric, centred)
     if not queries.moments.count:
         return Fit(mean, basis, torch.nan, torch.nan)
     found = Fit(mean, basis, 0.0, 0.0)
     y = queries.sample.rows
-    outside = y.double() - _mapped(y, Fit(mean, basis, 0, 0), "l2", False, torch.float64)
-    kept = _keeper(gallery.sample.rows, y, metric)(found)
-    return Fit(mean, basis, float(outside.norm(dim=1).mean()), kept)
+    kept = _keeper(gallery.sample.rows, y, metric, centred)(found)
+    return Fit(mean, basis, float(_offsets(y, found).mean()), kept)
 
 
-def _basis(gallery: Side, queries: Side, wanted: int | float | str, agreement: float, metric: str) -> Tensor:
+def _basis(
+    gallery: Side, queries: Side, wanted: int | float | str, agreement: float, metric: str, centred: bool
+) -> Tensor:
     """V."""
     if wanted == "exact":
         return gallery.hull()
     values, vectors = principal(gallery.moments.gram)
     rank = numerical_rank(values)
     if isinstance(wanted, str):
-        keeps, mean = _keeper(gallery.sample.rows, queries.sample.rows, metric), gallery.moments.mean
+        keeps, mean = _keeper(gallery.sample.rows, queries.sample.rows, metric, centred), gallery.moments.mean
         k = fewest(lambda k: keeps(Fit(mean, vectors[:, :k], 0, 0)) >= agreement, rank)
     elif isinstance(wanted, float):
         k = min(rank, components_of_variance(values, wanted))
@@ -247,21 +280,28 @@ def _basis(gallery: Side, queries: Side, wanted: int | float | str, agreement: f
     return gallery.hull() if k == rank else vectors[:, :k].contiguous()
 
 
-def _keeper(gallery: Tensor, queries: Tensor, metric: str) -> Callable[[Fit], float]:
+def _keeper(gallery: Tensor, queries: Tensor, metric: str, centred: bool) -> Callable[[Fit], float]:
     """The share of the queries whose best row of the gallery is the same after a projection."""
     by = "l2" if metric == "l2" else "ip"  # the rows of a cosine have unit length here
+    mapped = "l2" if centred else metric
     before = best(queries, gallery, by)
 
     def keeps(fit: Fit) -> float:
         if fit.basis.shape[1]:
-            after = best(_mapped(queries, fit, metric, False, torch.float64), gallery, by)
-        elif by == "l2":
-            after = best(fit.mean[None], gallery).expand(len(queries))
+            after = best(_mapped(queries, fit, mapped, False, torch.float64), gallery, by)
+        elif mapped == "l2":
+            after = best(fit.mean[None], gallery, by).expand(len(queries))
         else:
             after = torch.zeros_like(before)  # every score is 0
         return float((after == before).double().mean())
 
     return keeps
+
+
+def _offsets(x: Tensor, fit: Fit) -> Tensor:
+    """(n,) float64: distances to the hull."""
+    parts = [rows.cpu().double() - _mapped(rows.cpu(), fit, "l2", False, torch.float64) for rows in batches(x.detach())]
+    return torch.cat([part.norm(dim=1) for part in parts]) if parts else torch.empty(0, dtype=torch.float64)
 
 
 def _mapped(x: Tensor, fit: Fit, metric: str, reduce: bool, dtype: torch.dtype) -> Tensor:

@@ -67,6 +67,7 @@ def facts(value: Transform) -> dict[str, Any]:
         "components": value.n_components_,
         "metric": str(value.metric),
         "reduce": bool(value.reduce),
+        **({"centred": True} if value.centred else {}),
     }
 
 

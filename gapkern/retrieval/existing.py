@@ -17,7 +17,7 @@ from gapkern import _check, layout
 from gapkern._ambient import isolated
 from gapkern._search import search
 from gapkern.gap import Projection
-from gapkern.retrieval import families, lookup, store, stored
+from gapkern.retrieval import certified, families, lookup, store, stored
 from gapkern.retrieval._faiss import errors, faiss
 
 ENDINGS = (".index", ".faiss", ".bin", ".ivf")
@@ -37,6 +37,9 @@ class Repair:
         recall_before, recall_after: share of the exact k neighbours that the index finds.
         gain, error: recall_after - recall_before, and its standard error.
         worth: both are not lower, and recall or agreement higher by more than their standard error.
+        certified_before, certified_after: share whose first neighbour the codes cannot have changed, by `certify`; None
+            without embeddings, or where the index scores otherwise than by what it decodes to. Of codes alone: what
+            lists or a graph leave out is not in it.
     """
 
     index: str
@@ -56,6 +59,8 @@ class Repair:
     gain: float
     error: float
     worth: bool
+    certified_before: float | None
+    certified_after: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,7 +106,8 @@ def repair(
         lookup.tune(index, parameters, kind)
     k = _check.integer("k", k, low=1, high=index.ntotal)
     rows, ids, source = _rows(index, embeddings, path, kind)
-    projection = Projection(n_components, metric, agreement, model=model).fit(rows, y[::2])
+    centred = metric == "ip" and families.about_centres(index)
+    projection = Projection(n_components, metric, agreement, model=model, centred=centred).fit(rows, y[::2])
     held = y[1::2]
     true = ids[search(held, rows, k, metric=metric)[1]]
     projected = projection.transform_queries(held)
@@ -112,6 +118,7 @@ def repair(
     gain, error = _difference(*shares)
     more, its = _difference(*first)
     worth = min(gain, more) >= 0 and (gain > error or more > its)
+    sure = certified.certificates(index, rows, held, projection) if source == "embeddings" else None
     result = Repair(
         index=kind,
         metric=metric,
@@ -130,6 +137,8 @@ def repair(
         gain=gain,
         error=error,
         worth=worth,
+        certified_before=None if sure is None else float(sure.before.certified.double().mean()),
+        certified_after=None if sure is None else float(sure.after.certified.double().mean()),
     )
     return result, projection
 

@@ -178,6 +178,32 @@ def decodes(index: Any) -> bool:
     return not any(type(part).__name__ == "IndexIVFRaBitQFastScan" for part in parts(index))
 
 
+def scores_decoded(index: Any, metric: str) -> bool:
+    """Whether an index orders rows by their scores to what their codes decode to: flat rows, scalar and product codes.
+
+    Others take part of a score from the row as it was (RaBitQ), round their tables (FastScan), or re-rank.
+    """
+    module = faiss()
+    plain = (module.IndexFlat, module.IndexIVFFlat, module.IndexHNSWFlat, module.IndexNSGFlat, module.IndexIDMap)
+    codes = (module.IndexScalarQuantizer, module.IndexIVFScalarQuantizer, module.IndexPQ, module.IndexIVFPQ)
+    graphs = (module.IndexHNSWSQ, module.IndexHNSWPQ)
+    for part in parts(index, quantizers=False):
+        if isinstance(part, module.IndexIVFPQR | module.IndexIVFPQFastScan):
+            return False
+        if isinstance(part, module.IndexPreTransform):
+            # Orthogonal maps keep distances, up to a constant of the query; their offsets do not keep inner products.
+            if metric != "l2" or not all(getattr(t, "is_orthonormal", False) for t in transforms(part)):
+                return False
+        elif not isinstance(part, plain + codes + graphs) or getattr(part, "search_type", 0) != 0:
+            return False
+    return True
+
+
+def about_centres(index: Any) -> bool:
+    """Whether scores err by <y - centre, e>, e the code's error: RaBitQ's, flat or in lists."""
+    return any("RaBitQ" in type(part).__name__ for part in parts(index, quantizers=False))
+
+
 def code_range(index: Any) -> tuple[float, float] | None:
     """The least and the largest value that a code keeps, where it is one of values as they are; None elsewhere."""
     module = faiss()

@@ -1,4 +1,4 @@
-"""All theorems at once for a model's embeddings, in sentences with their numbers."""
+"""All theorems at once for a model's embeddings, and what projecting adds, in sentences with their numbers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._ambient import isolated
-from gapkern.gap import MeanShift
+from gapkern.gap import MeanShift, Projection
 from gapkern.perturb import Gaussian
+from gapkern.robustness import robustness
 from gapkern.theory.gradients import freeze, leading_gradient
 from gapkern.theory.neighbours import orthogonality, preservation, robustness_curve
 
@@ -18,10 +19,10 @@ __all__ = ["Verdict", "assess"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one statement of the paper says about these embeddings.
+    """What one statement says about these embeddings.
 
     Attributes:
-        statement: "3.1" ... "3.5", or "assumption 3.3".
+        statement: "3.1" ... "3.5" of the paper, "assumption 3.3", or "projection".
         applies: whether its assumptions are met.
         sentence: in words, with the numbers that decide.
         numbers: all that was measured.
@@ -54,7 +55,7 @@ def assess(
         similarity: of its loss, "dot" or "sqeuclidean".
         gallery: which modality is searched, "texts" or "images".
         shift: a fitted `MeanShift` of that gallery; by default n_components="auto".
-        noise: for 3.4; by default the paper's Gaussian(0.022).
+        noise: for 3.4 and the projection; by default the paper's Gaussian(0.022).
         tolerance: how far from exact an assumption may be to count as met.
 
     Raises:
@@ -71,6 +72,7 @@ def assess(
         assumption 3.3 True
         3.4 True
         3.5 True
+        projection True
     """
     _check.choice("gallery", gallery, ("texts", "images"))
     tolerance = _check.number("tolerance", tolerance, low=0)
@@ -80,7 +82,8 @@ def assess(
     first = leading_gradient(x, y, logit_scale, similarity=similarity)
     still = freeze(x, y, logit_scale, similarity=similarity)
     third = orthogonality(queries, rows)
-    curve = robustness_curve(queries, rows, noise or Gaussian(0.022), shift=shift)
+    noise = noise or Gaussian(0.022)
+    curve = robustness_curve(queries, rows, noise, shift=shift)
     kept = preservation(queries, rows, shift)
     at = {a: r for a, r in zip(curve.alphas, curve.robustness, strict=True) if a in (0.0, 1.0)}
     guaranteed, share, most = float(kept.guaranteed.double().mean()), kept.share()[0], float(kept.bound.max())
@@ -125,7 +128,46 @@ def assess(
             f"and predict that of {share:.1%} to stay; the shift takes at most {most:.3g} off a margin.",
             {"guaranteed": guaranteed, "kept": share, "most": most, "orthogonality": shift.orthogonality_},
         ),
+        _projected(queries, rows, shift, noise, at, tolerance),
     ]
+
+
+def _projected(
+    queries: Any, rows: Any, shift: MeanShift, noise: Gaussian, at: dict[float, float], tolerance: float
+) -> Verdict:
+    """What each query's own offset is, and what removing it buys beyond the shift."""
+    by = {metric: Projection("auto", metric).fit(rows, queries) for metric in ("l2", "ip")}
+    offsets = by["l2"].offsets(queries)
+    moved = shift.at(1.0)
+    left = Projection(by["l2"].n_components_, "l2").fit(moved.transform(rows)).offsets(moved.transform_queries(queries))
+    projected = {m: robustness(queries, rows, noise, metric=m, shift=p, method="exact") for m, p in by.items()}
+    none = robustness(queries, rows, noise, metric="ip", method="exact")
+    numbers = {
+        "offset": float(offsets.mean()),
+        "least_offset": float(offsets.min()),
+        "largest_offset": float(offsets.max()),
+        "offset_after_shift": float(left.mean()),
+        "components_l2": float(by["l2"].n_components_),
+        "components_ip": float(by["ip"].n_components_),
+        "kept_l2": by["l2"].agreement_,
+        "kept_ip": by["ip"].agreement_,
+        "l2": at[0.0],
+        "l2_shift": at[1.0],
+        "l2_projection": projected["l2"].robustness,
+        "ip": none.robustness,
+        "ip_projection": projected["ip"].robustness,
+    }
+    return Verdict(
+        "projection",
+        min(numbers["kept_l2"], numbers["kept_ip"]) >= 1 - tolerance and numbers["offset"] > 0,
+        f"A query lies {numbers['offset']:.3g} outside of the gallery's first {by['l2'].n_components_} directions "
+        f"({numbers['least_offset']:.3g} to {numbers['largest_offset']:.3g}); the shift leaves "
+        f"{numbers['offset_after_shift']:.3g} of it, projecting the queries nothing, and {numbers['kept_l2']:.1%} keep "
+        f"their neighbour. Exact robustness by L2: {at[0.0]:.3f} as they are, {at[1.0]:.3f} with the shift, "
+        f"{numbers['l2_projection']:.3f} projected; by inner product {numbers['ip']:.3f} and "
+        f"{numbers['ip_projection']:.3f} ({numbers['kept_ip']:.1%} kept).",
+        numbers,
+    )
 
 
 def _numbers(found: Any) -> dict[str, float]:
