@@ -156,8 +156,29 @@ def quantisers() -> str:
     return f"{table}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
 
 
+def projection() -> str:
+    result = harness.load("projection")
+    rows = []
+    for case in result["cases"]:
+        l2 = [case["l2 none"], case["l2 shift"], case["l2 projection"]]
+        ip = [case["ip none"], case["ip projection"]]
+        cells = [" → ".join(f"{v:.3f}" for v in values) for values in (l2, ip)]
+        kept = f"{case['identical']:.0%}"
+        gallery = f"{case['G']} x {case['D']}"
+        rows.append([f"{case['data']}, {case['direction']}", gallery, f"{case['components']}", kept, *cells])
+    header = [
+        "embeddings",
+        "gallery",
+        "k",
+        "of the first 10 neighbours kept",
+        "L2: none → shift → projection",
+        "inner product: none → projection",
+    ]
+    return f"{_table(header, rows)}\n\nNoise of total variance {result['variance']:g}; {result['date']}."
+
+
 README = {"demo": demo, "contrastive": contrastive, "memory": memory, "others": others, "quantisers": quantisers}
-PAGES = {"README.md": README}
+PAGES = {"README.md": README, "docs/projection.md": {"projection": projection}}
 DEMO = ("report.json", "pca.png", "robustness.png", "projection.png")
 
 
