@@ -177,8 +177,54 @@ def projection() -> str:
     return f"{_table(header, rows)}\n\nNoise of total variance {result['variance']:g}; {result['date']}."
 
 
-README = {"demo": demo, "contrastive": contrastive, "memory": memory, "others": others, "quantisers": quantisers}
-PAGES = {"README.md": README, "docs/projection.md": {"projection": projection}}
+def _recalls(case: dict[str, Any], side: str, kind: str) -> list[str]:
+    """Recall by move of one kind of index, and the projection's at the others' speed where it can be traded."""
+    by_move = {row["move"]: row for row in case["rows"] if (row["asks"], row["kind"]) == (side, kind)}
+    recall = f"recall@{case['k']}"
+    best = max(row[recall] for row in by_move.values())
+    cells = [f"**{r[recall]:.3f}**" if r[recall] == best else f"{r[recall]:.3f}" for r in by_move.values()]
+    none = by_move["none"]
+    at_speed = by_move["projection"][f"{recall} at none's speed"]
+    size, seconds = f"{none['bytes_per_vector']:.0f}", f"{none['seconds_to_build']:.2g}"
+    speed = float(f"{none['queries_per_second']:.2g}")
+    return [none["parameters"], *cells, "" if at_speed is None else f"{at_speed:.3f}", size, seconds, f"{speed:,.0f}"]
+
+
+def _indexes(cases: list[dict[str, Any]], result: dict[str, Any], sides: tuple[str, ...]) -> str:
+    rows = []
+    for case in cases:
+        gallery = f"{case['data']}, {case['G']:,} x {case['D']}, {case['metric']}"
+        for side in sides:
+            for kind in dict.fromkeys(row["kind"] for row in case["rows"]):
+                rows.append([gallery, side, kind, *_recalls(case, side, kind)])
+    header = [
+        *("gallery, metric", "queries", "index", "parameters", "none", "shift", "projection", "centring"),
+        *("projection at none's speed", "bytes a row", "s to build", "queries/s"),
+    ]
+    return f"{_table(header, rows)}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
+
+
+def indexes() -> str:
+    result = harness.load("indexes")
+    return _indexes(result["cases"], result, ("images", "texts"))
+
+
+def some_indexes() -> str:
+    """Of the largest gallery, queries of the other modality."""
+    result = harness.load("indexes")
+    largest = max(case["G"] for case in result["cases"])
+    return _indexes([case for case in result["cases"] if case["G"] == largest], result, ("images",))
+
+
+README = {
+    "demo": demo,
+    "contrastive": contrastive,
+    "memory": memory,
+    "others": others,
+    "quantisers": quantisers,
+    "indexes": some_indexes,
+}
+PAGES = {"README.md": README, "docs/projection.md": {"projection": projection, "indexes": indexes}}
 DEMO = ("report.json", "pca.png", "robustness.png", "projection.png")
 
 
