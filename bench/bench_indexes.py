@@ -14,7 +14,6 @@ for speed, at the speed that queries as they are have there.
 """
 
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from gapkern.retrieval._faiss import rotations
 from gapkern.retrieval.quantisers import ROTATIONS
 
 ROWS = {"quick": 2000, "full": 100_000}
-QUERIES, SAMPLE, K, REPEATS = 300, 10_000, 10, 3
+QUERIES, SAMPLE, K, REPEATS = 600, 10_000, 10, 5
 MOVES = ("none", "shift", "projection", "centring")
 PROBES = {"IVF": ("nprobe", (1, 2, 4, 8, 16, 32)), "HNSW": ("efSearch", (16, 32, 64, 128))}
 FIXED = {"IVF": 8, "HNSW": 32}
@@ -44,7 +43,7 @@ def kinds(dims: int, count: int) -> dict[str, str]:
     bits = next((bits for bits in (8, 6) if count >= 39 * 2**bits), 4)
     lists = max(4, min(math.isqrt(count), count // 39))
     product = f"PQ{pieces}{'' if bits == 8 else f'x{bits}'}np"
-    return {
+    found = {
         "Flat": "Flat",
         "IVF": f"IVF{lists},Flat",
         "HNSW": "HNSW16",
@@ -55,6 +54,9 @@ def kinds(dims: int, count: int) -> dict[str, str]:
         "RaBitQ": "RaBitQ",
         "IVF-RaBitQ": f"IVF{lists},RaBitQ",
     }
+    if bits < 8:  # OPQ learns by 256 centroids whatever follows; FAISS may end the process where rows are few
+        del found["OPQ-PQ"]
+    return found
 
 
 def data(mode: str) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -102,16 +104,16 @@ def moved(gallery: Tensor, queries: Tensor, metric: str) -> dict[str, Any]:
 
 
 def measure(index: GapIndex, move: Any, queries: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Recall of the true neighbours, and queries a second, moving them included."""
+    """Recall of the true neighbours, and queries a second in the fastest of the searches, moving them included."""
     spent = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         found = index.search(move(queries), truth.shape[1])[1]
         spent.append(time.perf_counter() - started)
-        if spent[0] > 0.2:
+        if sum(spent) > 0.5:
             break
     recall = (found[:, :, None] == truth[:, None, :]).any(1).double().mean()
-    return float(recall), len(queries) / statistics.median(spent)
+    return float(recall), len(queries) / min(spent)
 
 
 def at_speed(curve: list[tuple[float, float]], speed: float) -> float:

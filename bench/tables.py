@@ -205,8 +205,12 @@ def _indexes(cases: list[dict[str, Any]], result: dict[str, Any], sides: tuple[s
 
 
 def indexes() -> str:
+    """Queries of the other modality; for the largest gallery also those of its own."""
     result = harness.load("indexes")
-    return _indexes(result["cases"], result, ("images", "texts"))
+    largest = [case for case in result["cases"] if case["G"] == max(case["G"] for case in result["cases"])]
+    own = _indexes(largest, result, ("texts",)).split("\n")[2:]
+    rows = _indexes(result["cases"], result, ("images",)).split("\n")
+    return "\n".join([*rows[:-2], *own])
 
 
 def some_indexes() -> str:

@@ -119,7 +119,7 @@ def read_safetensors(file: Path, key: str | None, name: str) -> Tensor:
     raise ValueError(f"{name}: expected one of {there} in {file}, got [{key}]")
 
 
-BARE = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
+BARE: dict[str, np.dtype] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
 HDF5 = (".hdf5", ".h5")
 
 

@@ -66,7 +66,7 @@ def test_the_table_of_indexes_is_whole():
         recall = f"recall@{case['k']}"
         codes = [r for r in case["rows"] if r["kind"] in ("RaBitQ", "IVF-RaBitQ") and r["asks"] == "images"]
         before, after = ([r[recall] for r in codes if r["move"] == move] for move in ("none", "projection"))
-        assert sum(after) >= sum(before), (case["data"], case["metric"])
+        assert sum(after) > sum(before) - 0.02, (case["data"], case["metric"])  # "auto" lets 1 % change
 
 
 @pytest.mark.faiss

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, files, layout
-from gapkern.retrieval import families, store, stored
+from gapkern.retrieval import families, intake, store, stored
 from gapkern.retrieval._faiss import errors, faiss
 
 ENDINGS = (".index", ".faiss", ".bin", ".ivf")
 KINDS = {"image": ("img_emb",), "text": ("text_emb",)}  # by the name of clip-retrieval's index
 BESIDE = "embeddings"  # the folder that both tools' manuals index
+CHUNK = 2**14  # rows that are looked at at once
 SAMPLE = 256  # rows whose codes are compared with embeddings
 OWN = 0.75  # of them must decode nearer to their own embedding than to another's; of rows in another order half do
 
@@ -125,6 +126,10 @@ def named(index: Any, path: Path, name: str = "existing") -> Any:
         raise ValueError(
             f"{name}: expected ids of the whole index, got an id map within {type(inner).__name__}: {path}"
         )
+    if type(inner) in (module.IndexFlat, module.IndexFlatL2, module.IndexFlatIP):
+        held = module.rev_swig_ptr(inner.get_xb(), inner.ntotal * inner.d).reshape(inner.ntotal, inner.d)
+        for first in range(0, len(held), CHUNK):
+            intake.moved(f"{name}: {path}", torch.from_numpy(held[first : first + CHUNK]), first, None, side="gallery")
     if families.lists_of(index) is not None or isinstance(outer, module.IndexIDMap):
         return index
     wrapped = module.IndexIDMap(module.IndexFlat(outer.d, outer.metric_type))
