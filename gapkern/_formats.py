@@ -13,7 +13,7 @@ import os
 import stat
 import tokenize
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -169,6 +169,36 @@ def read_hdf5(file: Path, key: str | None, name: str, rows: slice = slice(None))
             f"{name}: expected one matrix of floating-point numbers in {file}, got {said}; choose one as file[key]"
         )
     raise ValueError(f"{name}: expected one of {said} in {file}, got [{key}]")
+
+
+def matrix(file: Path, key: str | None, name: str, rows: slice) -> Any:
+    """Those rows of a file of any of these formats, not yet checked; bytes as float32.
+
+    Raises:
+        ValueError: there is none in the file, several and no key, or it is of another format.
+    """
+    if file.suffix in HDF5:
+        return read_hdf5(file, key, name, rows)
+    if file.suffix in BARE:
+        if key is not None:
+            raise ValueError(f"{name}: expected no [key] of a {file.suffix} file, got [{key}] of {file}")
+        array = read_bare(file, name)[rows]
+        return array if array.dtype.kind == "f" else np.asarray(array, np.float32)
+    if file.suffix == ".safetensors":
+        found = read_safetensors(file, key, name)
+        return found[rows] if found.dim() else found
+    if file.suffix != ".npy":
+        opened(file, name)
+        others = ", ".join((*BARE, *HDF5))
+        raise ValueError(f"{name}: expected a .npy or .safetensors file, got {file}; of benchmarks' files {others}")
+    array = read_npy(file, name)
+    if key is not None:
+        if not key.isdecimal() or array.ndim != 3 or int(key) >= len(array):
+            raise ValueError(
+                f"{name}: expected [K] to choose from an array (K, N, D), got [{key}] of shape {array.shape} in {file}"
+            )
+        array = array[int(key)]
+    return array[rows] if array.ndim else array
 
 
 class Writer:

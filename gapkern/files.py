@@ -347,36 +347,12 @@ def parted(path: str | os.PathLike) -> tuple[str, str | None]:
 
 def _load(path: str | os.PathLike, name: str, rows: slice = slice(None)) -> Tensor:
     """Those rows of a file; bytes as float32."""
-    text, index = parted(path)
-    file = Path(text)
-    if file.suffix == ".safetensors":
-        array: Any = _formats.read_safetensors(file, index, name)
-    elif file.suffix == ".npy":
-        array = _formats.read_npy(file, name)
-        if index is not None:
-            if not index.isdecimal() or array.ndim != 3 or int(index) >= len(array):
-                raise ValueError(
-                    f"{name}: expected [K] to choose from an array (K, N, D), got [{index}] of shape {array.shape}"
-                )
-            array = array[int(index)]
-    elif file.suffix in _formats.BARE:
-        if index is not None:
-            raise ValueError(f"{name}: expected no [key] of a {file.suffix} file, got [{index}]")
-        array = _formats.read_bare(file, name)[rows]
-        array = array if array.dtype.kind == "f" else np.asarray(array, np.float32)
-    elif file.suffix in _formats.HDF5:
-        array = _formats.read_hdf5(file, index, name, rows)
-    else:
-        _formats.opened(file, name)
-        raise ValueError(
-            f"{name}: expected a .npy or .safetensors file, got {file}; of benchmarks' files "
-            f"{', '.join((*_formats.BARE, *_formats.HDF5))}"
-        )
+    text, key = parted(path)
+    found = _formats.matrix(Path(text), key, name, rows)
     try:
-        matrix = _check.matrix(name, array, empty=rows != slice(None))
+        return _check.matrix(name, found, empty=rows != slice(None))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} in {path}") from None
-    return matrix if file.suffix in (*_formats.BARE, *_formats.HDF5) else matrix[rows]
 
 
 def _facts(path: str | os.PathLike, name: str) -> tuple[int, int, torch.dtype]:

@@ -51,8 +51,7 @@ class Settings:
 
     Args:
         shift: None; a fitted `MeanShift` or `Projection` (its gallery: the texts); or components to fit a shift with
-            here, such as "auto" or "exact". With a shift everything is measured without it too; with a projection by
-            its metric, with and without it.
+            here, such as "auto" or "exact". Everything is measured without it too, and by a projection's metric.
         perturbations: of the gallery; everything is measured without any too.
         seeds: of random perturbations, whose metrics are averaged.
         label: what a record calls the shift.
