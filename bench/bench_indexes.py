@@ -30,7 +30,7 @@ from gapkern.retrieval import GapIndex
 from gapkern.retrieval._faiss import rotations
 
 ROWS = {"quick": 2000, "full": 100_000}
-QUERIES, SAMPLE, K, REPEATS = 600, 10_000, 10, 5
+QUERIES, SAMPLE, K, REPEATS = 600, 10_000, 10, 3
 ROTATIONS = 4  # steps in which OPQ learns
 MOVES = ("none", "shift", "projection", "centring")
 PROBES = {"IVF": ("nprobe", (1, 2, 4, 8, 16, 32)), "HNSW": ("efSearch", (16, 32, 64, 128))}
@@ -110,7 +110,7 @@ def measure(index: GapIndex, move: Any, queries: Tensor, truth: Tensor) -> tuple
         started = time.perf_counter()
         found = index.search(move(queries), truth.shape[1])[1]
         spent.append(time.perf_counter() - started)
-        if sum(spent) > 0.5:
+        if sum(spent) > 0.3:
             break
     recall = (found[:, :, None] == truth[:, None, :]).any(1).double().mean()
     return float(recall), len(queries) / min(spent)
