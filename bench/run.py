@@ -1,6 +1,6 @@
 """`make bench`: times the kernels, prints tables of ratios, writes bench/results/*.json and plots.
 
-python bench/run.py [--quick] [--only contrastive meanshift perturb quantisers retrieval robustness] [--no-write]
+python bench/run.py [--quick] [--only indexes projection robustness ...] [--no-write]
 """
 
 import argparse
@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BENCHMARKS = ("contrastive", "meanshift", "perturb", "quantisers", "retrieval", "robustness")
+BENCHMARKS = ("contrastive", "indexes", "meanshift", "perturb", "projection", "quantisers", "retrieval", "robustness")
+TABLES = ("indexes", "projection")  # without a plot
 
 
 def main() -> None:
@@ -29,8 +30,9 @@ def main() -> None:
         result = module.run("quick" if arguments.quick else "full")
         if not arguments.quick and not arguments.no_write:
             path = harness.write(result)
-            plots.draw(result, path.with_suffix(".png"))
-            print(f"written: {path.relative_to(ROOT)} and its plot")
+            if name not in TABLES:
+                plots.draw(result, path.with_suffix(".png"))
+            print(f"written: {path.relative_to(ROOT)}{'' if name in TABLES else ' and its plot'}")
 
 
 if __name__ == "__main__":

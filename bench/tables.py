@@ -1,9 +1,15 @@
-"""Puts measured numbers into the README, between its markers: `python bench/tables.py [--check]`."""
+"""Puts measured numbers into README and docs, between their markers: `python bench/tables.py [--check]`.
+
+`--demo FOLDER` first takes what `gapkern demo --out FOLDER` wrote into docs/demo, `--reproduction FOLDER` what `gapkern
+reproduce all --out FOLDER` wrote into docs/reproduction.
+"""
 
 import argparse
 import json
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,7 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def demo() -> str:
-    from gapkern.experiments.demo_report import at
+    from gapkern.experiments.demo_report import at, moved
 
     report = json.loads((ROOT / "docs/demo/report.json").read_text())
     rows = []
@@ -37,8 +43,20 @@ def demo() -> str:
     table = _table(["share of the gap closed, α", "robustness", "accuracy under noise", "clean accuracy"], rows)
     return (
         f"Gap norm {report['gap_norm']:.3f}, of which {report['orthogonality']:.1%} can be closed without touching a "
-        f"neighbour. Gaussian noise of variance 0.001 per coordinate on the class prompts:\n\n{table}"
+        f"neighbour. Gaussian noise of variance 0.001 per coordinate on the class prompts:\n\n{table}\n\n"
+        "Each image projected on the prompts' hull, which goes [beyond the paper](#close-the-gap); robustness / "
+        f"accuracy under noise:\n\n{_moves(report, moved)}"
     )
+
+
+def _moves(report: dict[str, Any], moved: Any) -> str:
+    variances = (0.0005, 0.001, 0.002, 0.004)
+    columns = [moved(report, perturbation="gaussian", scale="per_coordinate", variance=v) for v in variances]
+    rows = [
+        [row["moved"], *(f"{c[i]['robustness']:.3f} / {c[i]['accuracy']:.3f}" for c in columns)]
+        for i, row in enumerate(columns[0])
+    ]
+    return _table(["variance per coordinate", *(f"{v:g}" for v in variances)], rows)
 
 
 def contrastive() -> str:
@@ -96,7 +114,8 @@ def others() -> str:
     for name in ("robustness", "meanshift", "perturb", "retrieval"):
         for case in harness.load(name)["cases"]:
             base = case["results"][case["baseline"]]["median"]
-            what = case.get("operation") or f"exact robustness, gallery {case['gallery']}"
+            by = {"l2": "", "ip": " by inner product"}[case.get("metric") or "l2"]
+            what = case.get("operation") or f"exact robustness{by}, gallery {case['gallery']}"
             size = " x ".join(f"{case[k]:,}" for k in ("Q", "G", "N", "D") if k in case)
             ours = next(r["median"] for r in case["results"].values() if r["role"] == "ours")
             limit = next((f"{ours / r['median']:.2f}" for r in case["results"].values() if r["role"] == "limit"), "")
@@ -137,29 +156,110 @@ def quantisers() -> str:
     return f"{table}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
 
 
-SECTIONS = {"demo": demo, "contrastive": contrastive, "memory": memory, "others": others, "quantisers": quantisers}
+def projection() -> str:
+    result = harness.load("projection")
+    rows = []
+    for case in result["cases"]:
+        l2 = [case["l2 none"], case["l2 shift"], case["l2 projection"]]
+        ip = [case["ip none"], case["ip projection"]]
+        cells = [" → ".join(f"{v:.3f}" for v in values) for values in (l2, ip)]
+        kept = f"{case['identical']:.0%}"
+        gallery = f"{case['G']} x {case['D']}"
+        rows.append([f"{case['data']}, {case['direction']}", gallery, f"{case['components']}", kept, *cells])
+    header = [
+        "embeddings",
+        "gallery",
+        "k",
+        "of the first 10 neighbours kept",
+        "L2: none → shift → projection",
+        "inner product: none → projection",
+    ]
+    return f"{_table(header, rows)}\n\nNoise of total variance {result['variance']:g}; {result['date']}."
 
 
-def filled(text: str) -> str:
-    """The README with every section's numbers as measured."""
-    for name, section in SECTIONS.items():
+def _recalls(case: dict[str, Any], side: str, kind: str) -> list[str]:
+    """Recall by move of one kind of index, and the projection's at the others' speed where it can be traded."""
+    by_move = {row["move"]: row for row in case["rows"] if (row["asks"], row["kind"]) == (side, kind)}
+    recall = f"recall@{case['k']}"
+    best = max(row[recall] for row in by_move.values())
+    cells = [f"**{r[recall]:.3f}**" if r[recall] == best else f"{r[recall]:.3f}" for r in by_move.values()]
+    none = by_move["none"]
+    at_speed = by_move["projection"][f"{recall} at none's speed"]
+    size, seconds = f"{none['bytes_per_vector']:.0f}", f"{none['seconds_to_build']:.2g}"
+    speed = float(f"{none['queries_per_second']:.2g}")
+    return [none["parameters"], *cells, "" if at_speed is None else f"{at_speed:.3f}", size, seconds, f"{speed:,.0f}"]
+
+
+def _indexes(cases: list[dict[str, Any]], result: dict[str, Any], sides: tuple[str, ...]) -> str:
+    rows = []
+    for case in cases:
+        gallery = f"{case['data']}, {case['G']:,} x {case['D']}, {case['metric']}"
+        for side in sides:
+            for kind in dict.fromkeys(row["kind"] for row in case["rows"]):
+                rows.append([gallery, side, kind, *_recalls(case, side, kind)])
+    header = [
+        *("gallery, metric", "queries", "index", "parameters", "none", "shift", "projection", "centring"),
+        *("projection at none's speed", "bytes a row", "s to build", "queries/s"),
+    ]
+    return f"{_table(header, rows)}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
+
+
+def indexes() -> str:
+    """Queries of the other modality; for the largest gallery also those of its own."""
+    result = harness.load("indexes")
+    largest = [case for case in result["cases"] if case["G"] == max(case["G"] for case in result["cases"])]
+    own = _indexes(largest, result, ("texts",)).split("\n")[2:]
+    rows = _indexes(result["cases"], result, ("images",)).split("\n")
+    return "\n".join([*rows[:-2], *own])
+
+
+def some_indexes() -> str:
+    """Of the largest gallery, queries of the other modality."""
+    result = harness.load("indexes")
+    largest = max(case["G"] for case in result["cases"])
+    return _indexes([case for case in result["cases"] if case["G"] == largest], result, ("images",))
+
+
+README = {
+    "demo": demo,
+    "contrastive": contrastive,
+    "memory": memory,
+    "others": others,
+    "quantisers": quantisers,
+    "indexes": some_indexes,
+}
+PAGES = {"README.md": README, "docs/projection.md": {"projection": projection, "indexes": indexes}}
+DEMO = ("report.json", "pca.png", "robustness.png", "projection.png")
+
+
+def filled(text: str, sections: dict[str, Callable[[], str]] = README, page: str = "README.md") -> str:
+    """A page with every section's numbers as measured."""
+    for name, section in sections.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, s=section: f"{m[1]}{s()}\n{m[2]}", text, flags=re.S)
         if count != 1:
-            raise ValueError(f"README.md: expected one section {name}, got {count}")
+            raise ValueError(f"{page}: expected one section {name}, got {count}")
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only tell whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only tell whether the pages are up to date")
+    parser.add_argument("--demo", type=Path, metavar="FOLDER", help="what the demo wrote")
+    parser.add_argument("--reproduction", type=Path, metavar="FOLDER", help="what the reproduction wrote")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    current = path.read_text()
-    wanted = filled(current)
-    if arguments.check:
-        sys.exit(0 if wanted == current else "README.md differs from bench/results and docs/demo; run bench/tables.py")
-    path.write_text(wanted)
+    for source, target, names in (
+        (arguments.demo, ROOT / "docs/demo", DEMO),
+        (arguments.reproduction, ROOT / "docs/reproduction", [p.name for p in (ROOT / "docs/reproduction").iterdir()]),
+    ):
+        for name in names if source else ():
+            shutil.copyfile(source / name, target / name)
+    for name, sections in PAGES.items():
+        current = (ROOT / name).read_text()
+        wanted = filled(current, sections, name)
+        if arguments.check and wanted != current:
+            sys.exit(f"{name} differs from bench/results and docs/demo; run bench/tables.py")
+        (ROOT / name).write_text(wanted)
 
 
 if __name__ == "__main__":

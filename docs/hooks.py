@@ -1,6 +1,7 @@
 """Puts what `gapkern reproduce` found into the pages, so that no number is copied by hand."""
 
 import json
+import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "reproduction"
@@ -29,6 +30,7 @@ def count(report: dict) -> str:
 
 def filled(markdown: str) -> str:
     """A page with its `<!-- claims -->`, `<!-- count -->` and `<!-- command -->` replaced."""
+    markdown = re.sub(r"^<!-- /?(projection|indexes) -->\n", "", markdown, flags=re.M)
     if "<!-- c" not in markdown:
         return markdown
     report = json.loads((FOLDER / "report.json").read_text())

@@ -1,4 +1,7 @@
-"""Matrices as bytes: `.npy` and `.safetensors` read by mapping, written from front to back.
+"""Matrices as bytes: `.npy` and `.safetensors` read by mapping, written from front to back; benchmarks' files read.
+
+Benchmarks of nearest neighbours have HDF5 files of several matrices (VIBE, ann-benchmarks), or bare ones (big-ann:
+`.fbin` float32, `.u8bin` and `.i8bin` bytes) of two 32-bit numbers, rows and columns, and the values.
 
 A file is never written through a mapping: where the disk is full, that ends the process with SIGBUS.
 """
@@ -10,11 +13,13 @@ import os
 import stat
 import tokenize
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gapkern import _check
 
 # What readers of foreign bytes raise, beside what they mean to.
 UNREADABLE = (
@@ -112,6 +117,88 @@ def read_safetensors(file: Path, key: str | None, name: str) -> Tensor:
     if key is None:
         raise ValueError(f"{name}: expected one tensor in {file}, got {there}; choose one as file[key]")
     raise ValueError(f"{name}: expected one of {there} in {file}, got [{key}]")
+
+
+BARE: dict[str, np.dtype] = {".fbin": np.dtype("<f4"), ".u8bin": np.dtype("u1"), ".i8bin": np.dtype("i1")}
+HDF5 = (".hdf5", ".h5")
+
+
+def read_bare(file: Path, name: str) -> np.ndarray:
+    """The array (N, D) of a `.fbin`, `.u8bin` or `.i8bin` file, mapped copy-on-write.
+
+    Raises:
+        ValueError: there is no such file, or it is not of the size that its first numbers say.
+    """
+    opened(file, name)
+    dtype, size = BARE[file.suffix], file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+    rows, dims = np.frombuffer(head.ljust(8, b"\0"), "<u4").tolist()
+    needed = 8 + rows * dims * dtype.itemsize
+    if size < 8 or needed != size:
+        raise ValueError(
+            f"{name}: expected a {file.suffix} file, got {file}: its first numbers say {rows} x {dims}, "
+            f"{needed} bytes, and it has {size}"
+        )
+    if not rows * dims:
+        return np.empty((rows, dims), dtype)
+    return np.memmap(file, dtype, "c", 8, (rows, dims))
+
+
+def read_hdf5(file: Path, key: str | None, name: str, rows: slice = slice(None)) -> np.ndarray:
+    """Rows of a matrix of an HDF5 file: of its only one of floating-point numbers, or of `key`.
+
+    Raises:
+        ImportError: h5py is not installed.
+        ValueError: there is no such file or matrix, several and no key, or another format.
+    """
+    h5py = _check.extra("h5py", "h5py", "tables")
+    opened(file, name)
+    try:
+        with h5py.File(file, "r") as found:
+            there = [k for k, v in found.items() if isinstance(v, h5py.Dataset) and v.ndim == 2]
+            floats = [k for k in there if found[k].dtype.kind == "f"]
+            chosen = floats[0] if key is None and len(floats) == 1 else key
+            if chosen in there:
+                return found[chosen][rows]
+    except (RuntimeError, *UNREADABLE) as error:
+        raise ValueError(f"{name}: expected an HDF5 file, got {file}: {reason(error)}") from None
+    said = ", ".join(there) or "none"
+    if key is None:
+        raise ValueError(
+            f"{name}: expected one matrix of floating-point numbers in {file}, got {said}; choose one as file[key]"
+        )
+    raise ValueError(f"{name}: expected one of {said} in {file}, got [{key}]")
+
+
+def matrix(file: Path, key: str | None, name: str, rows: slice) -> Any:
+    """Those rows of a file of any of these formats, not yet checked; bytes as float32.
+
+    Raises:
+        ValueError: there is none in the file, several and no key, or it is of another format.
+    """
+    if file.suffix in HDF5:
+        return read_hdf5(file, key, name, rows)
+    if file.suffix in BARE:
+        if key is not None:
+            raise ValueError(f"{name}: expected no [key] of a {file.suffix} file, got [{key}] of {file}")
+        array = read_bare(file, name)[rows]
+        return array if array.dtype.kind == "f" else np.asarray(array, np.float32)
+    if file.suffix == ".safetensors":
+        found = read_safetensors(file, key, name)
+        return found[rows] if found.dim() else found
+    if file.suffix != ".npy":
+        opened(file, name)
+        others = ", ".join((*BARE, *HDF5))
+        raise ValueError(f"{name}: expected a .npy or .safetensors file, got {file}; of benchmarks' files {others}")
+    array = read_npy(file, name)
+    if key is not None:
+        if not key.isdecimal() or array.ndim != 3 or int(key) >= len(array):
+            raise ValueError(
+                f"{name}: expected [K] to choose from an array (K, N, D), got [{key}] of shape {array.shape} in {file}"
+            )
+        array = array[int(key)]
+    return array[rows] if array.ndim else array
 
 
 class Writer:

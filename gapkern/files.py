@@ -216,18 +216,18 @@ def size(path: str | os.PathLike[str], *, name: str = "path") -> tuple[int, int]
     """
     rows, first = 0, None
     for shard in shards(path, name=name):
-        part = _load(shard, name)
+        count, dims, dtype = _facts(shard, name)
         if first is None:
-            first = part[:0], shard
-        elif part.shape[1] != first[0].shape[1]:
+            first = dims, dtype, shard
+        elif dims != first[0]:
             raise ValueError(
-                f"{name}: expected D = {first[0].shape[1]} as in the shards before, got {tuple(part.shape)} in {shard}"
+                f"{name}: expected D = {first[0]} as in the shards before, got ({count}, {dims}) in {shard}"
             )
-        elif part.dtype != first[0].dtype:
-            raise ValueError(f"{name}: expected {first[0].dtype} as in {first[1]}, got {part.dtype} in {shard}")
-        rows += len(part)
+        elif dtype != first[1]:
+            raise ValueError(f"{name}: expected {first[1]} as in {first[2]}, got {dtype} in {shard}")
+        rows += count
     assert first is not None
-    return rows, first[0].shape[1]
+    return rows, first[0]
 
 
 def digest(path: str | os.PathLike[str]) -> str:
@@ -262,7 +262,8 @@ def load_embeddings(path: str | os.PathLike[str], *, name: str = "path") -> Tens
     """Embeddings (N, D) from a `.npy` or `.safetensors` file, or from a folder of either, shard after shard.
 
     `file.npy[0]` takes the first matrix of an array (K, N, D); `file.safetensors[key]` the tensor of that key. A `.npy`
-    file is mapped, a folder is read into memory.
+    file is mapped, a folder is read into memory. Benchmarks' files are read too: big-ann's `.fbin`, mapped, `.u8bin`
+    and `.i8bin`, as float32; and matrices in HDF5, `file.hdf5[train]`, as VIBE has them (needs h5py).
 
     Raises:
         ValueError: the file is absent, of another format, truncated, pickled, or holds no (N, D) of floating-point
@@ -297,10 +298,10 @@ def chunks(
         [4, 4, 2]
     """
     for shard in shards(path, name=name):
-        count, dims = _load(shard, name).shape
+        count, dims, _ = _facts(shard, name)
         step = rows or max(1, CHUNK // max(1, dims))
         for first in range(0, count, step):
-            part = _load(shard, name)[first : first + step].clone()
+            part = _load(shard, name, slice(first, first + step)).clone()
             if finite:
                 _check.finite(name, part, first, where=f" of {shard}")
             yield part
@@ -348,26 +349,24 @@ def parted(path: str | os.PathLike[str]) -> tuple[str, str | None]:
     return file, key
 
 
-def _load(path: str | os.PathLike[str], name: str) -> Tensor:
-    text, index = parted(path)
-    file = Path(text)
-    if file.suffix == ".safetensors":
-        array: Any = _formats.read_safetensors(file, index, name)
-    elif file.suffix == ".npy":
-        array = _formats.read_npy(file, name)
-        if index is not None:
-            if not index.isdecimal() or array.ndim != 3 or int(index) >= len(array):
-                raise ValueError(
-                    f"{name}: expected [K] to choose from an array (K, N, D), got [{index}] of shape {array.shape}"
-                )
-            array = array[int(index)]
-    else:
-        _formats.opened(file, name)
-        raise ValueError(f"{name}: expected a .npy or .safetensors file, got {file}")
+def _load(path: str | os.PathLike[str], name: str, rows: slice = slice(None)) -> Tensor:
+    """Those rows of a file; bytes as float32."""
+    text, key = parted(path)
+    found = _formats.matrix(Path(text), key, name, rows)
     try:
-        return _check.matrix(name, array)
+        return _check.matrix(name, found, empty=rows != slice(None))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} in {path}") from None
+
+
+def _facts(path: str | os.PathLike[str], name: str) -> tuple[int, int, torch.dtype]:
+    """Rows, columns and dtype of a file; of a bare one nothing is converted for it."""
+    file = Path(parted(path)[0])
+    if file.suffix not in _formats.BARE:
+        whole = _load(path, name)
+        return *whole.shape, whole.dtype
+    rows, dims = _formats.read_bare(file, name).shape
+    return rows, dims, _load(path, name, slice(0, min(1, rows)) if rows else slice(None)).dtype
 
 
 def load_array(path: str | os.PathLike[str], *, name: str = "path") -> np.ndarray:

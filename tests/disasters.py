@@ -42,6 +42,19 @@ COMMANDS = {
         "--out",
     ],
     "shift": ["shift", "apply", "shift.safetensors", "shards", "--out"],
+    "project": ["project", "apply", "projection.safetensors", "shards", "--side", "queries", "--out"],
+    "repair": [
+        "index",
+        "repair",
+        "knn.index",
+        "--queries",
+        "off.npy",
+        "--components",
+        "16",
+        "--embeddings",
+        "in.npy",
+        "--out",
+    ],
     "index": ["index", "shards", "--factory", "IVF8,Flat", "--block", "500", "--out"],
     "robust": ["robust", "images.npy", "texts.npy", "--gaussian", "0.1", "0.2", "0.3", "--alphas", "0:1:20", "--out"],
 }
@@ -49,11 +62,12 @@ COMMANDS = {
 
 def make(folder: Path) -> None:
     """What the commands read."""
+    import faiss
     import open_clip
     import torch
     from safetensors.torch import save_file
 
-    from gapkern import MeanShift
+    from gapkern import MeanShift, Projection
 
     os.chdir(folder)
     draw = np.random.default_rng(0)
@@ -65,6 +79,15 @@ def make(folder: Path) -> None:
     for i, part in enumerate(np.split(texts, SHARDS)):
         np.save(f"shards/text_emb_{i}.npy", part)
     MeanShift(n_components=4).fit(texts, images).save("shift.safetensors")
+    Projection(4).fit(texts, images).save("projection.safetensors")
+    # Rows in 16 dimensions, queries off them: codes of a bit gain from the projection.
+    inside = (texts[:, :16] @ draw.standard_normal((16, DIMS))).astype(np.float32)
+    np.save("in.npy", inside)
+    np.save("off.npy", inside[:400] + 2 * draw.standard_normal((400, DIMS)).astype(np.float32) + 1)
+    index = faiss.index_factory(DIMS, "RaBitQ")
+    index.train(inside)
+    index.add(inside)
+    faiss.write_index(index, "knn.index")
     torch.manual_seed(0)
     state = open_clip.model.CLIP(**MODEL).state_dict()
     Path("model").mkdir()
@@ -75,7 +98,7 @@ def make(folder: Path) -> None:
 
 def contents(folder: Path) -> dict[str, object]:
     """Every file's bytes; of tables and lists of rows what does not depend on the clock."""
-    found: dict[str, object] = {}
+    found: dict[str, object] = {".": folder.read_bytes()} if folder.is_file() else {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir():
@@ -107,13 +130,13 @@ class Disasters:
         outcome = self.run(verb, out)
         if outcome.status != 0:
             raise SystemExit(f"gapkern {verb} fails undisturbed: {outcome.err}")
-        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in (out, *out.rglob("*")) if path.is_file())
         return contents(out), outcome.seconds, size
 
     def killed(self, verb: str, right: dict[str, object], seconds: float) -> str | None:
         """What is wrong after a kill at a random moment and the same command again."""
         out = self.place / "out"
-        shutil.rmtree(out, ignore_errors=True)
+        out.unlink() if out.is_file() else shutil.rmtree(out, ignore_errors=True)
         for _ in range(self.rng.choice((1, 1, 2))):
             outcome = self.run(verb, out, kill=self.rng.uniform(0, 1.1 * seconds))
             if outcome.status not in (0, -9):

@@ -28,6 +28,7 @@ def everything(module: str) -> None:
             sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**os.environ, **dict.fromkeys(THREADS, "1")}
         )
     import faiss  # noqa: F401
+    import h5py  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import open_clip  # noqa: F401
     import pandas  # noqa: F401

@@ -52,6 +52,40 @@ def test_the_papers_effect(report):
 
 
 @pytest.mark.slow
+def test_the_projection_keeps_more_than_the_shift(report):
+    """The third line, each number from the saved embeddings once more."""
+    from safetensors.torch import load_file
+
+    from gapkern import Gaussian, MeanShift, Projection
+    from gapkern.robustness import robustness
+
+    folder, found = report
+    saved = load_file(folder / "embeddings.safetensors")
+    moves = {
+        "as they are": None,
+        "gap closed by the shift": MeanShift.load(folder / "shift.safetensors"),
+        "queries projected": Projection.load(folder / "projection.safetensors"),
+    }
+    rows = [row for row in found["projection"] if row["scale"] == "per_coordinate"]
+    assert len(rows) == 18
+    for none, shift, projection in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert [none["moved"], shift["moved"], projection["moved"]] == list(moves)
+        for value in ("robustness", "accuracy"):
+            assert projection[value] > shift[value] > none[value]
+        assert none["clean_accuracy"] == projection["clean_accuracy"]
+    hard = [row for row in rows if row["variance"] == 0.002]
+    for row in hard:
+        noise = Gaussian(0.002, "per_coordinate")
+        once_more = robustness(
+            saved["images"], saved["prompts"][0], noise, labels=saved["labels"], shift=moves[row["moved"]]
+        )
+        assert row["robustness"] == pytest.approx(once_more.robustness, abs=1e-12)
+        assert row["accuracy"] == pytest.approx(once_more.accuracy, abs=1e-12)
+    assert [row["accuracy"] for row in hard] == pytest.approx([0.51, 0.78, 0.84], abs=0.03)
+    assert found["offsets"]["queries projected"] < 1e-6 < found["offsets"]["gap closed by the shift"]
+
+
+@pytest.mark.slow
 def test_the_json_has_what_is_promised(report):
     _, found = report
     for row in found["sweep"]:
@@ -99,7 +133,7 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(report):
     page.feed(text)
     assert page.open == []
     assert page.outside == []
-    assert page.images == 6
+    assert page.images == 7
     for value in (f"{found['clean_accuracy']:.3f}", f"{found['gap_norm']:.3f}", f"{found['orthogonality']:.2%}"):
         assert value in text
     assert {p.name for p in folder.iterdir()} == {
@@ -107,6 +141,8 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(report):
         "report.json",
         "embeddings.safetensors",
         "shift.safetensors",
+        "projection.safetensors",
+        "projection.png",
         "pca.png",
         "training.png",
         "robustness.png",

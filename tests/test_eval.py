@@ -1,6 +1,7 @@
 """`gapkern eval` and `gapkern build`: any number of ranks, from files and from a model, what is wrong in one line."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -265,6 +266,9 @@ def test_a_models_metrics_are_clip_benchmarks(digits_model, tmp_path, capsys, mo
     assert found["metrics"] == pytest.approx(expected, abs=1e-6)
     assert found["model_id"] == named.id != model.id
     assert found["pretrained"] == str(tmp_path / "weights.pt")
+    words = (tmp_path / "prompts.json").read_bytes()
+    assert found["inputs"]["custom_template_file"] == {"sha256": hashlib.sha256(words).hexdigest()}
+    assert found["inputs"]["dataset"] == {"sha256": datasets.fingerprint(data), "rows": len(data)}
 
 
 @pytest.mark.slow

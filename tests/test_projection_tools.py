@@ -225,8 +225,28 @@ def test_tasks_are_as_accurate_and_survive_more_noise():
     assert found[0].metrics == found[2].metrics
     by_texts = [m for m in found[1].metrics if m.startswith("image_retrieval")]
     assert all(found[1].metrics[m] == found[3].metrics[m] for m in by_texts)
-    with pytest.raises(ValueError, match="shift: expected a projection of metric='l2', got one of metric='ip'"):
-        Settings(Projection("exact", "ip").fit(gallery))
+    assert Settings(Projection("exact", "ip").fit(gallery)).metric == "ip"
+
+
+@pytest.mark.parametrize("metric", ["ip", "cosine"])
+def test_evaluation_is_by_the_projections_metric(metric):
+    """With noise on the texts, whose rows differ in length then."""
+    from gapkern.perturb import perturb
+
+    gallery, queries, near = pairs()
+    gallery, queries = (torch.nn.functional.normalize(x, dim=1) for x in (gallery, queries))
+    projection, noise = Projection("exact", metric).fit(gallery), Gaussian(0.6)
+    settings = Settings(projection, [noise], seeds=[3])
+    found = classification(Rows(queries, 0, len(queries)), near, gallery, settings)
+    disturbed = perturb(gallery, noise, 3)
+    for outcome, rows in zip(found, (gallery, disturbed, gallery, disturbed), strict=True):
+        moved = projection.transform_queries(queries) if outcome.transform["name"] == "projection" else queries
+        right = order(moved, rows, metric)[:, 0] == near
+        assert outcome.metrics["acc1"] == float(right.double().mean())
+        assert outcome.transform["metric"] == metric
+    assert found[3].metrics["acc1"] > found[1].metrics["acc1"]
+    by_distance = order(queries, disturbed, "l2")[:, 0] == near
+    assert found[1].metrics["acc1"] != float(by_distance.double().mean()), "or the metric would not matter here"
 
 
 @pytest.mark.faiss
@@ -296,9 +316,9 @@ def test_eval_with_a_projections_file(run, stored):
     expected = float((order(unit(queries, dim=1), unit(gallery, dim=1), "l2")[:, 0] == near).double().mean())
     assert plain["metrics"]["acc1"] == projected["metrics"]["acc1"] == expected
     assert (projected["transform"]["name"], projected["transform"]["shift"]) == ("projection", "l2")
-    status, out, err = run(*line, "--shift", "ip.safetensors")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "shift: expected a projection of metric='l2', got one of metric='ip'" in err
+    plain, projected = strict(run(*line, "--shift", "ip.safetensors")[1])["results"]
+    assert plain["metrics"]["acc1"] == projected["metrics"]["acc1"] == expected
+    assert (plain["transform"], projected["transform"]["metric"]) == ({"name": "none", "metric": "ip"}, "ip")
 
 
 def test_compare_has_none_the_shift_and_the_projection(run, stored):

@@ -1,5 +1,7 @@
 """`gapkern index repair`: what projecting the queries buys in indexes of others, computed again by hand."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,10 @@ from tests.scenes import strict
 
 faiss = pytest.importorskip("faiss")
 pytestmark = [pytest.mark.faiss, pytest.mark.filterwarnings("ignore:.*FAISS"), pytest.mark.usefixtures("empty_folder")]
-FACTORIES = ["Flat", "IVF8,Flat", "HNSW16", "SQ4", "PQ16x4np", "RaBitQ", "IVF8,RaBitQ", "IDMap2,SQ4", "PCA32,SQ8"]
+FACTORIES = [
+    *("Flat", "IVF8,Flat", "HNSW16", "SQ8", "SQ4", "PQ16x4np", "IVF8,PQ16x4np", "OPQ16,PQ16x4np", "RaBitQ"),
+    *("IVF8,RaBitQ", "IDMap2,SQ4", "PCA32,SQ8"),
+]
 
 
 def embeddings(rows=400, dims=96, rank=24, queries=120):
@@ -159,6 +164,16 @@ def test_from_the_command_line(run, tmp_path):
     assert (facts["out"], facts["worth"], facts["components"]) == ("p.safetensors", True, 24)
     assert facts["recall_after"] > facts["recall_before"]
 
+    # FAISS's file itself, and ours that holds the same codes.
+    before = (tmp_path / "folder" / "knn.index").read_bytes()
+    theirs = strict(run("search", "folder", "q.npy", "--k", "3", "--project", "p.safetensors", "--json")[1])
+    by_codes = faiss.read_index("folder/knn.index").search(projection.transform_queries(queries).numpy(), 3)[1]
+    assert theirs["ids"] == by_codes.tolist()
+    assert theirs["inputs"]["index"]["sha256"] == hashlib.sha256(before).hexdigest()
+    assert facts["inputs"]["existing"] == theirs["inputs"]["index"]
+    assert set(facts["inputs"]) == {"existing", "queries", "embeddings"}
+    assert (tmp_path / "folder" / "knn.index").read_bytes() == before
+
     GapIndex().add(gallery).save("index")
     moved = strict(run("search", "index", "q.npy", "--k", "3", "--project", "p.safetensors", "--json")[1])
     by_hand = GapIndex(shift=projection).add(gallery).search(queries, 3)
@@ -172,6 +187,109 @@ def test_from_the_command_line(run, tmp_path):
     # A gallery of that name is still one.
     np.save("repair.npy", gallery.numpy())
     assert run("index", "repair.npy", "--out", "other")[0] == 0
+
+
+def in_parts(folder, matrix, sizes=(150, 250), start=9):
+    """Shards whose numbers sort otherwise as texts: 9 and 10."""
+    folder.mkdir(parents=True)
+    for number, part in enumerate(matrix.split(sizes), start):
+        np.save(folder / f"img_emb_{number}.npy", part.numpy())
+
+
+def test_the_embeddings_of_autofaiss_are_found_in_the_order_of_its_ids(run, tmp_path):
+    gallery, queries = embeddings()
+    np.save("q.npy", queries.numpy())
+    in_parts(tmp_path / "embeddings", gallery)
+    # autofaiss reads img_emb_10 before img_emb_9.
+    as_texts = torch.cat([gallery[150:], gallery[:150]])
+    written(tmp_path / "knn.index", "RaBitQ", as_texts, "ip")
+    (tmp_path / "index_infos.json").write_text('{"index_key": "RaBitQ", "nb vectors": 400}')
+    found = strict(run("index", "repair", ".", "--queries", "q.npy", "--json")[1])
+    assert (found["rows"], found["index"], found["metric"]) == ("embeddings", "IndexRaBitQ", "ip")
+    by_hand, _ = repair(tmp_path / "knn.index", queries, embeddings=as_texts)
+    assert by_hand.to_dict().items() <= found.items()
+    assert found["recall_after"] > found["recall_before"]
+    out = run("index", "repair", "knn.index", "--queries", "q.npy")[1:]
+    assert "embeddings: embeddings" in "".join(out)
+
+
+def test_the_embeddings_of_clip_retrieval_are_those_of_the_side(run, tmp_path):
+    texts, images = embeddings(queries=400)
+    np.save("q.npy", images[:100].numpy())
+    (tmp_path / "metadata").mkdir()
+    for side, rows in (("img", images), ("text", texts)):
+        (tmp_path / f"{side}_emb").mkdir()
+        np.save(tmp_path / f"{side}_emb" / f"{side}_emb_0.npy", rows.numpy())
+    written(tmp_path / "image.index", "SQ4", images, "ip")
+    written(tmp_path / "text.index", "RaBitQ", texts, "ip")
+    status, out, err = run("index", "repair", ".", "--queries", "q.npy")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "got image.index, text.index; name it" in err
+    for name, rows in (("text.index", texts), ("image.index", images)):
+        found = strict(run("index", "repair", name, "--queries", "q.npy", "--json")[1])
+        by_hand, _ = repair(tmp_path / name, images[:100], embeddings=rows)
+        assert found["rows"] == "embeddings"
+        assert by_hand.to_dict().items() <= found.items()
+    # Of two sets of the size, the one that the codes stand for.
+    (tmp_path / "text.index").rename("knn.index")
+    (tmp_path / "image.index").unlink()
+    found = strict(run("index", "repair", ".", "--queries", "q.npy", "--json")[1])
+    assert (found["rows"], found["recall_before"]) == (
+        "embeddings",
+        repair("knn.index", images[:100], embeddings=texts)[0].recall_before,
+    )
+    (tmp_path / "embeddings").mkdir()
+    np.save(tmp_path / "embeddings" / "copy.npy", texts.numpy())
+    status, out, err = run("index", "repair", ".", "--queries", "q.npy")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "embeddings: expected one set beside" in err
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "RaBitQ", "IVF8,PQ16x4np", "OPQ16,PQ16x4np", "HNSW16"])
+def test_embeddings_of_another_order_or_origin_are_refused(factory, tmp_path):
+    gallery, queries = embeddings()
+    written(tmp_path / "x.index", factory, gallery, "l2")
+    assert repair(tmp_path / "x.index", queries, embeddings=gallery)[0].rows == "embeddings"
+    for other in (gallery.flip(0), torch.randn(400, 96, generator=torch.Generator().manual_seed(1))):
+        with pytest.raises(ValueError, match="embeddings: expected the rows that are in "):
+            repair(tmp_path / "x.index", queries, embeddings=other)
+
+
+@pytest.mark.parametrize(
+    ("factory", "metric"),
+    [*((factory, "l2") for factory in FACTORIES), *((factory, "ip") for factory in ("Flat", "IVF8,Flat", "RaBitQ"))],
+)
+def test_an_index_of_others_is_searched_as_it_is(factory, metric, tmp_path):
+    gallery, queries = embeddings()
+    index = written(tmp_path / "x.index", factory, gallery, metric)
+    projection = Projection("exact", metric).fit(gallery)
+    for shift, asked in ((None, queries), (projection, projection.transform_queries(queries))):
+        found = GapIndex.from_faiss(tmp_path / "x.index", shift).search(queries, 5)[1].numpy()
+        theirs = exact(asked, gallery, 5, metric).numpy() if factory == "Flat" else index.search(asked.numpy(), 5)[1]
+        assert (found == theirs).mean() > (0.999 if factory == "Flat" else 0.97)  # equal distances go by their ids
+        assert {*found.ravel()} <= {*GapIndex.from_faiss(tmp_path / "x.index").ids()}
+
+
+@pytest.mark.parametrize(
+    ("shift", "message"),
+    [
+        (lambda x: Projection("exact", "ip").fit(x), "shift: expected a projection of metric='l2'"),
+        (lambda x: Projection("exact", reduce=True).fit(x), "shift: expected a projection that keeps the width"),
+        (lambda x: Projection("exact").fit(x[:, :9]), "shift: expected D = 96"),
+        (lambda x: MeanShift().fit(x, x + 1), "shift: expected a Projection, got MeanShift"),
+    ],
+)
+def test_a_shift_that_does_not_fit_an_index_of_others(shift, message, tmp_path):
+    gallery, _ = embeddings()
+    written(tmp_path / "x.index", "SQ8", gallery, "l2")
+    with pytest.raises((TypeError, ValueError), match=message):
+        GapIndex.from_faiss(tmp_path / "x.index", shift(gallery))
+    outer = faiss.IndexPreTransform(faiss.PCAMatrix(96, 32), faiss.IndexIDMap(faiss.IndexFlatL2(32)))
+    outer.train(gallery.numpy())
+    outer.add_with_ids(gallery.numpy(), np.arange(400)) if hasattr(outer, "add_with_ids") else None
+    faiss.write_index(outer, str(tmp_path / "inner.index"))
+    with pytest.raises(ValueError, match="path: expected"):
+        GapIndex.from_faiss(tmp_path / "inner.index")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
         ["perturbation", "α", "robustness", "accuracy", "clean accuracy"],
         [[title(r), r["alpha"], r["robustness"], r["accuracy"], r["clean_accuracy"]] for r in shown],
     )
+    moves = [row for row in report["projection"] if row["perturbation"] == "gaussian"]
+    common.table(
+        ["perturbation", "moved", "robustness", "accuracy", "clean accuracy"],
+        [[title(r), r["moved"], r["robustness"], r["accuracy"], r["clean_accuracy"]] for r in moves],
+    )
     head = demo_report.headline(report)
     print(
         f"gap norm {report['gap_norm']:.3f}, of which {report['orthogonality']:.1%} can be closed; closing it moves "

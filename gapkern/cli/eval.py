@@ -254,7 +254,11 @@ def _inputs(
         with common.progress({"images": "embedding images", "texts": "embedding texts"}) as step:
             data = datasets.load(dataset, arguments.dataset_root, arguments.split, arguments.annotation_file)
             encoder = _encoder(arguments, facts, ranks, step)
-            told = {"model_id": encoder.model.id, "precision": encoder.model.precision}
+            told = {
+                "model_id": encoder.model.id,
+                "precision": encoder.model.precision,
+                "inputs": _read(arguments, data) if ranks.rank == 0 else {},
+            }
             inputs.same_model(shift, facts["model"], encoder.model.id)
             given = encode.from_model(task, encoder, data, templates, names, arguments.choice_template)
         names = list(names.values()) if isinstance(names, dict) else names
@@ -267,6 +271,18 @@ def _made_from(arguments: argparse.Namespace, ranks: Any) -> dict[str, Any]:
     from gapkern.evaluation import inputs
 
     return inputs.made_from(arguments.images, arguments.texts, arguments.labels) if ranks.rank == 0 else {}
+
+
+def _read(arguments: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """The hashes of what a data set's task was made from: images, labels and texts, and the files of words."""
+    from gapkern import datasets, files
+
+    given = ("annotation_file", "custom_template_file", "custom_classname_file")
+    named = {name: getattr(arguments, name) for name in given if getattr(arguments, name)}
+    return {
+        "dataset": {"sha256": datasets.fingerprint(data), "rows": len(data)},
+        **{name: {"sha256": files.digest(path)} for name, path in named.items()},
+    }
 
 
 def _encoder(arguments: argparse.Namespace, facts: dict[str, str], ranks: Any, step: Any) -> Any:

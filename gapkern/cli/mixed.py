@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from gapkern._rows import unit
     from gapkern.cli import moves
-    from gapkern.embeddings.folder import made_from
     from gapkern.embeddings.labels import Side, check_paired, load
+    from gapkern.embeddings.provenance import made_from
     from gapkern.evaluation import mixed_retrieval
     from gapkern.gap import MixedShift, fuse
     from gapkern.layout import place

@@ -1,6 +1,7 @@
 """`gapkern index repair`: what projecting the queries buys in an index that exists, and the projection that buys it."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from gapkern import files
@@ -12,19 +13,21 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         prog="gapkern index repair",
         description="Fits a projection to half of QUERIES, searches for the others in an existing index as they are "
         "and projected, and compares both with an exact search. Where it is worth it, writes the projection, by which "
-        "'gapkern project apply' and 'gapkern search --project' move queries. The index is only read. Graphs and "
-        "inverted lists of uncompressed rows cannot gain; that is an answer, with numbers.",
+        "'gapkern project apply' and 'gapkern search --project' move queries; 'search' takes FAISS's file as it is. "
+        "The index is only read. Graphs and inverted lists of uncompressed rows cannot gain; that is an answer, with "
+        "numbers.",
     )
     made.add_argument(
         "existing",
-        help="FAISS's file of an index (flat, IVF, PQ, SQ, RaBitQ, HNSW; L2 or inner "
-        "product), a folder with one, or one from 'gapkern index'",
+        help="FAISS's file of an index (flat, IVF, PQ, SQ, RaBitQ, HNSW; L2 or inner product), a folder with one, as "
+        "autofaiss and clip-retrieval write them, or one from 'gapkern index'",
     )
     made.add_argument("--queries", required=True, help="embeddings that ask, (Q, D): half to fit to, half to measure")
     made.add_argument(
         "--embeddings",
         help="what was indexed, (G, D), in the order of the ids: a file or a folder "
-        "(default: what the index decodes to)",
+        "(default: those in embeddings, img_emb or text_emb beside the index, if they are what its codes stand for; or "
+        "what the index decodes to)",
     )
     made.add_argument("--out", help="the projection, as a .safetensors file; not written where nothing is gained")
     made.add_argument(
@@ -51,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.out:
         moves.transforms_file(arguments.out)
+    inputs = _inputs(arguments)
     paths = {"queries": arguments.queries}
     if arguments.embeddings:
         paths["embeddings"] = arguments.embeddings
@@ -67,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     written = arguments.out if found.worth and arguments.out else None
     if written:
-        projection.save(written)
+        projection.save(written, made_from=inputs)
     if arguments.json:
-        common.print_json({**found.to_dict(), "out": written})
+        common.print_json({"inputs": inputs, **found.to_dict(), "out": written})
         return 0
     columns = ["queries", "first neighbour kept", f"recall@{found.k}"]
     before, after = (
@@ -99,3 +103,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("worth it: --out FILE writes the projection")
     return 0
+
+
+def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures are made from: the hash of FAISS's file, or of our index's manifest, and those of embeddings."""
+    from gapkern.embeddings import folder
+    from gapkern.retrieval import foreign
+    from gapkern.retrieval.store import MANIFEST
+
+    ours = foreign.is_ours(arguments.existing)
+    index = Path(arguments.existing) / MANIFEST if ours else foreign.located(arguments.existing)
+    inputs = {"existing": {"sha256": files.digest(index)}}
+    return inputs | {
+        name: folder.made_from(getattr(arguments, name), name=name)
+        for name in ("queries", "embeddings")
+        if getattr(arguments, name)
+    }

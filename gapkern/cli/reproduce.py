@@ -21,7 +21,7 @@ def add(verbs: Any) -> None:
         "targets",
         nargs="*",
         metavar="TARGET",
-        help="all (default), fig1 to fig6, fig8 to fig10, thm3.1 to thm3.5, baselines",
+        help="all (default), fig1 to fig6, fig8 to fig10, thm3.1 to thm3.5, baselines, projection",
     )
     parser.add_argument("--out", default="reproduction", help="folder (default: %(default)s)")
     parser.add_argument(

@@ -18,9 +18,9 @@ def add(verbs: Any) -> None:
         "search",
         help="search an index for the nearest neighbours of embeddings",
         description="Finds the K nearest vectors of each row of QUERIES in an index from 'gapkern index' or "
-        "GapIndex.save; its shift is applied to the queries where it moves them.",
+        "GapIndex.save, whose shift is applied to the queries where it moves them; or in FAISS's file.",
     )
-    parser.add_argument("index", help="the folder of the index")
+    parser.add_argument("index", help="the folder of the index; or FAISS's file, or a folder with one, of any origin")
     parser.add_argument("queries", help="embeddings that ask, (Q, D), a file or a folder of shards")
     parser.add_argument("--k", type=int, default=10, help="neighbours of each query (default: %(default)s)")
     parser.add_argument(
@@ -59,7 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"out: expected a name ending in .npz, .parquet or .json, got {out}")
     if out is not None and out.suffix == ".parquet":
         _tables()
-    index = GapIndex.load(arguments.index, mmap=True, verify=arguments.verify, device=arguments.device)
+    theirs = _theirs(arguments.index)
+    if theirs is None:
+        index = GapIndex.load(arguments.index, mmap=True, verify=arguments.verify, device=arguments.device)
+    else:
+        index = GapIndex.from_faiss(theirs, device=arguments.device)
     if arguments.parameters:
         index.set_parameters(arguments.parameters)
     if arguments.project:
@@ -97,6 +101,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _theirs(path: str) -> Path | None:
+    """FAISS's file, where the index is none of ours."""
+    from gapkern.retrieval import foreign
+
+    place = Path(path)
+    if foreign.is_ours(place) or not (place.is_file() or (place.is_dir() and foreign.holds(place))):
+        return None
+    return foreign.located(place, "index")
+
+
 def _projected(index: Any, path: str) -> Any:
     """The index with its queries moved by a projection's file, once it is known to fit."""
     from gapkern import Projection
@@ -122,7 +136,7 @@ def _inputs(arguments: Any) -> dict[str, Any]:
     from gapkern.retrieval.store import MANIFEST
 
     inputs = {
-        "index": {"sha256": files.digest(Path(arguments.index) / MANIFEST)},
+        "index": {"sha256": files.digest(_theirs(arguments.index) or Path(arguments.index) / MANIFEST)},
         "queries": provenance.made_from(arguments.queries, name="queries"),
     }
     if arguments.project:

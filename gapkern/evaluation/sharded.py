@@ -13,7 +13,7 @@ from gapkern.gap import MeanShift
 from gapkern.perturb import Perturbation, Quantize, Replace
 from gapkern.ranks import Ranks, Rows
 
-__all__ = ["fit", "normalized", "perturbed", "topk"]
+__all__ = ["compared", "fit", "normalized", "perturbed", "topk"]
 
 
 def normalized(rows: Rows) -> Rows:
@@ -49,20 +49,28 @@ def perturbed(rows: Rows, perturbation: Perturbation | None, seed: int, ranks: R
     return rows.of(x)
 
 
-def topk(queries: Tensor, gallery: Rows, k: int, ranks: Ranks) -> Tensor:
+def compared(gallery: Rows, metric: str) -> tuple[Rows, str]:
+    """What a metric's costs are of, and by which of the two: for "cosine" rows of length one, by "ip"."""
+    if metric != "cosine":
+        return gallery, metric
+    return gallery.of(unit(gallery.values).to(gallery.values.dtype)), "ip"
+
+
+def topk(queries: Tensor, gallery: Rows, k: int, ranks: Ranks, metric: str = "l2") -> Tensor:
     """The k nearest rows of the whole gallery for this rank's queries: int64 (q, min(k, G)), equal ones by lowest row.
 
     Every rank's share of the gallery is searched in turn and merged into the best so far: never Q x G, and never the
     whole gallery on one rank.
     """
+    gallery, metric = compared(gallery, metric)
     best = queries.new_empty(len(queries), 0, dtype=torch.float64)
     found = queries.new_empty(len(queries), 0, dtype=torch.int64)
     for first, rows in ranks.each(gallery):
-        _, near = search(queries, rows, min(k, len(rows)))
+        _, near = search(queries, rows, min(k, len(rows)), metric=metric)
         if len(rows) == gallery.total:
             return near
         asking = torch.arange(len(queries), device=near.device).repeat_interleave(near.shape[1])
-        cost = costs(queries, rows, asking, near.flatten(), "l2").view_as(near)
+        cost = costs(queries, rows, asking, near.flatten(), metric).view_as(near)
         # Earlier ranks hold lower rows: a stable sort leaves the lowest of equal ones in front.
         best, order = torch.cat([best, cost], 1).sort(dim=1, stable=True)
         found = torch.cat([found, near + first], 1).gather(1, order)[:, :k]

@@ -16,7 +16,7 @@ from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._search import costs
 from gapkern.embeddings.labels import in_range
-from gapkern.evaluation.sharded import fit, normalized, perturbed, topk
+from gapkern.evaluation.sharded import compared, fit, normalized, perturbed, topk
 from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.models import zero_shot_classifier
 from gapkern.perturb import Perturbation, check
@@ -51,8 +51,8 @@ class Settings:
     """What each task is measured under.
 
     Args:
-        shift: None; a fitted `MeanShift` or `Projection` of metric "l2" (its gallery: the texts); or components to fit
-            a shift with here, such as "auto" or "exact". With a shift everything is measured without it too.
+        shift: None; a fitted `MeanShift` or `Projection` (its gallery: the texts); or components to fit a shift with
+            here, such as "auto" or "exact". Everything is measured without it too, and by a projection's metric.
         perturbations: of the gallery; everything is measured without any too.
         seeds: of random perturbations, whose metrics are averaged.
         label: what a record calls the shift.
@@ -75,9 +75,13 @@ class Settings:
             _check.integer("seeds", seed, low=0, high=2**63 - 1)
         if isinstance(self.shift, MeanShift | Projection):
             transforms.check("shift", self.shift)
-            transforms.fits_metric("shift", self.shift, "l2")
         elif self.shift is not None:
             MeanShift(n_components=self.shift).check_parameters()  # says what is wrong with them
+
+    @property
+    def metric(self) -> str:
+        """What is nearest: by "l2" unless a projection is of another metric."""
+        return str(self.shift.metric) if isinstance(self.shift, Projection) else "l2"
 
     def fitted(self, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift | Projection:
         if isinstance(self.shift, MeanShift | Projection):
@@ -88,7 +92,7 @@ class Settings:
     def describe(self, shifts: dict[str, Any]) -> dict[str, Any]:
         """What a record says of the shifts, by direction."""
         if not shifts:
-            return {"name": "none"}
+            return {"name": "none"} | ({} if self.metric == "l2" else {"metric": self.metric})
         if isinstance(self.shift, Projection):
             return {
                 **transforms.facts(self.shift),
@@ -170,16 +174,24 @@ def classification(
     shifts = {} if settings.shift is None else {"text_retrieval": settings.fitted(gallery, images, ranks)}
 
     def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
-        return _classify(images, labels, gallery, current.get("text_retrieval"), perturbation, seed, ranks), {}
+        shift = current.get("text_retrieval")
+        return _classify(images, labels, gallery, shift, perturbation, seed, ranks, settings.metric), {}
 
     return settings.outcomes(shifts, measure)
 
 
 def _classify(
-    images: Rows, labels: Tensor, classes: Rows, shift: Any, perturbation: Perturbation | None, seed: int, ranks: Ranks
+    images: Rows,
+    labels: Tensor,
+    classes: Rows,
+    shift: Any,
+    perturbation: Perturbation | None,
+    seed: int,
+    ranks: Ranks,
+    metric: str,
 ) -> Metrics:
     queries, gallery = _texts_to(shift, images.values, classes.values)
-    found = topk(queries, perturbed(classes.of(gallery), perturbation, seed, ranks), 5, ranks)
+    found = topk(queries, perturbed(classes.of(gallery), perturbation, seed, ranks), 5, ranks, metric)
     hits = found == labels[:, None]
     counts = ranks.sum(torch.stack([hits[:, 0].sum(), hits.sum()]))
     right, all_of = ranks.sum(
@@ -231,7 +243,9 @@ def templates(
 
     def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         found = [
-            _classify(images, labels, classes, current.get("text_retrieval"), perturbation, seed, ranks)
+            _classify(
+                images, labels, classes, current.get("text_retrieval"), perturbation, seed, ranks, settings.metric
+            )
             for classes in (together, *alone)
         ]
         each = [metrics["acc1"] for metrics in found[1:]]
@@ -304,11 +318,11 @@ def retrieval(
         if "image_retrieval" in current:
             to_images = _images_to(current["image_retrieval"], images.values, texts.values)
         gallery = perturbed(images.of(to_images[0]), perturbation, seed, ranks)
-        found = topk(to_images[1], gallery, max(ks), ranks)
+        found = topk(to_images[1], gallery, max(ks), ranks, settings.metric)
         mine = slice(texts.first, texts.first + len(found))
         by_texts = _hits(found == image_of[mine, None], ks, ranks, texts.total)
         gallery = perturbed(texts.of(to_texts[1]), perturbation, seed, ranks)
-        found = topk(to_texts[0], gallery, max(ks), ranks)
+        found = topk(to_texts[0], gallery, max(ks), ranks, settings.metric)
         own = torch.arange(images.first, images.first + len(found), device=found.device)
         hits = (image_of[found] == own[:, None])[captioned[own]]
         return {"image_retrieval": by_texts, "text_retrieval": _hits(hits, ks, ranks, int(captioned.sum()))}
@@ -359,13 +373,13 @@ def multiple_choice(
 
     def measure(current: dict[str, Any], perturbation: Perturbation | None, seed: int) -> Measured:
         queries, moved = _texts_to(current.get("text_retrieval"), images.values, choices.values)
-        gallery = perturbed(choices.of(moved), perturbation, seed, ranks)
+        gallery, metric = compared(perturbed(choices.of(moved), perturbation, seed, ranks), settings.metric)
         least = queries.new_full((len(queries),), torch.inf, dtype=torch.float64)
         found = torch.full((len(queries),), -1, device=device)
         for first, rows in ranks.each(gallery):
             asking = question_of[first : first + len(rows)] - images.first
             column = ((asking >= 0) & (asking < len(queries))).nonzero()[:, 0]
-            cost = costs(queries, rows, asking[column], column, "l2")
+            cost = costs(queries, rows, asking[column], column, metric)
             here = torch.full_like(least, torch.inf).scatter_reduce(0, asking[column], cost, "amin")
             equal = column[cost == here[asking[column]]]
             lowest = torch.full_like(found, choices.total).scatter_reduce(0, asking[equal], equal + first, "amin")

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from gapkern import _check, datasets, files
 from gapkern._lock import locked
-from gapkern.experiments import demo_report, digits, environment, figures
-from gapkern.gap import MeanShift, gap_metrics
+from gapkern.experiments import demo_report, digits, environment, figures, three
+from gapkern.gap import MeanShift, Projection, gap_metrics
 from gapkern.perturb import Gaussian, Perturbation, Quantize, Replace
 from gapkern.robustness import SweepResult, robustness, sweep
 
 ALPHAS = tuple(i / 8 for i in range(13))
 PER_COORDINATE = (0.0005, 0.001, 0.002)
+THREE = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004)  # per coordinate, over which three lines are drawn
 TOTAL = (0.005, 0.022, 0.040)  # the paper's
 BINS = (32, 64, 128, 256)  # the paper's
+COARSE = (8, 16)
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,8 +37,8 @@ def run(
     """Trains, embeds, measures, sweeps, and writes the report into the folder `out`.
 
     Args:
-        out: folder, made where absent. Written: embeddings.safetensors, shift.safetensors, PNG figures, report.json
-            and report.html.
+        out: folder, made where absent. Written: embeddings.safetensors, shift.safetensors, projection.safetensors, PNG
+            figures, report.json and report.html.
         seed: of the data's split, the weights and the batches; all numbers but times repeat for a seed.
         steps: training steps.
         export: also write the model, the test images and their words, for `gapkern embed`: see `digits.export`.
@@ -82,8 +84,14 @@ def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progres
     result = _sweep(images, gallery, labels, shift, [*noise, *cells], on_progress)
     clean = robustness(images, gallery, Gaussian(0.0), labels=labels)
     template_rows = _templates(images, prompts, templates, labels, shift)
+    projection = Projection("exact").fit(gallery, images)
+    projection.save(folder / "projection.safetensors")
+    curve = [Gaussian(v, "per_coordinate") for v in THREE]
+    compared = [*curve, *(Gaussian(v) for v in TOTAL), *(Quantize(b, "global") for b in (*COARSE, *BINS))]
+    moves = three.measured(images, gallery, labels, compared, shift=shift, projection=projection)
 
     drawings = _figures(images, gallery, labels, shift, trained.history, result, template_rows)
+    drawings["projection"] = partial(figures.over_noise, *_lines(moves), clean=clean.clean_accuracy)
     for name, draw in drawings.items():
         with files.replacing(folder / f"{name}.png") as temporary:
             draw().savefig(temporary, dpi=150)
@@ -99,6 +107,8 @@ def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progres
         "sweep": result.rows,
         "best_alpha": result.best(),
         "templates": template_rows,
+        "offsets": _offsets(images, shift, projection),
+        "projection": moves,
         "training": trained.history,
         "env": environment.describe(),
         "seconds": {"training": trained_after, "all": time.perf_counter() - started},
@@ -151,6 +161,24 @@ def _templates(
             row[f"{key}_robustness"] = result.robustness
         rows.append(row)
     return rows
+
+
+def _offsets(images: Tensor, shift: MeanShift, projection: Projection) -> dict[str, float]:
+    """Mean distance of the images to the prompts' hull: as they are, moved by the shift, and projected."""
+
+    def outside(x: Tensor) -> float:
+        return float((x.double() - projection.transform_queries(x.double())).norm(dim=1).mean())
+
+    return {
+        three.NONE: outside(images),
+        three.SHIFT: outside(images - shift.shift_vector_.to(images.dtype)),
+        three.PROJECTION: outside(projection.transform_queries(images)),
+    }
+
+
+def _lines(moves: list[dict[str, Any]]) -> tuple[Any, Any]:
+    drawn = [row for row in moves if row["scale"] == "per_coordinate"]
+    return three.lines(drawn, "robustness"), three.lines(drawn, "accuracy")
 
 
 def _subset(result: SweepResult, **wanted: Any) -> SweepResult:

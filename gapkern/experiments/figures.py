@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gapkern.figures.canvas import COLOURS, legend, over_alpha, panels
+from gapkern.figures.canvas import COLOURS, MARKERS, legend, over_alpha, panels
 
 
 def modalities(
@@ -91,4 +91,34 @@ def templates(rows: Sequence[Mapping[str, Any]], *, tall: bool = False) -> Any:
     ax.set_xlim(max(0.0, lowest - 0.05), 1.0)
     ax.set_xlabel("accuracy on test images")
     legend(figure, ax, 2)
+    return figure
+
+
+def over_noise(
+    robustness: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    second: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    clean: float | None = None,
+    label: str = "accuracy",
+    scale: str = "per coordinate",
+    tall: bool = False,
+) -> Any:
+    """Named lines of (variances, values) in two panels: robustness, and accuracy beside `clean` accuracy."""
+    figure, axes = panels(2, tall=tall, height=3.9)
+    styles = dict(zip(robustness, zip((COLOURS[7], COLOURS[0], COLOURS[1]), MARKERS, strict=False), strict=False))
+    for ax, series, name in zip(axes, (robustness, second), ("robustness", label), strict=True):
+        for move, (variances, values) in series.items():
+            colour, marker = styles[move]
+            ax.plot(variances, values, label=move, color=colour, marker=marker, markersize=4, linewidth=1.8)
+        ax.set_xscale("log")
+        ax.set_xticks(variances, [f"{v:g}" for v in variances])
+        ax.minorticks_off()
+        ax.set_xlabel(f"variance of the noise, {scale}")
+        ax.set_ylabel(name)
+    if clean is not None:
+        axes[1].axhline(clean, color="black", linewidth=1.4, label="unperturbed")
+    low = min(ax.get_ylim()[0] for ax in axes)
+    for ax in axes:
+        ax.set_ylim(low, 1.005)
+    legend(figure, axes[0 if clean is None else 1], 2 if tall else 4)
     return figure

@@ -6,21 +6,19 @@ answers are compared with an exact search of the rows.
 
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, layout
+from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._search import search
 from gapkern.gap import Projection
-from gapkern.retrieval import certified, families, lookup, store, stored
-from gapkern.retrieval._faiss import errors, faiss
+from gapkern.retrieval import certified, families, foreign, lookup
+from gapkern.retrieval._faiss import errors
 
-ENDINGS = (".index", ".faiss", ".bin", ".ivf")
 CHUNK = 2**14  # queries searched at once
 
 
@@ -81,22 +79,22 @@ def repair(
     """Fits a projection to every other query and measures the rest in the index, without and with it.
 
     Args:
-        existing: FAISS's file of an index by L2 or inner product, a folder with one, or one of `GapIndex.save`.
+        existing: FAISS's file of an index by L2 or inner product, a folder with one, as autofaiss and clip-retrieval
+            write them, or one of `GapIndex.save`.
         queries: (Q, D), 4 or more.
-        embeddings: (G, D), the rows that were indexed, in the order of their ids; by default what the index decodes to.
+        embeddings: (G, D), the rows that were indexed, in the order of their ids; by default those in `embeddings`,
+            `img_emb` or `text_emb` beside the index that are of its size and that its codes stand for, or what the
+            index decodes to.
         n_components, agreement, model: as for `Projection`.
         k: neighbours that are compared.
         parameters: FAISS's search parameters, as "nprobe=16".
 
     Raises:
         TypeError, ValueError: no such index; one without rows, of another metric, that moves its queries already, or
-            whose codes FAISS does not decode; mismatched widths.
+            whose codes FAISS does not decode; mismatched widths; embeddings of other rows, or two sets beside it.
     """
-    path, index = _opened(existing)
-    metric = {faiss().METRIC_L2: "l2", faiss().METRIC_INNER_PRODUCT: "ip"}.get(index.metric_type)
-    kind = type(_innermost(index)).__name__
-    if metric is None:
-        raise ValueError(f"existing: expected an index by L2 or inner product, got {kind} in {path}")
+    path, index = foreign.opened(existing)
+    metric, kind = foreign.metric(index, path), foreign.kind(index)
     y = _check.finite("queries", _check.matrix("queries", queries, rows="Q")).detach().cpu()
     if y.shape[1] != index.d:
         raise ValueError(f"queries: expected D = {index.d} as in {path}, got shape {tuple(y.shape)}")
@@ -105,7 +103,7 @@ def repair(
     if parameters:
         lookup.tune(index, parameters, kind)
     k = _check.integer("k", k, low=1, high=index.ntotal)
-    rows, ids, source = _rows(index, embeddings, path, kind)
+    rows, ids, source = foreign.rows(index, embeddings, path)
     centred = metric == "ip" and families.about_centres(index)
     projection = Projection(n_components, metric, agreement, model=model, centred=centred).fit(rows, y[::2])
     held = y[1::2]
@@ -147,78 +145,6 @@ def _difference(before: Tensor, after: Tensor) -> tuple[float, float]:
     """The mean of what each query gained, and its standard error."""
     gained = after - before
     return float(gained.mean()), float(gained.std(correction=0) / len(gained) ** 0.5)
-
-
-def _opened(existing: str | os.PathLike[str]) -> tuple[Path, Any]:
-    path = Path(existing)
-    if (path / store.MANIFEST).exists():
-        found = store.manifest(path)
-        paths = store.checked(path, found, None)
-        if "shift" in paths:
-            raise ValueError(f"existing: expected an index without a shift or a projection, got {path}, which has one")
-        return path, stored.read(paths["index"], paths.get("lists"), False)
-    if path.is_dir():
-        inside = sorted((p for p in path.iterdir() if p.suffix in ENDINGS), key=lambda p: layout.natural(p.name))
-        if len(inside) != 1:
-            names = ", ".join(p.name for p in inside) or "none"
-            raise ValueError(
-                f"existing: expected one of {' '.join(ENDINGS)} in the folder {path}, got {names}; name it"
-            )
-        path = inside[0]
-    if not path.is_file():
-        raise ValueError(f"existing: expected FAISS's file of an index or a folder with one, got {path}: there is none")
-    with errors("existing", f"FAISS's file of an index, got {path}"):
-        try:
-            index = stored.read(path, None, False)
-        except ValueError as error:
-            raise ValueError(str(error).replace("path: ", "existing: ", 1)) from None
-    if not index.ntotal:
-        raise ValueError(f"existing: expected an index with vectors, got none in {path}")
-    return path, index
-
-
-def _innermost(index: Any) -> Any:
-    """The index in id maps."""
-    module = faiss()
-    index = module.downcast_index(index)
-    return _innermost(index.index) if isinstance(index, module.IndexIDMap) else index
-
-
-def _rows(index: Any, embeddings: Any, path: Path, kind: str) -> tuple[Tensor, Tensor, str]:
-    """Rows (G, D), their ids (G,), and where the rows are from."""
-    module = faiss()
-    ivf = families.lists_of(index)
-    outer = module.downcast_index(index)
-    if ivf is not None:
-        ids = stored.ids(index)
-    elif isinstance(outer, module.IndexIDMap):
-        ids = module.vector_to_array(outer.id_map)
-    else:
-        ids = np.arange(index.ntotal)
-    if embeddings is not None:
-        rows = _check.finite("embeddings", _check.matrix("embeddings", embeddings, rows="G")).detach().cpu()
-        if rows.shape != (index.ntotal, index.d):
-            raise ValueError(
-                f"embeddings: expected shape ({index.ntotal}, {index.d}) as {path} holds, got {tuple(rows.shape)}"
-            )
-        return rows, torch.from_numpy(np.sort(ids)), "embeddings"
-    expected = f"an index whose codes FAISS decodes, got {kind} in {path}; give its embeddings"
-    if not families.decodes(index):
-        raise ValueError(f"existing: expected {expected}")
-    with errors("existing", expected):
-        if ivf is not None:
-            decoded = stored.vectors(index, ids, kind)
-        else:
-            decoded = _innermost(index).reconstruct_n(0, index.ntotal)
-    rows = _check.finite("existing", torch.from_numpy(decoded))
-    return rows, torch.from_numpy(ids), "index" if _holds_rows(index) else "codes"
-
-
-def _holds_rows(index: Any) -> bool:
-    """Whether the rows are there as they were given: no codes and no transforms."""
-    module = faiss()
-    flat = (module.IndexFlat, module.IndexIVFFlat, module.IndexHNSWFlat, module.IndexNSGFlat, module.IndexIDMap)
-    return all(isinstance(part, flat) for part in families.parts(index, quantizers=False))
 
 
 def _answers(index: Any, queries: Tensor, k: int) -> Tensor:

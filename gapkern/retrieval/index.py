@@ -12,7 +12,7 @@ from torch import Tensor
 from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern.gap import MeanShift, Projection, transforms
-from gapkern.retrieval import families, intake, lookup, saving, store, stored
+from gapkern.retrieval import families, foreign, intake, lookup, saving, store, stored
 from gapkern.retrieval._faiss import errors, faiss, no_gpu, train
 
 
@@ -388,3 +388,47 @@ class GapIndex:
         loaded._index, loaded._codes = index, families.code_range(index)
         loaded._next, loaded._read_only = found["next"], mmap
         return loaded
+
+    @staticmethod
+    def from_faiss(
+        path: str | os.PathLike[str],
+        shift: Projection | None = None,
+        *,
+        mmap: bool = False,
+        model: str | None = None,
+        device: str = "auto",
+    ) -> "GapIndex":
+        """An index that others built: FAISS's file, or a folder with one, as autofaiss writes it; the file stays as is.
+
+        Args:
+            shift: a fitted projection that keeps the width, such as `repair` found: queries are moved by it.
+            mmap, device: as for `load`.
+            model: what made the embeddings.
+
+        Raises:
+            ValueError: no index of vectors, one by another metric than L2 or inner product, or by ids within it.
+
+        Example:
+            >>> import faiss, tempfile
+            >>> path = Path(tempfile.mkdtemp()) / "knn.index"
+            >>> flat = faiss.IndexFlatL2(3)
+            >>> flat.add(torch.eye(3).numpy())
+            >>> faiss.write_index(flat, str(path))
+            >>> projection = Projection("exact").fit(torch.eye(3))
+            >>> GapIndex.from_faiss(path, projection).search(torch.tensor([[0.0, 9.0, 1.0]]), k=2)[1].tolist()
+            [[1, 2]]
+        """
+        place, found = foreign.opened(path, "path", mmap)
+        if shift is not None and not isinstance(shift, Projection):
+            raise TypeError(f"shift: expected a Projection, got {type(shift).__name__}")
+        if shift is not None and shift.reduce:
+            raise ValueError("shift: expected a projection that keeps the width, got one that reduces it")
+        metric = foreign.metric(found, place, "path")
+        index = GapIndex("Flat", metric, shift, model=model, device=device)
+        index.factory = foreign.kind(found)
+        if shift is not None and shift.n_features_in_ != found.d:
+            raise ValueError(f"shift: expected D = {found.d} as in {place}, got D = {shift.n_features_in_}")
+        index._index, index._read_only = foreign.named(found, place, "path"), mmap
+        index._codes = families.code_range(index._index)
+        index._next = int(index.ids().max()) + 1
+        return index

@@ -149,5 +149,13 @@ TARGETS = {
             "There are other ways to bring two modalities together. Do they do as well?",
             True,
         ),
+        Target(
+            "projection",
+            "Beyond the paper: projecting each image",
+            "projection_figures",
+            "projection",
+            "Closing the gap moves all by one vector. Each image also has an offset of its own: does removing it help?",
+            True,
+        ),
     )
 }
