@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gapkern import _progress
 from gapkern.cli import common
 
 
@@ -28,7 +29,7 @@ def run(arguments) -> int:
     from gapkern.experiments import demo, demo_report
     from gapkern.perturb import title
 
-    with common.progress({"train": "training", "sweep": "sweeping α"}) as step:
+    with _progress.shown({"train": "training", "sweep": "sweeping α"}, {"train": "steps"}) as step:
         report = demo.run(
             arguments.out, seed=arguments.seed, steps=arguments.steps, export=arguments.export, on_progress=step
         )

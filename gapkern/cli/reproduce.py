@@ -4,6 +4,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from gapkern import _progress
 from gapkern.cli import common
 
 
@@ -104,7 +105,7 @@ def run(arguments) -> int:
     choose(arguments.targets)
     stages = {"embeddings": "making embeddings", **{name: f"{name}  {t.title}" for name, t in TARGETS.items()}}
     try:
-        with common.progress(stages) as step:
+        with _progress.shown(stages) as step:
             report = reproduce(
                 arguments.out,
                 arguments.targets,

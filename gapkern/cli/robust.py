@@ -65,8 +65,6 @@ def run(arguments) -> int:
 
 
 def _run(arguments, out: Path | None) -> int:
-    import sys
-
     from gapkern import MeanShift, Projection, Replace, sweep
     from gapkern.embeddings import folder
     from gapkern.embeddings import labels as loader
@@ -110,7 +108,7 @@ def _run(arguments, out: Path | None) -> int:
         method=arguments.method,
         trials=arguments.trials,
         seed=arguments.seed,
-        progress=sys.stderr.isatty(),
+        progress=True,
         journal=out and out / JOURNAL,
     )
     inputs = {name: folder.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gapkern import files
+from gapkern import _progress, files
 from gapkern.cli import common, moves
 
 
@@ -109,7 +109,7 @@ def run_compare(arguments) -> int:
     found: dict[type, list[dict]] = {MeanShift: [], Projection: []}
     wanted = [(kind, k) for kind in found for k in arguments.components]
     before = nearest(queries, gallery)
-    with common.progress({"compare": "components"}) as step:
+    with _progress.shown({"compare": "components"}, {"compare": "fits"}) as step:
         for i, (kind, components) in enumerate(wanted):
             fitted = kind(n_components=components).fit(gallery, queries)
             after = nearest(fitted.transform_queries(queries), fitted.transform(gallery))
