@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from gapkern.ops import chunked
 from gapkern.ops.contrastive import lse_pair, sigmoid_sum
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way, peak_memory
+from tests import warm
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (2, 3, 5), (33, 33, 7), (64, 129, 64), (123, 252, 33), (257, 260, 128), (300, 517, 72)]
@@ -417,12 +417,7 @@ def test_every_instruction_set_agrees_with_the_references(isa):
     order = ["portable", "avx2", "avx512", "avx512bf16"]
     if order.index(isa) > order.index(_core.active_isa()):
         pytest.skip(f"this processor has no {isa}")
-    run = subprocess.run(
-        [sys.executable, "-c", _ISA_PROBE.format(isa=isa)],
-        env={**os.environ, "GAPKERN_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
+    run = warm.run(_ISA_PROBE.format(isa=isa), env={**os.environ, "GAPKERN_ISA": isa})
     assert run.stdout == "ok\n", run.stderr
 
 
