@@ -5,9 +5,11 @@
 #   GAPKERN_CUDA=auto|on|off    build the CUDA library (auto: when nvcc is found)
 #   TORCH_CUDA_ARCH_LIST=9.0a   CUDA architectures      MAX_JOBS=2   parallel compilations
 #   CUTLASS_PATH=               CUTLASS's headers, instead of installing $(CUTLASS)
+#   TEST_WORKERS=2              processes that share the tests; TEST_ARGS="-n 0 --pdb" runs them in this one
 #   DEMO_ARGS=  TEST_ARGS=  BENCH_ARGS=  FUZZ_ARGS=     passed on to the command
 PYTHON ?= python3
 VENV ?= .venv
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 # What is installed without its requirements is no conflict.
@@ -44,10 +46,10 @@ demo: $(STAMPS)/demo
 	$(BIN)/gapkern demo $(DEMO_ARGS)
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_ARGS)
 
 test-slow: $(STAMPS)/test
-	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m slow $(TEST_ARGS)
 
 fuzz: $(STAMPS)/test
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)

@@ -109,6 +109,23 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(figure, "savefig", savefig)
 
 
+# Files that share what is made once in a process; they go to one of the processes that share the tests.
+TOGETHER = {"tests/test_demo.py": "digits", "tests/test_eval.py": "digits"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one process, in their order: what its fixtures make is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::", 1)[0]
+            return TOGETHER.get(path, path)
+
+    return ByFile(config, log)
+
+
 def _missing_hardware() -> dict[str, str]:
     if not torch.cuda.is_available():
         return {"gpu": "no GPU is visible"}

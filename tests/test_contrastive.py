@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from gapkern.ops.contrastive import chunked, lse_pair, sigmoid_sum
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way, peak_memory
+from tests import warm
 from tests.software_gpu import problems
 from tests.software_gpu.torch_device import TorchDevice
 
@@ -423,12 +423,7 @@ def test_every_instruction_set_agrees_with_the_references(isa):
     order = ["portable", "avx2", "avx512", "avx512bf16"]
     if order.index(isa) > order.index(_core.active_isa()):
         pytest.skip(f"this processor has no {isa}")
-    run = subprocess.run(
-        [sys.executable, "-c", _ISA_PROBE.format(isa=isa)],
-        env={**os.environ, "GAPKERN_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
+    run = warm.run(_ISA_PROBE.format(isa=isa), env={**os.environ, "GAPKERN_ISA": isa})
     assert run.stdout == "ok\n", run.stderr
 
 

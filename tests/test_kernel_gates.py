@@ -28,7 +28,7 @@ def found():
         if asked:
             pytest.skip(f"built for TORCH_CUDA_ARCH_LIST={asked[1]}; the table is of the default architectures")
     try:
-        measured = kernel_gates.measure()
+        measured = kernel_gates.measured()
     except FileNotFoundError as error:
         pytest.skip(f"no {error}")
     if measured["nvcc"] != TABLE["nvcc"]:

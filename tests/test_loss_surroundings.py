@@ -1,8 +1,6 @@
 """What surrounds a loss: ambient state, precision settings, compilers and exporters, unusual inputs."""
 
 import contextlib
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -16,6 +14,7 @@ from gapkern.ops.contrastive import dispatch, lse_pair
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.precision import matmul_precision
 from gapkern.testing import assert_near
+from tests import warm
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y, A, B = (torch.nn.functional.normalize(torch.randn(40, 16, generator=GENERATOR), dim=1) for _ in range(4))
@@ -186,11 +185,9 @@ print(matmul_precision("cpu"), matmul_precision("cuda"), matmul_precision("xpu")
     ],
 )
 def test_precision_settings_old_and_new_are_read(setting, cpu, cuda):
-    code = _PRECISION.format(setting=setting)
-    out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    found = out.split()
+    done = warm.run(_PRECISION.format(setting=setting))
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
     assert found[:2] == [cpu, cuda]
     assert found[3] == "True" or cpu == "medium"  # only "medium" allows a product of bfloat16
 

@@ -99,14 +99,14 @@ def test_ids_stay_with_their_rows_through_files(tmp_path, factory, mmap):
 @pytest.mark.parametrize(
     ("factory", "centroids"),
     [
-        ("PQ4x8", 256),
+        ("PQ4x4", 16),
         ("IVF64,Flat", 64),
         ("OPQ4,IVF16,PQ4x4fs", 256),
         ("IVF8,PQ4x6,RFlat", 64),
         ("IVF8,PQ4+8", 256),
         ("RQ2x8", 256),
         ("PRQ2x2x6", 64),
-        ("HNSW8_PQ4", 256),
+        ("HNSW8_PQ4x4", 16),
         ("IMI2x5,Flat", 32),
     ],
 )

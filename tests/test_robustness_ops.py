@@ -56,7 +56,8 @@ def winning_inner(scores, target, deviation):
 @pytest.mark.parametrize("spread", [0.01, 0.3, 2.0, 20.0])
 def test_exact_under_inner_product_is_scipys_integral(gallery, spread):
     generator = np.random.default_rng(gallery)
-    for deviation in (1e-3, 1.0, 40.0):
+    # Of a large gallery the definition takes seconds: the deviation, which scales everything, is varied in small ones.
+    for deviation in (1e-3, 1.0, 40.0) if gallery < 5000 else (1.0,):
         scores = torch.from_numpy(spread * deviation * generator.standard_normal(gallery))
         for target in (int(scores.argmax()), 0, int(scores.argsort()[gallery // 2])):
             expected = reference.winning_probability_inner(scores, target, deviation)

@@ -2,8 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from gapkern import contrastive_loss
 from gapkern.ops.contrastive import chunked, lse_pair, sigmoid_sum, sm90
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
+from tests import warm
 
 NAMES = ("loss", "grad_images", "grad_texts", "grad_logit_scale")
 
@@ -227,8 +226,7 @@ for s in (14.3, 100.0):
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_keeps_it(isa):
     environment = {**os.environ, "GAPKERN_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", _ON_AN_INSTRUCTION_SET], capture_output=True, text=True, env=environment, check=True
-    )
+    done = warm.run(_ON_AN_INSTRUCTION_SET, env=environment)
+    assert done.returncode == 0, done.stderr
     for found, most in zip(done.stdout.split(), (1.5e-6, 1e-5), strict=True):
         assert float(found) < most

@@ -1,6 +1,7 @@
 """The public surface: where each name lives, and that importing it stays light."""
 
 import importlib
+import json
 import subprocess
 import sys
 
@@ -115,3 +116,30 @@ def test_every_operator_has_a_schema_and_a_check():
     for name in operators:
         assert getattr(torch.ops.gapkern, name).default._schema.name == f"gapkern::{name}"
     assert all(check.passed for check in selfcheck.checks())
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "100"}, {"GOMP_SPINCOUNT": "100"}),
+    ],
+)
+def test_the_command_has_its_threads_spin_less_unless_the_environment_says(given, found, monkeypatch, capsys):
+    import gapkern_command
+
+    for name in gapkern_command.SETTINGS:
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["gapkern", "doctor", "--json"])
+    assert gapkern_command.main() == 0
+    assert json.loads(capsys.readouterr().out)["waiting"] == found
+
+
+def test_the_command_decides_before_pytorch_is_loaded():
+    code = "import sys, gapkern_command; print({'torch', 'numpy', 'gapkern'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "set()\n"

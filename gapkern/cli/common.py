@@ -1,12 +1,10 @@
-"""What the verbs share: argument types, tables, JSON, progress."""
+"""What the verbs share: argument types, tables, JSON."""
 
 import argparse
-import contextlib
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from gapkern import files, layout
@@ -15,10 +13,27 @@ from gapkern.cli.boundary import spelled
 
 WIDEST = 2**20  # columns of a terminal that cuts no table
 MOST_ALPHAS = 10_000
+MOST_WORKERS = 4
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else on stdout")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        help=f"processes that read images (default: as many as processors are available, at most {MOST_WORKERS})",
+    )
+
+
+def workers(arguments: argparse.Namespace) -> int:
+    """What --num_workers says, else a process for each processor that this one may use, up to `MOST_WORKERS`."""
+    if arguments.num_workers is not None:
+        return arguments.num_workers
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, MOST_WORKERS)
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
@@ -129,31 +144,6 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
     width = max(needed, console.width if console.is_terminal else 0)
     Console(file=text, width=width, force_terminal=console.is_terminal).print(drawn)
     print(text.getvalue(), end="")
-
-
-@contextlib.contextmanager
-def progress(stages: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (stage, done, total) that draws bars on stderr where that is a terminal, and is quiet elsewhere.
-
-    Args:
-        stages: what each stage is called on screen.
-    """
-    if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def step(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stages.get(stage, stage), total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield step
 
 
 def alphas(text: str) -> list[float]:

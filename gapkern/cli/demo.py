@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from gapkern import _progress
 from gapkern.cli import common
 
 
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gapkern.experiments import demo, demo_report
     from gapkern.perturb import title
 
-    with common.progress({"train": "training", "sweep": "sweeping α"}) as step:
+    with _progress.shown({"train": "training", "sweep": "sweeping α"}, {"train": "steps"}) as step:
         report = demo.run(
             arguments.out, seed=arguments.seed, steps=arguments.steps, export=arguments.export, on_progress=step
         )

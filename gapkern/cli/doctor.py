@@ -1,10 +1,13 @@
 """`gapkern doctor`: versions, devices, libraries, and every operator against its reference."""
 
 import argparse
+import os
 import sys
 from typing import Any
 
 from gapkern.cli import common
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # read as OpenMP is loaded: see gapkern_command
 
 # What the project's tests have run the CUDA kernels on (tests/software_gpu).
 _EXECUTED = (
@@ -38,6 +41,7 @@ def examine() -> dict[str, Any]:
         "versions": environment.versions(),
         "processor": environment.processor(),
         "threads": torch.get_num_threads(),
+        "waiting": {name: os.environ[name] for name in WAITING if name in os.environ},
         "kernels": _core.active_isa(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "compiled": dispatch.compiled(),
@@ -56,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0 if found["healthy"] else 1
     print("versions   " + ", ".join(f"{name} {version or '(absent)'}" for name, version in found["versions"].items()))
     print(f"processor  {found['processor']}, {found['threads']} threads, {found['kernels']} kernels")
+    waiting = ", ".join(f"{name}={value}" for name, value in found["waiting"].items())
+    print(f"waiting    threads wait for each other as {waiting or 'OpenMP has it: spinning at first'}")
     print("devices    " + (", ".join(found["devices"]) or "no CUDA device is visible"))
     for device, kernel in found["contrastive"].items():
         print(f"contrastive {device}: {kernel}")

@@ -5,6 +5,7 @@ import os
 import sys
 from typing import Any
 
+from gapkern import _progress
 from gapkern.cli import common
 
 SHOWN = 10  # skipped images that are printed
@@ -52,7 +53,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--verify", metavar="DIR", help="embed nothing: read all of DIR, compare it with its manifest")
     parser.add_argument("--batch_size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--shard_rows", type=int, default=16384, help="rows of a file (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=4, help="that read images (default: %(default)s)")
+    common.add_workers(parser)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: %(default)s")
     parser.add_argument("--raw", action="store_true", help="store embeddings as they come, not L2-normalised")
     parser.add_argument(
@@ -91,7 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected --{name}, got none")
     rank = int(os.environ.get("RANK", "0"))
     try:
-        with common.progress({"img_emb": "embedding images", "text_emb": "embedding texts"}) as step:
+        with _progress.shown(
+            {"img_emb": "embedding images", "text_emb": "embedding texts"}, {"img_emb": "images", "text_emb": "texts"}
+        ) as step:
             found = embeddings.embed(
                 arguments.model,
                 arguments.pretrained,
@@ -103,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
                 dtype=arguments.dtype,
                 normalize=not arguments.raw,
                 metadata=not arguments.no_metadata,
-                workers=arguments.num_workers,
+                workers=common.workers(arguments),
                 on_error=arguments.on_error,
                 device=arguments.device,
                 precision=arguments.precision,

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from gapkern import _progress
 from gapkern.cli import common
 
 TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
@@ -87,7 +88,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--dump_classnames", action="store_true", help="class names in the result files")
     parser.add_argument("--dump_templates", action="store_true", help="templates in the result files")
     parser.add_argument("--batch_size", type=int, default=64, help="for a model (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=4, help="that read images (default: %(default)s)")
+    common.add_workers(parser)
     parser.add_argument("--no_amp", action="store_false", dest="amp", help="no float16 on a GPU, but float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument(
@@ -251,7 +252,9 @@ def _inputs(
         names = list(names.values()) if isinstance(names, dict) else names
         dumped = {"classnames": names, "templates": templates if known else None}
     else:
-        with common.progress({"images": "embedding images", "texts": "embedding texts"}) as step:
+        with _progress.shown(
+            {"images": "embedding images", "texts": "embedding texts"}, {"images": "images", "texts": "texts"}
+        ) as step:
             data = datasets.load(dataset, arguments.dataset_root, arguments.split, arguments.annotation_file)
             encoder = _encoder(arguments, facts, ranks, step)
             told = {
@@ -294,7 +297,7 @@ def _encoder(arguments: argparse.Namespace, facts: dict[str, str], ranks: Any, s
     precision = "float16" if arguments.amp and ranks.device.type == "cuda" else "float32"
     model = models.load(facts["model"], pretrained, device=ranks.device, precision=precision)
     quiet = step if ranks.rank == 0 else lambda *_: None
-    return Encoder(model, ranks, arguments.batch_size, arguments.num_workers, quiet)
+    return Encoder(model, ranks, arguments.batch_size, common.workers(arguments), quiet)
 
 
 def _show(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:

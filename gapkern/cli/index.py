@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from gapkern import _check, files
+from gapkern import _check, _progress, files
 from gapkern.cli import common, repair
 
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     model, said = common.model(arguments.model, gallery=arguments.gallery)
     stages = {"train": "learning", "add": "adding vectors", "merge": "merging"}
-    with common.progress(stages) as step:
+    with _progress.shown(stages, {"add": "rows"}) as step:
         manifest = disk.build(
             arguments.gallery,
             arguments.out,
@@ -94,7 +94,7 @@ def _compare(arguments: argparse.Namespace, shift: Any) -> int:
     gallery = files.load_embeddings(arguments.gallery, name="gallery")
     queries = files.load_embeddings(arguments.compare, name="queries")
     positives = common.labels(arguments, len(queries), len(gallery), "compare", fewer=True)
-    with common.progress({"compare": "quantisers"}) as step:
+    with _progress.shown({"compare": "quantisers"}, {"compare": "indexes"}) as step:
         result = compare_quantisers(
             queries,
             gallery,

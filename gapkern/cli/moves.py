@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gapkern import files, layout
+from gapkern import _progress, files, layout
 from gapkern._lock import locked
 from gapkern.cli import common
 
@@ -93,7 +93,9 @@ def fitting(arguments: argparse.Namespace) -> tuple[str | None, str]:
 
 def learn(estimator: Any, arguments: argparse.Namespace) -> None:
     """Has it see both sides, some rows at a time."""
-    with common.progress({"gallery": "reading the gallery", "queries": "reading the queries"}) as step:
+    with _progress.shown(
+        {"gallery": "reading the gallery", "queries": "reading the queries"}, {"gallery": "rows", "queries": "rows"}
+    ) as step:
         for side in ("gallery", "queries"):
             path = getattr(arguments, side)
             total, done = files.size(path, name=side)[0], 0
@@ -145,7 +147,7 @@ def _apply(arguments: argparse.Namespace, moved_by: str, alpha: float | None) ->
         arguments.embeddings, arguments.out, shifted.transform(transform, arguments.side), model or transform.model
     )
     done = 0
-    with common.progress({"apply": f"moving the {arguments.side}"}) as step:
+    with _progress.shown({"apply": f"moving the {arguments.side}"}, {"apply": "rows"}) as step:
         for source, goal in target.pairs:
             count = files.size(source, name="embeddings")[0]
             if goal is not None:

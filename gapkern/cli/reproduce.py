@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gapkern import _progress
 from gapkern.cli import common
 
 
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     choose(arguments.targets)
     stages = {"embeddings": "making embeddings", **{name: f"{name}  {t.title}" for name, t in TARGETS.items()}}
     try:
-        with common.progress(stages) as step:
+        with _progress.shown(stages) as step:
             report = reproduce(
                 arguments.out,
                 arguments.targets,

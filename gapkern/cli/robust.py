@@ -67,8 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, out: Path | None) -> int:
-    import sys
-
     from gapkern import MeanShift, Projection, Replace, sweep
     from gapkern.embeddings import labels as loader
     from gapkern.embeddings import provenance
@@ -112,7 +110,7 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
         method=arguments.method,
         trials=arguments.trials,
         seed=arguments.seed,
-        progress=sys.stderr.isatty(),
+        progress=True,
         journal=out and out / JOURNAL,
     )
     inputs = {name: provenance.made_from(getattr(arguments, name), name=name) for name in ("queries", "gallery")}

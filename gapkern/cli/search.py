@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gapkern import _check, files
+from gapkern import _check, _progress, files
 from gapkern.cli import common
 
 SHOWN = 10  # queries in the table
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     if dims != index.d:
         raise ValueError(f"queries: expected D = {index.d} as in {arguments.index}, got ({count}, {dims})")
     parts, done = [], 0
-    with common.progress({"search": "searching"}) as step:
+    with _progress.shown({"search": "searching"}, {"search": "queries"}) as step:
         for rows in files.chunks(arguments.queries, name="queries"):
             try:
                 parts.append(index.search(rows, k))

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from gapkern import files
+from gapkern import _progress, files
 from gapkern.cli import common, moves
 
 
@@ -110,7 +110,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     found: dict[type, list[dict[str, Any]]] = {MeanShift: [], Projection: []}
     wanted = [(kind, k) for kind in found for k in arguments.components]
     before = nearest(queries, gallery)
-    with common.progress({"compare": "components"}) as step:
+    with _progress.shown({"compare": "components"}, {"compare": "fits"}) as step:
         for i, (kind, components) in enumerate(wanted):
             fitted = kind(n_components=components).fit(gallery, queries)
             after = nearest(fitted.transform_queries(queries), fitted.transform(gallery))

@@ -23,7 +23,7 @@ TOTAL = (0.005, 0.022, 0.040)  # the paper's
 BINS = (32, 64, 128, 256)  # the paper's
 COARSE = (8, 16)
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[..., None]
 
 
 def run(
@@ -32,7 +32,7 @@ def run(
     seed: int = 0,
     steps: int = 300,
     export: bool = False,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Trains, embeds, measures, sweeps, and writes the report into the folder `out`.
 
@@ -42,7 +42,8 @@ def run(
         seed: of the data's split, the weights and the batches; all numbers but times repeat for a seed.
         steps: training steps.
         export: also write the model, the test images and their words, for `gapkern embed`: see `digits.export`.
-        on_progress: called with a stage, how much of it is done, and of how much.
+        on_progress: called with a stage, how much of it is done, of how much, and of a training step with its loss as
+            a fourth argument, text.
 
     Returns:
         What report.json holds.
@@ -61,7 +62,10 @@ def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progres
     started = time.perf_counter()
     data = datasets.scans(seed)
     trained = digits.train(
-        data, seed=seed, steps=steps, on_step=lambda entry: on_progress("train", entry["step"] + 1, steps)
+        data,
+        seed=seed,
+        steps=steps,
+        on_step=lambda entry: on_progress("train", entry["step"] + 1, steps, f"loss {entry['loss']:.3g}"),
     )
     trained_after = time.perf_counter() - started
     if export:

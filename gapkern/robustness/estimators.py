@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check
+from gapkern import _check, _progress
 from gapkern._ambient import isolated
 from gapkern._search import CHUNK, METRICS, best, lowest
 from gapkern.gap import MeanShift, Projection
@@ -150,7 +151,7 @@ def robustness(
             literally; "auto" is exact where it can be and otherwise sample.
         trials: draws for "projected" and "sample". What is not random needs one and gets one.
         seed: of the draws.
-        progress: show a progress bar.
+        progress: say on stderr what is done: a bar on a terminal, elsewhere a line every half minute.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -198,7 +199,7 @@ def robustness(
     )
     if search:
         task.search()
-    with _Progress(progress, title(perturbation.describe()), len(task.queries)) as tick:
+    with _ticks(progress, title(perturbation.describe()), len(task.queries)) as tick:
         if not perturbation.random:
             method, trials = "none drawn", 1
             means, _ = _sample(task, 1, seed, tick)
@@ -231,26 +232,15 @@ def _drawn_or_integrated(method: str, task: Task, trials: int, seed: int, tick: 
     return (_exact if method == "exact" else _projected)(task, law, trials, seed, tick)
 
 
-class _Progress:
-    """A bar on a terminal where one is wanted; calling it advances it."""
+@contextmanager
+def _ticks(wanted: bool, name: str, queries: int) -> Iterator[Tick]:
+    """A function that is told of more queries done, or parts of them, and shows it where that is wanted."""
+    done = 0.0
+    with _progress.shown({name: name}, {name: "queries"}, wanted=wanted) as step:
 
-    def __init__(self, shown: bool, description: str, total: float) -> None:
-        self._bar: Any = None
-        if shown:
-            from rich.progress import Progress
+        def tick(amount: float) -> None:
+            nonlocal done
+            done += amount
+            step(name, round(done), queries)
 
-            self._bar = Progress(transient=True)
-            self._task = self._bar.add_task(description, total=total)
-
-    def __enter__(self) -> "_Progress":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def __call__(self, amount: float) -> None:
-        if self._bar:
-            self._bar.advance(self._task, amount)
+        yield tick

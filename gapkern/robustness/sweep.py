@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check, _progress, files
 from gapkern._ambient import isolated
 from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.perturb import Perturbation, check, title
@@ -123,7 +123,7 @@ def sweep(
         perturbations: one or several.
         labels, gallery_labels, metric, on, when, method, trials, seed: as for `robustness`.
         shift: a fitted `MeanShift` or `Projection`; by default a shift is fitted here, with n_components="auto".
-        progress: show a progress bar.
+        progress: say on stderr what is done: a bar on a terminal, elsewhere a line every half minute.
         journal: a file that keeps each row as it is done. A later call with the same arguments takes up from there;
             remove the file once the result is kept elsewhere.
 
@@ -164,33 +164,30 @@ def sweep(
         moved = {name: value for name, value in transforms.facts(shift).items() if name != "alpha"}
         done = Journal(journal, {"arrays": facts, "moves": moved, **options})
     cases = [(alpha, perturbation) for alpha in alphas for perturbation in perturbations]
-    if progress:
-        from rich.progress import track
-
-        steps: Iterable[tuple[float, Perturbation]] = track(cases, "sweep", transient=True)
-    else:
-        steps = cases
-    rows = []
-    for alpha, perturbation in steps:
-        key = [alpha, perturbation.describe()]
-        row = None if done is None else done.get(key)
-        if row is None:
-            result = robustness(
-                queries,
-                gallery,
-                perturbation,
-                labels=labels,
-                gallery_labels=gallery_labels,
-                shift=_at(shift, alpha),
-                **options,
-            )
-            low, high = result.interval()
-            bounds = {"robustness_low": low, "robustness_high": high}
-            known = {"alpha": alpha, **perturbation.describe(), **result.summary(), **bounds}
-            row = {name: _absent(known.get(name)) for name in COLUMNS}
-            if done is not None:
-                done.add(key, row)
-        rows.append(row)
+    rows: list[dict[str, Any]] = []
+    with _progress.shown({"sweep": "sweep"}, {"sweep": "cases"}, wanted=progress) as step:
+        for alpha, perturbation in cases:
+            step("sweep", len(rows), len(cases))
+            key = [alpha, perturbation.describe()]
+            row = None if done is None else done.get(key)
+            if row is None:
+                result = robustness(
+                    queries,
+                    gallery,
+                    perturbation,
+                    labels=labels,
+                    gallery_labels=gallery_labels,
+                    shift=_at(shift, alpha),
+                    **options,
+                )
+                low, high = result.interval()
+                bounds = {"robustness_low": low, "robustness_high": high}
+                known = {"alpha": alpha, **perturbation.describe(), **result.summary(), **bounds}
+                row = {name: _absent(known.get(name)) for name in COLUMNS}
+                if done is not None:
+                    done.add(key, row)
+            rows.append(row)
+        step("sweep", len(rows), len(cases))
     return SweepResult(rows, shift)
 
 
