@@ -39,6 +39,7 @@ def test_there_is_something_to_test():
         "architecture.md",
         "faq.md",
         "api.md",
+        "losses.md",
         "rows.md",
         "indexes.md",
         "precision.md",

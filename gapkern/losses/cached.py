@@ -77,7 +77,7 @@ def _unsynchronised(encoder: Any) -> contextlib.AbstractContextManager[Any]:
     with contextlib.ExitStack() as stack:
         for module in encoder.modules() if isinstance(encoder, torch.nn.Module) else ():
             if hasattr(module, "no_sync"):
-                stack.enter_context(module.no_sync())
+                stack.enter_context(module.no_sync())  # type: ignore[operator]
         return stack.pop_all()
 
 
@@ -87,14 +87,14 @@ def cached(loss: Callable[..., Tensor], encoders: Encoder | Sequence[Encoder], c
     The batch is encoded without a graph, `chunk` rows at a time; `backward()` of the loss forms the gradients of the
     embeddings, and encodes each chunk again with the same random numbers to take them on into the parameters' `.grad`.
     The gradients are those of the whole batch. Autocast is as it was at the call; GradScaler and the loss's `group`
-    work as ever; a DistributedDataParallel encoder synchronises once, with its last chunk (where several inputs have one
-    encoder: once an input).
+    work as ever; a DistributedDataParallel encoder synchronises once, with its last chunk (where several inputs have
+    one encoder: once an input).
 
     Args:
         loss: (*embeddings, *arguments, **options) -> loss, 0-d.
         encoders: one for each input, or one for all; each takes rows of its input, a tensor or any nest of tensors
-            with rows first, to (n, D). Layers whose result depends on the batch, or that count calls (batch normalisation in
-            training), see chunks, twice.
+            with rows first, to (n, D). Layers whose result depends on the batch, or that count calls (batch
+            normalisation in training), see chunks, twice.
         chunk: rows at a time.
 
     Returns:

@@ -14,6 +14,9 @@ from gapkern.ops import contrastive
 DIRECTIONS = ("q-d", "d-q", "q-q", "d-d")
 HARDNESS_OF = ("in-batch", "hard", "all")
 
+# Of a block of candidates: how many negatives; for label smoothing the candidates' sum of t (N,), and how many they are.
+_Block = tuple[int, Tensor | None, Tensor | None]
+
 
 class _Scaled(torch.autograd.Function):
     """x, whose gradient is multiplied by a tensor of one element."""
@@ -132,21 +135,19 @@ def info_nce_loss(
         problem.count_candidates = True
     query_terms, document_terms = _candidates(problem, hard, share_hard_negatives, extra, hardness, hardness_of)
     label = problem.label
-    parts = []
+    parts: list[tuple[list[Tensor], int, list[_Block]]] = []
     if partition == "joint":
         counted = 0 if decoupled else len(chosen & {"q-d", "d-q"})
-        parts.append((query_terms + document_terms, counted, problem.sums["q"], problem.sums["d"]))
+        parts.append((query_terms + document_terms, counted, problem.sums["q"] + problem.sums["d"]))
     else:
         for terms_of, side in ((query_terms, "q"), (document_terms, "d")):
             if terms_of:
-                parts.append((terms_of, 0 if decoupled else 1, problem.sums[side], None))
+                parts.append((terms_of, 0 if decoupled else 1, problem.sums[side]))
     total = torch.zeros_like(label)
-    for terms_of, counted, *sums in parts:
-        found = [s for s in sums if s is not None]
-        negatives = sum(count for count, _, _ in (entry for s in found for entry in s))
-        total = total + _one_softmax(label, terms_of, counted, negatives, prior, scale)
+    for terms_of, counted, blocks in parts:
+        total = total + _one_softmax(label, terms_of, counted, sum(count for count, _, _ in blocks), prior, scale)
         if smoothing:
-            total = total + _smoothed(label, scale, smoothing, [entry for s in found for entry in s])
+            total = total + _smoothed(label, scale, smoothing, blocks)
     return batch.reduce(total / len(parts), weights, reduction, queries)
 
 
@@ -188,15 +189,15 @@ class _Problem:
     def __init__(self, batch, q, d, scale, two_ids, margin, chosen):
         self.batch, self.q, self.d, self.scale, self.chosen = batch, q, d, scale, chosen
         self.count_candidates = False
-        # Of each side's blocks of candidates: how many negatives, the candidates' sum of t, how many of them.
-        self.sums: dict[str, list[tuple[int, Tensor | None, Tensor | None]]] = {"q": [], "d": []}
+        self.sums: dict[str, list[_Block]] = {"q": [], "d": []}
         self.first = batch.first(q)
         self.all_d = batch.everyone(d)
         self.all_q = batch.everyone(q) if "q-q" in chosen else None
         self.own_t = pairs.own_products(q, d)
         self.label = scale.reshape(()).double() * self.own_t
         self.limit = None if margin is None else self.own_t.detach() + margin
-        self.ids = self.all_ids = None
+        self.ids: tuple[Tensor, ...] | None = None
+        self.all_ids: tuple[Tensor, ...] | None = None
         if two_ids is not None:
             whole = [batch.constant(t) for t in two_ids]
             self.all_ids = pairs.dense(*whole)
@@ -204,7 +205,7 @@ class _Problem:
 
     def block(self, side, x, y, *, scale=None, row=None, col=None, label="counted", **options):
         """Log-sum-exps of a block; `row`, `col`: which ids (0 queries', 1 documents')."""
-        if self.ids is not None and row is not None:
+        if row is not None and self.all_ids is not None and self.ids is not None:
             options.update(row_ids=self.ids[row], col_ids=self.all_ids[col])
         offset = self.first if label != "none" else 0
         found = contrastive.masked_lse(
@@ -222,8 +223,8 @@ class _Problem:
         wide = y.sum(0, dtype=double if y.dtype == double else torch.float32)
         total = pairs.own_products(x, wide.expand(len(x), -1).to(wide.dtype)) if len(x) else self.own_t
         number = torch.full_like(total, float(len(y)))
-        own = y[self.first : self.first + len(x)] if label != "none" else None
-        if self.ids is not None and row is not None:
+        own = y[self.first : self.first + len(x)]
+        if row is not None and self.all_ids is not None and self.ids is not None:
             same, count = pairs.class_sums(self.all_ids[col], y, self.ids[row])
             total, number = total - pairs.own_products(x, same), number - count
             if label == "counted":
@@ -232,7 +233,7 @@ class _Problem:
                 total, number = total + pairs.own_products(x, own) * equal, number + equal
         if label == "left_out":
             among = 1.0
-            if self.ids is not None and row is not None:
+            if row is not None and self.all_ids is not None and self.ids is not None:
                 among = (self.ids[row] != self.all_ids[col][self.first : self.first + len(x)]).double()
             total, number = total - pairs.own_products(x, own) * among, number - among
         self.sums[side].append((negatives, total, number))

@@ -110,7 +110,8 @@ def own_products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def class_sums(ids: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of `rows`, ids of rows: the sum of y (M, D) over equal ids, and their number. Ids are dense."""
+    """For each of `rows`, ids of rows: the sum of y (M, D) over equal ids, and their number."""
+    ids, rows = dense(ids, rows)
     work = torch.float64 if y.dtype == torch.float64 else torch.float32
     size = len(ids) + len(rows)
     sums = torch.zeros(size, y.shape[1], dtype=work, device=y.device).index_add(0, ids, y.to(work))

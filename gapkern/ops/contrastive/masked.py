@@ -314,7 +314,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, *grads):
     tensors, results = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
-    grads = (torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=True))
+    grads = tuple(torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=True))
     needs = list(ctx.needs_input_grad[:3])
     found = torch.ops.gapkern.contrastive_masked_lse_backward(*grads, *results[:4], *tensors, *ctx.options, needs)
     dx, dy, ds = (g if needed else None for g, needed in zip(found, needs, strict=True))
@@ -340,7 +340,8 @@ def _jvp(inputs, tangents):
     for of_class in (1, 2):
         parts = [lse(found[0], found[of_class], 0) for found in map(classes, chunks)]
         columns.append(torch.stack(parts).logsumexp(0))
-    rows_of, columns_of, labels_of = ([], []), [0.0, 0.0], []
+    rows_of: tuple[list[Tensor], list[Tensor]] = ([], [])
+    columns_of, labels_of = [torch.zeros_like(c) for c in columns], []
     for rows in chunks:
         s, *of_classes = classes(rows)
         ds = logits.tangent(rows).double()
