@@ -234,3 +234,42 @@ def test_siglip_plus_by_formula(rows):
     theirs = torch.nn.functional.binary_cross_entropy_with_logits(logits, right.double(), weight=weights)
     ours = losses.sigmoid_loss(x, y, 10.0, -5.0, ids=(row_ids, col_ids), positives="mean")
     same(ours / 12, theirs, (x, y))
+
+
+def test_sentence_transformers_training_takes_the_same_steps():
+    """Twenty steps of a tiny model with their loss and with ours."""
+    module = pytest.importorskip("sentence_transformers.sentence_transformer.losses.multiple_negatives_ranking")
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, 50, (2, 16, 5), generator=generator) for _ in range(20)]
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.out = torch.nn.EmbeddingBag(50, 24), torch.nn.Linear(24, 12)
+
+        def forward(self, features):
+            return {"sentence_embedding": self.out(torch.tanh(self.words(features["input_ids"])))}
+
+    def ours(features):
+        q, d = (unit(model(f)["sentence_embedding"]) for f in features)
+        return losses.info_nce_loss(q, d, 20.0, directions=["q-d", "d-q", "q-q", "d-d"])
+
+    curves, weights = [], []
+    for name in ("theirs", "ours"):
+        model = Tiny()
+        theirs = module.MultipleNegativesRankingLoss(model, directions=ALL)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        curve = []
+        for batch in batches:
+            features = [{"input_ids": side} for side in batch]
+            value = ours(features) if name == "ours" else theirs(features, None)
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            curve.append(float(value))
+        curves.append(curve)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert_near(curves[1], curves[0], 1e-4)
+    assert_near(weights[1], weights[0], 1e-4)
+    assert curves[0][-1] != curves[0][0]

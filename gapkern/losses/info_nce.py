@@ -14,7 +14,7 @@ from gapkern.ops import contrastive
 DIRECTIONS = ("q-d", "d-q", "q-q", "d-d")
 HARDNESS_OF = ("in-batch", "hard", "all")
 
-# Of a block of candidates: how many negatives; for label smoothing the candidates' sum of t (N,), and how many they are.
+# Of a block of candidates: how many negatives; for label smoothing the candidates' sum of t, and how many they are.
 _Block = tuple[int, Tensor | None, Tensor | None]
 
 
