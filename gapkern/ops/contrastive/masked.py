@@ -244,10 +244,8 @@ def _forward(*inputs):
 
 
 def _weights(s: Tensor, lse: Tensor, gradient: Tensor) -> Tensor:
-    """g e^(s - lse), 0 where the sum is empty."""
-    empty = lse == -math.inf
-    lse, gradient = (v.masked_fill(empty, 0).to(s.dtype) for v in (lse, gradient))
-    return (s - lse).exp_().mul_(gradient).masked_fill_(empty, 0)
+    """g e^(s - lse). Where a sum is empty it is no number, and none of its pairs are of the class: they are masked."""
+    return (s - lse.to(s.dtype)).exp_().mul_(gradient.to(s.dtype))
 
 
 def _backward_kernel(*inputs):
