@@ -140,12 +140,65 @@ def distances_case(n: int, d: int) -> Case:
     return Case(parameters, contenders, check, "norms and a product")
 
 
+def family_cases(n: int, d: int):
+    """Other losses against the library that a user would pick: the same embeddings, forward and backward."""
+    from lightly.loss import NTXentLoss
+    from pytorch_metric_learning.losses import SupConLoss
+    from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as ranking
+
+    from gapkern import info_nce_loss, losses
+
+    x, y, _ = _inputs(n, d, True)
+    unit = functools.partial(torch.nn.functional.normalize, dim=1)  # a part of the others' losses
+    labels = torch.arange(n) % 64
+    ids = torch.arange(n) // 2
+    everything = ("q-d", "d-q", "q-q", "d-d")
+    theirs = ranking.MultipleNegativesRankingLoss(
+        torch.nn.Identity(), directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+    )
+
+    def call(loss, *inputs):
+        return lambda: (lambda value: (value.detach(), *torch.autograd.grad(value, inputs)))(loss())
+
+    def four(**options):
+        return lambda: info_nce_loss(unit(x), unit(y), 20.0, directions=everything, **options)
+
+    families = {
+        "info_nce, four directions": [
+            Contender(
+                "sentence-transformers",
+                call(lambda: theirs.compute_loss_from_embeddings([x, y], None), x, y),
+                "baseline",
+            ),
+            Contender("gapkern", call(four(), x, y)),
+            Contender("other: gapkern with a margin", call(four(margin=0.1), x, y)),
+        ],
+        "supcon, 64 classes": [
+            Contender("pytorch-metric-learning", call(lambda: SupConLoss(temperature=0.1)(x, labels), x), "baseline"),
+            Contender("gapkern", call(lambda: losses.supcon_loss(unit(x), labels, 10.0), x)),
+        ],
+        "ntxent": [
+            Contender("lightly", call(lambda: NTXentLoss(temperature=0.1)(x, y), x, y), "baseline"),
+            Contender("gapkern", call(lambda: losses.ntxent_loss(unit(x), unit(y), 10.0), x, y)),
+        ],
+        "clip, two positives a row": [
+            Contender("gapkern", call(lambda: losses.contrastive_loss(x, y, 10.0, ids=ids), x, y)),
+            Contender("other: gapkern, one positive", call(lambda: losses.contrastive_loss(x, y, 10.0), x, y)),
+        ],
+    }
+    for loss, contenders in families.items():
+        parameters = {"loss": loss, "N": n, "D": d, "pass": "forward+backward"}
+        first = contenders[0].name
+        yield Case(parameters, contenders, _check(first, f"{loss}, N={n}, D={d}", ("limit", "other")), first)
+
+
 def cases(mode: str):
     for n in BATCHES[mode]:
         for d in WIDTHS[mode][: None if n <= WIDE_UP_TO else 1]:
             for backward in (False, True):
                 yield case(n, d, backward)
     yield distances_case({"quick": 1024, "full": 4096}[mode], 512)
+    yield from family_cases({"quick": 1024, "full": 4096}[mode], 512)
 
 
 _SETUP = """

@@ -13,10 +13,18 @@ from gapkern.losses import (  # noqa: E402
     ClipLoss,
     CoCaLoss,
     DistillClipLoss,
+    Matryoshka,
     SigLipLoss,
+    cached,
     contrastive_loss,
+    gist_loss,
+    info_nce_loss,
+    mil_nce_loss,
+    ntxent_loss,
     patch_open_clip,
     sigmoid_loss,
+    supcon_loss,
+    uniformity_loss,
 )
 from gapkern.memory import empty_cache  # noqa: E402
 from gapkern.perturb import Gaussian, Quantize, Replace, Uniform  # noqa: E402
@@ -28,6 +36,7 @@ __all__ = [
     "CoCaLoss",
     "DistillClipLoss",
     "Gaussian",
+    "Matryoshka",
     "MeanShift",
     "Projection",
     "Quantize",
@@ -38,12 +47,19 @@ __all__ = [
     "Uniform",
     "__version__",
     "best_alpha",
+    "cached",
     "contrastive_loss",
     "empty_cache",
     "gap_metrics",
+    "gist_loss",
+    "info_nce_loss",
+    "mil_nce_loss",
+    "ntxent_loss",
     "patch_open_clip",
     "sigmoid_loss",
+    "supcon_loss",
     "sweep",
+    "uniformity_loss",
 ]
 
 # Loaded when they are first named: some need packages of the extras, or take a second to import.

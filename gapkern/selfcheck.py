@@ -9,6 +9,7 @@ from torch import Tensor
 from gapkern.losses import contrastive_loss
 from gapkern.ops import contrastive
 from gapkern.reference import contrastive as contrastive_reference
+from gapkern.reference import losses as losses_reference
 from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import perturb as perturb_reference
 from gapkern.reference import robustness as robustness_reference
@@ -63,6 +64,27 @@ def _sigmoid() -> tuple[bool, str]:
         contrastive_reference.sigmoid_sum(x.double(), y.double(), scale, bias),
         1e-5,
     )
+
+
+def _masked() -> tuple[bool, str]:
+    x, y = (t.requires_grad_() for t in _pairs())
+    ids = torch.arange(len(x)) // 3
+    scale = torch.tensor(10.0)
+    found = []
+    for function, leaves in ((contrastive.masked_lse, (x, y)), (losses_reference.masked_lse, (x.double(), y.double()))):
+        classes = function(*leaves, scale, row_ids=ids, col_ids=ids, equal="positive", row_limit=torch.ones(len(x)))
+        gradients = torch.autograd.grad(torch.cat(classes).sum(), leaves)
+        found.append(torch.cat([*(c.detach().double() for c in classes), *(g.flatten().double() for g in gradients)]))
+    ours, theirs = found
+    return _near(ours, theirs, 1e-5)
+
+
+def _masked_sigmoid() -> tuple[bool, str]:
+    x, y = _pairs()
+    ids, half = torch.arange(len(x)) // 3, torch.full((len(x),), 0.5, dtype=torch.float64)
+    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+    ours = contrastive.masked_sigmoid_sum(x, y, scale, bias, ids, ids, half, half) / len(x)
+    return _near(ours, losses_reference.sigmoid_loss(x.double(), y.double(), scale, bias, ids=ids), 1e-5)
 
 
 def _meanshift() -> tuple[bool, str]:
@@ -149,6 +171,8 @@ _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("contrastive loss and gradients", _contrastive),
     ("contrastive loss, bfloat16", _contrastive_bfloat16),
     ("sigmoid loss", _sigmoid),
+    ("masked log-sum-exps and gradients", _masked),
+    ("sigmoid loss with ids", _masked_sigmoid),
     ("mean, Gram matrix and shift", _meanshift),
     ("Philox bits", _bits),
     ("Gaussian and uniform noise", _noise),

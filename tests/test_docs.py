@@ -40,6 +40,7 @@ def test_there_is_something_to_test():
         "faq.md",
         "api.md",
         "projection.md",
+        "losses.md",
         "rows.md",
         "indexes.md",
         "precision.md",

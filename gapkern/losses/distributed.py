@@ -166,7 +166,8 @@ def _backward_sum(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _backward_logsumexp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     partial, total = ctx.saved_tensors
-    return torch.ops.gapkern.ranks_sum(grad, ctx.group) * (partial - total).exp(), None, None
+    share = (partial - total).exp().masked_fill(total == -torch.inf, 0)  # of an empty sum
+    return torch.ops.gapkern.ranks_sum(grad, ctx.group) * share, None, None
 
 
 def _backward_same(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

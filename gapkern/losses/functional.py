@@ -34,6 +34,10 @@ def contrastive_loss(
     reduction: str = "mean",
     memory: str | int = "auto",
     group: Any = None,
+    ids: Any = None,
+    positives: str = "out",
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The symmetric contrastive (CLIP) loss of N pairs: row i of `images` belongs to row i of `texts`.
 
@@ -53,6 +57,12 @@ def contrastive_loss(
             the batch is spread; images and texts are this rank's pairs, as many on every rank. The value ("none": of
             this rank's pairs) and the gradients are those of the whole batch on one process. Each rank forms its rows
             of the logits once. A rank's bad input raises on every rank.
+        ids: (N,) integers, or a pair of such for images and texts: all pairs of equal ids are positives, and row i's
+            own text always is one (UniCL, Yang et al. 2022, Eq. 3-4; captions of one image).
+        positives: with ids, "out", the mean over positives outside of the logarithm (SupCon, Khosla et al. 2020,
+            Eq. 2), or "in", inside of it (Eq. 3).
+        label_smoothing: eps: the target is 1 - eps on the positives and eps spread evenly over all N.
+        weights: (N,) of the pairs; "mean" is weighted by them.
 
     Returns:
         The loss, 0-d or (N,), in float32 (float64 for float64 inputs).
@@ -67,6 +77,23 @@ def contrastive_loss(
         >>> round(float(contrastive_loss(images, images, logit_scale=10.0)), 6)
         0.000943
     """
+    if ids is not None or weights is not None or label_smoothing != 0 or positives != "out":
+        from gapkern.losses.multiple import multiple_positives_loss
+
+        return multiple_positives_loss(
+            images,
+            texts,
+            logit_scale,
+            logit_bias,
+            similarity=similarity,
+            reduction=reduction,
+            memory=memory,
+            group=group,
+            ids=ids,
+            positives=positives,
+            label_smoothing=label_smoothing,
+            weights=weights,
+        )
     place = None if group is None or group is False else distributed.shard(group)
     try:
         _check.choice("reduction", reduction, ("mean", "sum", "none"))
@@ -100,6 +127,8 @@ def sigmoid_loss(
     logit_bias: Tensor | float,
     *,
     group: Any = None,
+    ids: Any = None,
+    positives: str = "sum",
 ) -> Tensor:
     """The sigmoid (SigLIP) loss: (1/N) sum_ij softplus(-z_ij (s <x_i, y_j> + bias)), z = +1 for the pairs and else -1.
 
@@ -111,6 +140,10 @@ def sigmoid_loss(
         logit_scale: s, one element.
         logit_bias: one element.
         group: as for `contrastive_loss`.
+        ids: (N,) integers, or a pair of such for images (N,) and texts (M,), which may then differ in number: z = +1
+            for all pairs of equal ids, and for no others.
+        positives: with ids, "sum", or "mean": a positive pair counts (1 / k_i + 1 / k_j) / 2, with k the numbers of
+            positives of its image and of its text (SigLIP+).
 
     Returns:
         0-d, in float32 (float64 for float64 inputs).
@@ -123,6 +156,12 @@ def sigmoid_loss(
         >>> round(float(sigmoid_loss(x, x, 10.0, -10.0)), 4)
         0.6932
     """
+    if ids is not None or positives != "sum":
+        from gapkern.losses.multiple import multiple_positives_sigmoid
+
+        return multiple_positives_sigmoid(
+            images, texts, logit_scale, logit_bias, group=group, ids=ids, positives=positives
+        )
     place = None if group is None or group is False else distributed.shard(group)
     try:
         images, texts, scale = check_pairs(images, texts, logit_scale)

@@ -69,9 +69,15 @@ def scalar(name: str, value: Any, like: Tensor) -> Tensor:
 
 
 def check_pairs(
-    images: Any, texts: Any, logit_scale: Any, names: tuple[str, str, str] = ("images", "texts", "logit_scale")
+    images: Any,
+    texts: Any,
+    logit_scale: Any,
+    names: tuple[str, str, str] = ("images", "texts", "logit_scale"),
+    rectangular: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Images (N, D), texts (N, D) and logit_scale as tensors; under autocast in the dtype that products take them in.
+
+    `rectangular` allows other numbers of texts.
 
     Raises:
         TypeError, ValueError: see `embeddings` and `scalar`; dtypes, devices, widths or rows that differ.
@@ -84,6 +90,7 @@ def check_pairs(
     if dtypes[0] != dtypes[1]:
         kept = " (autocast leaves float64 alone)" if autocast.enabled(images.device.type) else ""
         raise TypeError(f"{second}: expected {images.dtype} as in {first}, got {texts.dtype}{kept}")
-    _check.same_rows(**{first: images, second: texts})
+    if not rectangular:
+        _check.same_rows(**{first: images, second: texts})
     scale = scalar(third, logit_scale, images)
     return images.to(dtypes[0]), texts.to(dtypes[1]), scale

@@ -80,7 +80,7 @@ class _Gradients:
             if self.needs[1]:
                 self.dy -= self.column_sums[:, None] * self.logits.texts
         scale = scale / self.loss_scale
-        return self.dx * scale, self.dy * scale, self.of_scale / self.loss_scale
+        return self.dx.mul_(scale), self.dy.mul_(scale), self.of_scale / self.loss_scale
 
 
 def contrastive_lse(

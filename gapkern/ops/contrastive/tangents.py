@@ -26,16 +26,16 @@ class _Logits:
         step = max(1, CHUNK_ELEMENTS // wide)
         return [slice(i, min(len(self.x), i + step)) for i in range(0, len(self.x), step)]
 
-    def _products(self, rows: slice) -> Tensor:
+    def products(self, rows: slice) -> Tensor:
         if self.euclidean:
             return -(self.x[rows, None] - self.y).square().sum(2)
         return self.x[rows] @ self.y.T
 
     def of(self, rows: slice) -> Tensor:
-        return self.s * self._products(rows)
+        return self.s * self.products(rows)
 
     def tangent(self, rows: slice) -> Tensor:
-        t = self._products(rows)
+        t = self.products(rows)
         total = torch.zeros_like(t) if self.ds is None else self.ds * t
         if self.euclidean:
             apart = self.x[rows, None] - self.y

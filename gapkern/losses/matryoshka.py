@@ -1,0 +1,112 @@
+"""Losses of prefixes of the embeddings, and of their spread."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapkern import _check
+from gapkern.losses import pairs
+from gapkern.losses.inputs import embeddings
+from gapkern.ops import autocast, contrastive
+
+
+class Matryoshka(torch.nn.Module):
+    """The sum of a loss over prefixes of the embeddings (Kusupati et al. 2022, Eq. 1), each normalised again.
+
+    Args:
+        loss: (*embeddings, logit_scale, ...) -> loss: any of `gapkern.losses`.
+        dims: widths of the prefixes.
+        weights: one for each width; 1 where None.
+        normalize: whether prefixes become unit vectors.
+        count: how many of the arguments are embeddings.
+
+    Raises:
+        ValueError: no width, or one below 1 or beyond the embeddings'; not as many weights.
+
+    Example:
+        >>> from gapkern.losses import info_nce_loss
+        >>> x = torch.eye(4)
+        >>> round(float(Matryoshka(info_nce_loss, dims=(4,))(x, x, 2.0)), 4)
+        0.3408
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        dims: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        normalize: bool = True,
+        count: int = 2,
+    ):
+        super().__init__()
+        if not dims:
+            raise ValueError("dims: expected at least one width")
+        self.dims = tuple(_check.integer("dims", d, low=1) for d in dims)
+        if weights is not None and len(weights) != len(self.dims):
+            raise ValueError(f"weights: expected {len(self.dims)}, one for each of dims, got {len(weights)}")
+        self.weights = (1.0,) * len(self.dims) if weights is None else tuple(float(w) for w in weights)
+        self.loss, self.normalize, self.count = loss, normalize, _check.integer("count", count, low=1)
+
+    def _prefix(self, x: Tensor, dims: int) -> Tensor:
+        if dims > x.shape[-1]:
+            raise ValueError(f"dims: expected at most the embeddings' {x.shape[-1]}, got {dims}")
+        x = x[..., :dims]
+        return torch.nn.functional.normalize(x, dim=-1) if self.normalize else x
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        """The weighted sum of the losses; hard_negatives, extra_negatives and negatives are shortened too."""
+        features, rest = arguments[: self.count], arguments[self.count :]
+        further = {
+            k: v
+            for k, v in options.items()
+            if k in ("hard_negatives", "extra_negatives", "negatives") and isinstance(v, Tensor)
+        }
+        total: Any = 0.0
+        for dims, weight in zip(self.dims, self.weights, strict=True):
+            shorter = {k: self._prefix(v, dims) for k, v in further.items()}
+            prefixes = [self._prefix(x, dims) for x in features]
+            total = total + weight * self.loss(*prefixes, *rest, **{**options, **shorter})
+        return total
+
+
+def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = None) -> Tensor:
+    """log of the mean of exp(-t ||x_i - x_j||^2) over pairs i != j (Wang and Isola 2020, Eq. 8), in linear memory.
+
+    Args:
+        features: (N, D), N >= 2, float32, float16, bfloat16 or float64.
+        t: one element.
+        group: as for `contrastive_loss`.
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: fewer than two rows. TypeError: not floating-point.
+
+    Example:
+        >>> round(float(uniformity_loss(torch.eye(3))), 4)
+        -4.0
+    """
+    batch = pairs.Batch(group)
+    try:
+        x = embeddings("features", features)
+        x = x.to(autocast.dtype_of(x))
+        scale = pairs.scalar("t", t, x)
+        world = 1 if batch.place is None else batch.place.world
+        if len(x) * world < 2:
+            raise ValueError(f"features: expected at least two rows, got {len(x)}")
+    except (TypeError, ValueError) as error:
+        batch.refuse(error)
+        raise
+    like, n = x, len(x) * world
+    batch.enter("uniformity_loss", {"t": scale}, features=x)
+    x, scale = batch.feature(x), batch.scalar(scale)
+    found = contrastive.masked_lse(
+        x, batch.everyone(x), scale, similarity="sqeuclidean", label_offset=batch.first(x), label="left_out"
+    )
+    total = batch.merged(pairs.log_sum(found.row_negative[None], 1))
+    mean = total - torch.log(torch.full_like(total, float(n) * (n - 1)))
+    return batch.reduce(mean, None, "mean", like)

@@ -1,0 +1,148 @@
+"""Several positives for a row: contrastive_loss and sigmoid_loss with ids, label smoothing and weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapkern import _check
+from gapkern.losses import functional, pairs
+from gapkern.ops import contrastive
+
+
+def multiple_positives_loss(
+    images: Any,
+    texts: Any,
+    logit_scale: Any,
+    logit_bias: Any,
+    *,
+    similarity: str,
+    reduction: str,
+    memory: str | int,
+    group: Any,
+    ids: Any,
+    positives: str,
+    label_smoothing: Any,
+    weights: Any,
+) -> Tensor:
+    """See `gapkern.contrastive_loss`."""
+    batch = pairs.Batch(group)
+    try:
+        _check.choice("reduction", reduction, pairs.REDUCTIONS)
+        _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
+        _check.choice("positives", positives, ("out", "in"))
+        images, texts, scale = pairs.check_pairs(images, texts, logit_scale)
+        functional.work_bytes(memory)
+        bias = None if logit_bias is None else pairs.scalar("logit_bias", logit_bias, images)
+        smoothing = pairs.fraction("label_smoothing", label_smoothing)
+        if smoothing and positives == "in":
+            raise ValueError("label_smoothing: expected 0 with positives='in', whose target is no distribution")
+        weights = pairs.check_weights(weights, images)
+        two_ids = pairs.pair_of_ids(ids, images, texts)
+    except (TypeError, ValueError) as error:
+        batch.refuse(error)
+        raise
+    terms = f"contrastive_loss({similarity!r}, {reduction!r}, {positives!r}, {smoothing}, ids={ids is not None})"
+    batch.enter(terms, {"logit_scale": scale}, images=images, texts=texts)
+    if two_ids is None and not smoothing:
+        if batch.place is None:
+            losses = functional.pair_losses(images, texts, scale, similarity, memory)
+        else:
+            place = batch.place
+            losses = functional.sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world, terms)
+    else:
+        x, y, scale = batch.feature(images), batch.feature(texts), batch.scalar(scale)
+        losses = _both_ways(batch, x, y, scale, two_ids, positives, smoothing, similarity)
+    return batch.reduce(functional.without_gradient(losses, bias), weights, reduction, images)
+
+
+def _both_ways(batch, x, y, scale, two_ids, positives, smoothing, similarity) -> Tensor:
+    first, n = batch.first(x), len(x)
+    all_x, all_y = batch.everyone(x), batch.everyone(y)
+    own = slice(first, first + n)
+    options: dict[str, Any] = {}
+    if two_ids is not None:
+        row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in two_ids))
+        options = {"row_ids": row_ids[own], "col_ids": col_ids, "equal": "positive"}
+    found = contrastive.masked_lse(x, all_y, scale, similarity=similarity, label_offset=first, **options)
+    s = scale.reshape(()).double()
+    total = torch.zeros_like(found.label)
+    sides = (
+        (x, y, all_y, found.row_negative, found.row_positive, 0),
+        (y, x, all_x, batch.columns(found.col_negative, y), batch.columns(found.col_positive, y), 1),
+    )
+    for mine, partner, others, negative, positive, side in sides:
+        mean = found.label
+        if two_ids is None:
+            total = total + pairs.surprise(found.label, [negative])
+        else:
+            mine_ids, other_ids = (row_ids[own], col_ids) if side == 0 else (col_ids[own], row_ids)
+            together = torch.logaddexp(found.label, positive)
+            total = total + pairs.surprise(together, [negative])
+            sums, counts = pairs.class_sums(other_ids, others, mine_ids)
+            partner_counts = (other_ids[own] == mine_ids).double()  # whether the label is among the equal ids
+            rest = counts - partner_counts
+            sums = sums - partner.to(sums.dtype) * partner_counts[:, None].to(sums.dtype)
+            if positives == "in":
+                total = total + torch.log1p(rest)
+            else:
+                squares = torch.zeros((), dtype=torch.float64, device=x.device)
+                if similarity == "sqeuclidean":
+                    squares, _ = pairs.class_sums(other_ids, _norms(others)[:, None], mine_ids)
+                    squares = squares[:, 0] - _norms(partner) * partner_counts
+                mean = (found.label + s * _sum_t(mine, sums, rest, squares, similarity)) / (1 + rest)
+                # One positive alone: both are its logit.
+                total = total + torch.where(rest > 0, together - mean, torch.zeros_like(mean))
+        if smoothing:
+            work = torch.float64 if others.dtype == torch.float64 else torch.float32
+            sums = others.sum(0, dtype=work).expand(n, -1)
+            squares = _norms(others).sum() if similarity == "sqeuclidean" else s.new_zeros(())
+            number = torch.full_like(mean, float(len(others)))
+            everything = _sum_t(mine, sums, number, squares, similarity) / len(others)
+            total = total + smoothing * (mean - s * everything)
+    return total / 2
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.double().square().sum(1)
+
+
+def _sum_t(x: Tensor, sums: Tensor, counts: Tensor, squares: Tensor, similarity: str) -> Tensor:
+    """The sum of t(x_i, .) over `counts` vectors, of their sum and the sum of their squared norms."""
+    if similarity == "dot":
+        return pairs.own_products(x, sums)
+    return 2 * pairs.own_products(x.double(), sums) - counts * _norms(x) - squares
+
+
+def multiple_positives_sigmoid(
+    images: Any, texts: Any, logit_scale: Any, logit_bias: Any, *, group: Any, ids: Any, positives: str
+) -> Tensor:
+    """See `gapkern.sigmoid_loss`."""
+    batch = pairs.Batch(group)
+    try:
+        _check.choice("positives", positives, ("sum", "mean"))
+        if ids is None:
+            raise ValueError("positives: expected 'sum' without ids, got 'mean'")
+        images, texts, scale = pairs.check_pairs(images, texts, logit_scale, rectangular=True)
+        bias = pairs.scalar("logit_bias", logit_bias, images)
+        found = pairs.pair_of_ids(ids, images, texts)
+        assert found is not None
+    except (TypeError, ValueError) as error:
+        batch.refuse(error)
+        raise
+    scalars = {"logit_scale": scale, "logit_bias": bias}
+    batch.enter(f"sigmoid_loss({positives!r}, ids)", scalars, images=images, texts=texts)
+    x, y, s, b = batch.feature(images), batch.feature(texts), batch.scalar(scale), batch.scalar(bias)
+    everyone = batch.everyone(y)
+    row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in found))
+    row_weights, col_weights = (
+        torch.full(t.shape, 0.5, dtype=torch.float64, device=x.device) for t in (row_ids, col_ids)
+    )
+    if positives == "mean":
+        row_weights, col_weights = (
+            w / pairs.class_sums(other, other.double()[:, None], mine)[1].clamp_min(1)
+            for w, mine, other in ((row_weights, row_ids, col_ids), (col_weights, col_ids, row_ids))
+        )
+    own = slice(batch.first(x), batch.first(x) + len(x))
+    total = contrastive.masked_sigmoid_sum(x, everyone, s, b, row_ids[own], col_ids, row_weights[own], col_weights)
+    return batch.reduce((total / len(x)).reshape(1), None, "mean", images)

@@ -1,0 +1,139 @@
+"""The family of losses over ranks: ids and masks reach across them, and all is as on one process."""
+
+import pytest
+import torch
+
+from gapkern import losses
+from gapkern.testing import assert_near
+from tests.ranks import together
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ROWS, DIMS = 5, 6
+ALL = ("q-d", "d-q", "q-q", "d-d")
+
+
+def whole_batch(world):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.nn.functional.normalize(  # noqa: E731
+        torch.randn(*size, generator=generator, dtype=torch.float64), dim=-1
+    )
+    n = world * ROWS
+    leaves = {"x": draw(n, DIMS), "y": draw(n, DIMS), "hard": draw(n, 2, DIMS)}
+    constants = {
+        "u": draw(n, 4),
+        "v": draw(n, 4),
+        # Captions of an image on another rank.
+        "ids": torch.randint(0, ROWS, (n,), generator=generator),
+        "other": torch.randint(0, ROWS, (n,), generator=generator),
+        "weights": torch.rand(n, generator=generator, dtype=torch.float64),
+    }
+    return leaves, constants
+
+
+CALLS = {
+    "q-d": lambda t, s, **o: losses.info_nce_loss(
+        t["x"], t["y"], s, ids=t["ids"], margin=0.2, weights=t["weights"], **o
+    ),
+    "joint": lambda t, s, **o: losses.info_nce_loss(
+        t["x"],
+        t["y"],
+        s,
+        hard_negatives=t["hard"],
+        share_hard_negatives=True,
+        directions=ALL,
+        ids=(t["ids"], t["other"]),
+        margin=0.4,
+        hardness=2.0,
+        label_smoothing=0.1,
+        **o,
+    ),
+    "separate": lambda t, s, **o: losses.info_nce_loss(
+        t["x"], t["y"], s, directions=ALL, partition="separate", label_smoothing=0.1, debias=0.05, ids=t["ids"], **o
+    ),
+    "ntxent": lambda t, s, **o: losses.ntxent_loss(t["x"], t["y"], s, **o),
+    "smoothed clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, label_smoothing=0.1, **o),
+    "weighted clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, weights=t["weights"], **o),
+    "clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, ids=(t["ids"], t["other"]), **o),
+    "clip in": lambda t, s, **o: losses.contrastive_loss(
+        t["x"], t["y"], s, ids=t["ids"], positives="in", similarity="sqeuclidean", reduction="sum", **o
+    ),
+    "siglip": lambda t, s, **o: losses.sigmoid_loss(t["x"], t["y"], s, -2.0, ids=t["ids"], positives="mean", **o),
+    "supcon": lambda t, s, **o: losses.supcon_loss(t["x"], t["ids"], s, **o),
+    "mil": lambda t, s, **o: losses.mil_nce_loss(t["x"], t["hard"], s, **o),
+    "gist": lambda t, s, **o: losses.gist_loss(t["x"], t["y"], s, t["u"], t["v"], margin=0.1, **o),
+    "uniformity": lambda t, s, **o: losses.uniformity_loss(t["x"], s, **o),
+}
+
+
+def value_and_gradients(call, leaves, constants, **options):
+    leaves = {k: v.clone().requires_grad_() for k, v in leaves.items()}
+    s = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    value = call(leaves | constants, s, **options)
+    gradients = torch.autograd.grad(value, (*leaves.values(), s), allow_unused=True)
+    return value.detach(), gradients
+
+
+def equal_to_one_process(rank, world):
+    leaves, constants = whole_batch(world)
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    for name, call in CALLS.items():
+        value, gradients = value_and_gradients(call, leaves, constants)
+        mine = [{k: v[own] for k, v in part.items()} for part in (leaves, constants)]
+        found, parts = value_and_gradients(call, *mine, group=True)
+        assert_near(found, value, 1e-11, name=name)
+        for i, (a, b) in enumerate(zip(parts, gradients, strict=True)):
+            assert (a is None) == (b is None), f"{name}: gradient {i}"
+            if a is not None:
+                assert_near(a, b[own] if i < 3 else b, 1e-10, name=f"{name}: gradient {i}")
+
+
+def refused_on_every_rank(rank, world):
+    x = torch.eye(4)
+    with pytest.raises(ValueError, match=r"rank 1: ids: expected shape \(4,\), got \(3,\)"):
+        losses.info_nce_loss(x, x, 1.0, ids=torch.arange(3 if rank == 1 else 4), group=True)
+    with pytest.raises(ValueError, match="expected the same call on every rank"):
+        losses.info_nce_loss(x, x, 1.0, margin=float(rank), group=True)
+
+
+def cached_synchronises_once(rank, world):
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(torch.nn.Linear(DIMS, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)).double()
+    leaves, _ = whole_batch(world)
+    whole = torch.nn.Sequential(*encoder)
+    expected = torch.autograd.grad(
+        losses.info_nce_loss(whole(leaves["x"]), whole(leaves["y"]), 3.0), list(whole.parameters())
+    )
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    counts = [0]
+
+    def counted(state, bucket):
+        counts[0] += 1
+        return allreduce_hook(None, bucket)
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = encoder
+
+        def forward(self, x):
+            return self.inner(x)
+
+    wrapped = torch.nn.parallel.DistributedDataParallel(Both())
+    wrapped.register_comm_hook(None, counted)
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    pair = torch.stack([leaves["x"][own], leaves["y"][own]], 1)
+
+    def loss(both, s):
+        return losses.info_nce_loss(both[:, 0], both[:, 1], s, group=True) * world  # DDP averages
+
+    losses.cached(loss, wrapped, 2)([pair], 3.0).backward()
+    assert counts == [1]
+    for p, g in zip(encoder.parameters(), expected, strict=True):
+        assert_near(p.grad, g, 1e-10)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_over_ranks(world):
+    together(world, equal_to_one_process, refused_on_every_rank, cached_synchronises_once)
