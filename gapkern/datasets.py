@@ -73,7 +73,8 @@ class Arrays:
     pixels: Any
 
     def content(self, i: int) -> bytes:
-        return self.pixels[i].tobytes()
+        found: bytes = self.pixels[i].tobytes()
+        return found
 
     def __call__(self, i: int) -> Image:
         from PIL import Image

@@ -115,7 +115,7 @@ def test_a_teacher_from_inference_mode_and_of_another_dtype():
 def test_memory_grows_linearly():
     setup = (
         "import torch, gapkern\ntorch.set_num_threads(1)\n"
-        "gapkern.losses.functional.AUTO_BYTES = 0\n"  # what the contrastive part may keep
+        "gapkern.losses.steps.AUTO_BYTES = 0\n"  # what the contrastive part may keep
         "def run(n):\n"
         "    v = [torch.nn.functional.normalize(torch.randn(n, 8), dim=1).requires_grad_() for _ in range(4)]\n"
         "    s = torch.tensor(9.0)\n"

@@ -17,10 +17,10 @@ LAYERS = (
         "_check",
         "_compare",
         "_core",
-        "_formats",
         "_lock",
         "_logs",
         "_memory",
+        "_progress",
         "_rows",
         "_threads",
         "_version",
@@ -28,7 +28,8 @@ LAYERS = (
         "reference",
         "testing",
     ),
-    ("_load", "_search", "figures", "layout"),
+    ("_formats", "_load", "_search", "figures"),
+    ("layout",),
     ("files", "ops"),
     ("losses", "perturb", "prompts", "ranks"),
     ("captions", "gap", "models"),
@@ -40,6 +41,7 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
+NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public, by NamedTuple's own contract
 LEVEL = {place: level for level, layer in enumerate(LAYERS) for place in layer}
 
 
@@ -114,6 +116,8 @@ def foreign(known: dict[str, Path], root: Path) -> list[str]:
     for module, tree in trees.items():
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            if node.attr in NAMED_TUPLES:
                 continue
             if node.attr in ours and node.attr not in own[place(module)]:
                 where = f"{known[module].relative_to(root)}:{node.lineno}"

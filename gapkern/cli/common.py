@@ -31,7 +31,8 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 def workers(arguments: argparse.Namespace) -> int:
     """What --num_workers says, else a process for each processor that this one may use, up to `MOST_WORKERS`."""
     if arguments.num_workers is not None:
-        return arguments.num_workers
+        given: int = arguments.num_workers
+        return given
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, MOST_WORKERS)
 

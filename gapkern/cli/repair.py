@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the figures are made from: the hash of FAISS's file, or of our index's manifest, and those of embeddings."""
-    from gapkern.embeddings import folder
+    from gapkern.embeddings import provenance
     from gapkern.retrieval import foreign
     from gapkern.retrieval.store import MANIFEST
 
@@ -115,7 +115,7 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
     index = Path(arguments.existing) / MANIFEST if ours else foreign.located(arguments.existing)
     inputs = {"existing": {"sha256": files.digest(index)}}
     return inputs | {
-        name: folder.made_from(getattr(arguments, name), name=name)
+        name: provenance.made_from(getattr(arguments, name), name=name)
         for name in ("queries", "embeddings")
         if getattr(arguments, name)
     }

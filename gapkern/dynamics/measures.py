@@ -18,8 +18,8 @@ from gapkern._ambient import isolated
 from gapkern._compare import same_fields
 from gapkern._rows import squarable, with_float64
 from gapkern.gap.moments import Moments, principal
-from gapkern.losses.functional import work_bytes
 from gapkern.losses.inputs import check_pairs, scalar
+from gapkern.losses.steps import work_bytes
 from gapkern.ops.contrastive import lse_pair
 
 __all__ = ["Evaluation", "evaluate", "evaluate_unchecked", "measure", "pair_losses", "pairs", "spearman"]

@@ -52,12 +52,14 @@ class _Encoded(torch.autograd.Function):
     """Embeddings that were encoded without a graph; backward encodes them again, a chunk at a time, and goes on."""
 
     @staticmethod
-    def forward(ctx, embeddings, anchor, encoder, chunks, ambients):
+    def forward(
+        ctx: Any, embeddings: Tensor, anchor: Tensor, encoder: Encoder, chunks: list[Any], ambients: list[_Ambient]
+    ) -> Tensor:
         ctx.encoder, ctx.chunks, ctx.ambients = encoder, chunks, ambients
         return embeddings.view_as(embeddings)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
         start = 0
         for i, (inputs, ambient) in enumerate(zip(ctx.chunks, ctx.ambients, strict=True)):
             last = i + 1 == len(ctx.chunks)
@@ -140,4 +142,5 @@ def _encode(encoder: Encoder, inputs: Any, chunk: int) -> Tensor:
     if not torch.is_grad_enabled():
         return embeddings
     anchor = torch.zeros((), requires_grad=True)  # what makes autograd call backward
-    return _Encoded.apply(embeddings, anchor, encoder, chunks, ambients)
+    encoded: Tensor = _Encoded.apply(embeddings, anchor, encoder, chunks, ambients)
+    return encoded

@@ -24,15 +24,15 @@ class _Scaled(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, factor):
+    def forward(x: Tensor, factor: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return (grad * ctx.saved_tensors[0]).to(grad.dtype), None
 
 
@@ -171,7 +171,8 @@ def _hard(value: Any, queries: Tensor) -> Tensor:
     if value.dim() != 3 or value.shape[0] != n or value.shape[2] != d or value.shape[1] == 0:
         raise ValueError(f"hard_negatives: expected shape ({n}, K, {d}), got {tuple(value.shape)}")
     flat = pairs.check_second("hard_negatives", value.flatten(0, 1), queries, "queries", "N K")
-    return flat.unflatten(0, (n, -1))
+    found: Tensor = flat.unflatten(0, (n, -1))
+    return found
 
 
 def _prior(debias: Any, queries: Tensor) -> Tensor | None:
@@ -186,7 +187,16 @@ def _prior(debias: Any, queries: Tensor) -> Tensor | None:
 class _Problem:
     """The batch's pairs, their logits, and what label smoothing and debiasing count."""
 
-    def __init__(self, batch, q, d, scale, two_ids, margin, chosen):
+    def __init__(
+        self,
+        batch: pairs.Batch,
+        q: Tensor,
+        d: Tensor,
+        scale: Tensor,
+        two_ids: tuple[Tensor, Tensor] | None,
+        margin: float | None,
+        chosen: set[str],
+    ):
         self.batch, self.q, self.d, self.scale, self.chosen = batch, q, d, scale, chosen
         self.count_candidates = False
         self.sums: dict[str, list[_Block]] = {"q": [], "d": []}
@@ -203,9 +213,20 @@ class _Problem:
             self.all_ids = pairs.dense(*whole)
             self.ids = tuple(t[self.first : self.first + len(q)] for t in self.all_ids)
 
-    def block(self, side, x, y, *, scale=None, row=None, col=None, label="counted", **options):
+    def block(
+        self,
+        side: str,
+        x: Tensor,
+        y: Tensor,
+        *,
+        scale: Tensor | None = None,
+        row: int | None = None,
+        col: int | None = None,
+        label: str = "counted",
+        **options: Any,
+    ) -> contrastive.Classes:
         """Log-sum-exps of a block; `row`, `col`: which ids (0 queries', 1 documents')."""
-        if row is not None and self.all_ids is not None and self.ids is not None:
+        if row is not None and col is not None and self.all_ids is not None and self.ids is not None:
             options.update(row_ids=self.ids[row], col_ids=self.all_ids[col])
         offset = self.first if label != "none" else 0
         found = contrastive.masked_lse(
@@ -213,7 +234,16 @@ class _Problem:
         )
         return found
 
-    def count(self, side, x, y, *, row=None, col=None, label="counted"):
+    def count(
+        self,
+        side: str,
+        x: Tensor,
+        y: Tensor,
+        *,
+        row: int | None = None,
+        col: int | None = None,
+        label: str = "counted",
+    ) -> None:
         """Adds a block to the side's candidates."""
         negatives = len(y) - (label != "none")
         if not self.count_candidates:
@@ -224,7 +254,7 @@ class _Problem:
         total = pairs.own_products(x, wide.expand(len(x), -1).to(wide.dtype)) if len(x) else self.own_t
         number = torch.full_like(total, float(len(y)))
         own = y[self.first : self.first + len(x)]
-        if row is not None and self.all_ids is not None and self.ids is not None:
+        if row is not None and col is not None and self.all_ids is not None and self.ids is not None:
             same, count = pairs.class_sums(self.all_ids[col], y, self.ids[row])
             total, number = total - pairs.own_products(x, same), number - count
             if label == "counted":
@@ -232,17 +262,20 @@ class _Problem:
                 equal = self.ids[row] == self.all_ids[col][self.first : self.first + len(x)]
                 total, number = total + pairs.own_products(x, own) * equal, number + equal
         if label == "left_out":
-            among = 1.0
-            if row is not None and self.all_ids is not None and self.ids is not None:
+            among: Tensor | float = 1.0
+            if row is not None and col is not None and self.all_ids is not None and self.ids is not None:
                 among = (self.ids[row] != self.all_ids[col][self.first : self.first + len(x)]).double()
             total, number = total - pairs.own_products(x, own) * among, number - among
         self.sums[side].append((negatives, total, number))
 
 
-def _candidates(problem, hard, share, extra, hardness, hardness_of) -> tuple[list[Tensor], list[Tensor]]:
+def _candidates(
+    problem: _Problem, hard: Tensor | None, share: bool, extra: Tensor | None, hardness: float, hardness_of: str
+) -> tuple[list[Tensor], list[Tensor]]:
     """Log-sum-exps of the negatives of the queries and of the documents."""
     q, d, batch, limit, chosen = problem.q, problem.d, problem.batch, problem.limit, problem.chosen
-    of_queries, of_documents = [], []
+    of_queries: list[Tensor] = []
+    of_documents: list[Tensor] = []
     raised = hardness > 0 and hardness_of != "hard"
     apart = raised and {"q-d", "d-q"} <= chosen
     col_limit = batch.constant(limit) if limit is not None and "d-q" in chosen else None
@@ -250,7 +283,7 @@ def _candidates(problem, hard, share, extra, hardness, hardness_of) -> tuple[lis
     row_limit = limit if "q-d" in chosen else None
     if "q-d" in chosen:
         x, y, scale = _raised(q, problem.all_d, problem.scale, hardness if raised else 0.0)
-        options = {"row_limit": row_limit, "col_limit": col_limit if both else None, "row": 0, "col": 1}
+        options: dict[str, Any] = {"row_limit": row_limit, "col_limit": col_limit if both else None, "row": 0, "col": 1}
         found = problem.block("q", x, y, scale=scale, **options)
         of_queries.append(found.row_negative)
         problem.count("q", q, problem.all_d, row=0, col=1)
@@ -267,7 +300,7 @@ def _candidates(problem, hard, share, extra, hardness, hardness_of) -> tuple[lis
         problem.count("d", d, q if everyone is None else everyone, row=1, col=0)
         if everyone is None and batch.place is not None:
             problem.sums["d"][-1] = (len(problem.all_d) - 1, None, None)
-    if "q-q" in chosen:
+    if problem.all_q is not None:
         found = problem.block("q", q, problem.all_q, row_limit=limit, row=0, col=0, label="left_out")
         of_queries.append(found.row_negative)
         problem.count("q", q, problem.all_q, row=0, col=0, label="left_out")
@@ -306,13 +339,15 @@ def _own_hard(problem: _Problem, hard: Tensor, hardness: float) -> Tensor:
     return pairs.log_sum(s, 1)
 
 
-def _shared_hard(problem: _Problem, hard: Tensor, hardness: float, of_queries, of_documents) -> None:
+def _shared_hard(
+    problem: _Problem, hard: Tensor, hardness: float, of_queries: list[Tensor], of_documents: list[Tensor]
+) -> None:
     """The other rows' hard negatives."""
     n, k, _ = hard.shape
     everyone = problem.batch.everyone(hard.flatten(0, 1))
     owners = torch.arange(len(everyone), device=hard.device) // k
     own = owners[problem.first * k : (problem.first + n) * k : k]
-    ids = {"row_ids": own, "col_ids": owners, "equal": "left_out", "label": "none"}
+    ids: dict[str, Any] = {"row_ids": own, "col_ids": owners, "equal": "left_out", "label": "none"}
     sides = [("q", problem.q, hardness, of_queries)]
     if "d-d" in problem.chosen:
         sides.append(("d", problem.d, 0.0, of_documents))
@@ -324,7 +359,9 @@ def _shared_hard(problem: _Problem, hard: Tensor, hardness: float, of_queries, o
         problem.sums[side].append((others, total, torch.full_like(total, float(others))))
 
 
-def _one_softmax(label, terms, counted, negatives, prior, scale) -> Tensor:
+def _one_softmax(
+    label: Tensor, terms: list[Tensor], counted: int, negatives: int, prior: Tensor | None, scale: Tensor
+) -> Tensor:
     if prior is None:
         return pairs.surprise(label, terms, counted)
     if negatives == 0:
@@ -339,10 +376,11 @@ def _one_softmax(label, terms, counted, negatives, prior, scale) -> Tensor:
     return pairs.added(mean + math.log(negatives), counted)
 
 
-def _smoothed(label, scale, smoothing, blocks) -> Tensor:
+def _smoothed(label: Tensor, scale: Tensor, smoothing: float, blocks: Sequence[tuple[int, Any, Any]]) -> Tensor:
     total = sum(t for _, t, _ in blocks)
     number = sum(c for _, _, c in blocks)
-    return smoothing * (label - scale.reshape(()).double() * total / number)
+    found: Tensor = smoothing * (label - scale.reshape(()).double() * total / number)
+    return found
 
 
 def ntxent_loss(

@@ -69,7 +69,8 @@ class Matryoshka(torch.nn.Module):
             shorter = {k: self._prefix(v, dims) for k, v in further.items()}
             prefixes = [self._prefix(x, dims) for x in features]
             total = total + weight * self.loss(*prefixes, *rest, **{**options, **shorter})
-        return total
+        found: Tensor = total
+        return found
 
 
 def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = None) -> Tensor:

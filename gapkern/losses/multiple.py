@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern.losses import functional, pairs
+from gapkern.losses import pairs, steps
 from gapkern.ops import contrastive
 
 
@@ -32,7 +32,7 @@ def multiple_positives_loss(
         _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
         _check.choice("positives", positives, ("out", "in"))
         images, texts, scale = pairs.check_pairs(images, texts, logit_scale)
-        functional.work_bytes(memory)
+        steps.work_bytes(memory)
         bias = None if logit_bias is None else pairs.scalar("logit_bias", logit_bias, images)
         smoothing = pairs.fraction("label_smoothing", label_smoothing)
         if smoothing and positives == "in":
@@ -46,17 +46,26 @@ def multiple_positives_loss(
     batch.enter(terms, {"logit_scale": scale}, images=images, texts=texts)
     if two_ids is None and not smoothing:
         if batch.place is None:
-            losses = functional.pair_losses(images, texts, scale, similarity, memory)
+            losses = steps.pair_losses(images, texts, scale, similarity, memory)
         else:
             place = batch.place
-            losses = functional.sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world, terms)
+            losses = steps.sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world, terms)
     else:
         x, y, scale = batch.feature(images), batch.feature(texts), batch.scalar(scale)
         losses = _both_ways(batch, x, y, scale, two_ids, positives, smoothing, similarity)
-    return batch.reduce(functional.without_gradient(losses, bias), weights, reduction, images)
+    return batch.reduce(steps.without_gradient(losses, bias), weights, reduction, images)
 
 
-def _both_ways(batch, x, y, scale, two_ids, positives, smoothing, similarity) -> Tensor:
+def _both_ways(
+    batch: pairs.Batch,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    two_ids: tuple[Tensor, Tensor] | None,
+    positives: str,
+    smoothing: float,
+    similarity: str,
+) -> Tensor:
     first, n = batch.first(x), len(x)
     all_x, all_y = batch.everyone(x), batch.everyone(y)
     own = slice(first, first + n)

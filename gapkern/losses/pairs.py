@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern.losses import distributed
-from gapkern.losses.functional import in_float, wanted
 from gapkern.losses.inputs import check_pairs, embeddings, scalar
+from gapkern.losses.steps import in_float, wanted
 from gapkern.ops import autocast
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -27,7 +27,8 @@ def integers(name: str, value: Any, rows: int, like: Tensor) -> Tensor:
         raise TypeError(f"{name}: expected integers, got {str(value.dtype).removeprefix('torch.')}")
     if tuple(value.shape) != (rows,):
         raise ValueError(f"{name}: expected shape ({rows},), got {tuple(value.shape)}")
-    return value.to(torch.int64)
+    found: Tensor = value.to(torch.int64)
+    return found
 
 
 def pair_of_ids(ids: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -68,15 +69,16 @@ def check_weights(weights: Any, x: Tensor) -> Tensor | None:
     weights = _check.tensor("weights", weights)
     if tuple(weights.shape) != (x.shape[0],):
         raise ValueError(f"weights: expected shape ({x.shape[0]},), got {tuple(weights.shape)}")
-    return weights.to(x.device, torch.float64)
+    found: Tensor = weights.to(x.device, torch.float64)
+    return found
 
 
 def fraction(name: str, value: Any) -> float:
     """A number in [0, 1)."""
-    value = _check.number(name, value, low=0)
-    if value >= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {value:g}")
-    return value
+    found = _check.number(name, value, low=0)
+    if found >= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {found:g}")
+    return found
 
 
 def log_sum(terms: Tensor, dim: int) -> Tensor:
@@ -193,7 +195,8 @@ def check_second(name: str, value: Any, like: Tensor, first: str, rows: str) -> 
     _check.same_device(**{first: like, name: value})
     if autocast.dtype_of(value) != like.dtype:
         raise TypeError(f"{name}: expected {like.dtype} as in {first}, got {value.dtype}")
-    return value.to(like.dtype)
+    found: Tensor = value.to(like.dtype)
+    return found
 
 
 __all__ = [

@@ -1,9 +1,12 @@
 """The family of contrastive losses as their definitions read, with all logits and masks in memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 INF = float("inf")
+Ids = Tensor | tuple[Tensor, Tensor]
 
 
 def similarities(x: Tensor, y: Tensor, similarity: str = "dot") -> Tensor:
@@ -24,22 +27,22 @@ def lse(s: Tensor, mask: Tensor, dim: int) -> Tensor:
 
 
 def masked_lse(
-    x,
-    y,
-    logit_scale,
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
     *,
-    row_ids=None,
-    col_ids=None,
-    equal="left_out",
-    row_limit=None,
-    col_limit=None,
-    guide_x=None,
-    guide_y=None,
-    guide_row_limit=None,
-    guide_col_limit=None,
-    similarity="dot",
-    label_offset=0,
-    label="counted",
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    equal: str = "left_out",
+    row_limit: Tensor | None = None,
+    col_limit: Tensor | None = None,
+    guide_x: Tensor | None = None,
+    guide_y: Tensor | None = None,
+    guide_row_limit: Tensor | None = None,
+    guide_col_limit: Tensor | None = None,
+    similarity: str = "dot",
+    label_offset: int = 0,
+    label: str = "counted",
 ) -> tuple[Tensor, ...]:
     """Row and column log-sum-exps over negatives, the same over positives, and the labels' logits.
 
@@ -59,6 +62,7 @@ def masked_lse(
     if col_limit is not None:
         left_out = left_out | (t > col_limit)
     if guide_x is not None:
+        assert guide_y is not None
         u = guide_x @ guide_y.T
         if guide_row_limit is not None:
             left_out = left_out | (u > guide_row_limit[:, None])
@@ -88,24 +92,24 @@ def reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
 
 
 def info_nce_loss(
-    q,
-    d,
-    s,
+    q: Tensor,
+    d: Tensor,
+    s: Tensor | float,
     *,
-    hard_negatives=None,
-    share_hard_negatives=False,
-    extra_negatives=None,
-    directions=("q-d",),
-    partition="joint",
-    ids=None,
-    margin=None,
-    label_smoothing=0.0,
-    debias=0.0,
-    hardness=0.0,
-    hardness_of="in-batch",
-    decoupled=False,
-    weights=None,
-    reduction="mean",
+    hard_negatives: Tensor | None = None,
+    share_hard_negatives: bool = False,
+    extra_negatives: Tensor | None = None,
+    directions: Sequence[str] = ("q-d",),
+    partition: str = "joint",
+    ids: Ids | None = None,
+    margin: float | None = None,
+    label_smoothing: float = 0.0,
+    debias: Tensor | float = 0.0,
+    hardness: float = 0.0,
+    hardness_of: str = "in-batch",
+    decoupled: bool = False,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Every option of `gapkern.info_nce_loss`: lists of (logits, kept, candidate of the smoothed target).
 
@@ -116,7 +120,9 @@ def info_nce_loss(
     n = len(q)
     own = (q * d).sum(1)
     limit = torch.full_like(own, INF) if margin is None else own.detach() + margin
-    id_q, id_d = (None, None) if ids is None else ids if isinstance(ids, tuple) else (ids, ids)
+    two_ids: tuple[Tensor | None, Tensor | None]
+    two_ids = (None, None) if ids is None else ids if isinstance(ids, tuple) else (ids, ids)
+    id_q, id_d = two_ids
     eye = torch.eye(n, dtype=torch.bool, device=q.device)
     qd = q @ d.T
     both = {"q-d", "d-q"} <= set(directions)
@@ -125,17 +131,17 @@ def info_nce_loss(
         "d-q": (limit[:, None] < qd.T) | ((limit < qd.T) if both else torch.zeros_like(eye)),
     }
 
-    def same(a, b):
-        return torch.zeros_like(eye) if ids is None else a[:, None] == b
+    def same(a: Tensor | None, b: Tensor | None) -> Tensor:
+        return torch.zeros_like(eye) if a is None or b is None else a[:, None] == b
 
     alpha_batch = hardness if hardness_of != "hard" else 0.0
     alpha_own = hardness if hardness_of != "in-batch" else 0.0
 
-    def raised(t, alpha):
+    def raised(t: Tensor, alpha: float) -> Tensor:
         return s * t + alpha * t.detach()
 
     # (t, logits, negatives kept, candidates of the smoothed target) of each side.
-    sides: dict[str, list] = {"q": [], "d": []}
+    sides: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor, int]]] = {"q": [], "d": []}
     if "q-d" in directions:
         duplicates = same(id_q, id_d) & ~eye
         sides["q"].append((qd, raised(qd, alpha_batch), ~eye & ~duplicates & ~above["q-d"], ~duplicates, n - 1))
@@ -190,16 +196,16 @@ def info_nce_loss(
 
 
 def contrastive_loss(
-    x,
-    y,
-    s,
+    x: Tensor,
+    y: Tensor,
+    s: Tensor | float,
     *,
-    ids=None,
-    positives="out",
-    label_smoothing=0.0,
-    weights=None,
-    reduction="mean",
-    similarity="dot",
+    ids: Ids | None = None,
+    positives: str = "out",
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    similarity: str = "dot",
 ) -> Tensor:
     """CLIP's loss with several positives, smoothed labels and weights.
 
@@ -223,7 +229,9 @@ def contrastive_loss(
     return reduced(losses / 2, weights, reduction)
 
 
-def sigmoid_loss(x, y, s, bias, *, ids, positives="sum") -> Tensor:
+def sigmoid_loss(
+    x: Tensor, y: Tensor, s: Tensor | float, bias: Tensor | float, *, ids: Ids, positives: str = "sum"
+) -> Tensor:
     """SigLIP's loss with positives by ids; "mean" is SigLIP+'s weighting.
 
     Example:
@@ -241,7 +249,15 @@ def sigmoid_loss(x, y, s, bias, *, ids, positives="sum") -> Tensor:
     return -(weights * torch.nn.functional.logsigmoid(z * logits)).sum() / len(x)
 
 
-def supcon_loss(x, labels, s, *, positives="out", weights=None, reduction="mean") -> Tensor:
+def supcon_loss(
+    x: Tensor,
+    labels: Tensor,
+    s: Tensor | float,
+    *,
+    positives: str = "out",
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """SupCon over anchors that have a positive.
 
     Example:
@@ -262,7 +278,9 @@ def supcon_loss(x, labels, s, *, positives="out", weights=None, reduction="mean"
     return reduced(losses, weights, reduction)
 
 
-def mil_nce_loss(x, y, s, *, weights=None, reduction="mean") -> Tensor:
+def mil_nce_loss(
+    x: Tensor, y: Tensor, s: Tensor | float, *, weights: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """MIL-NCE; y (N, K, D).
 
     Example:
@@ -280,20 +298,20 @@ def mil_nce_loss(x, y, s, *, weights=None, reduction="mean") -> Tensor:
 
 
 def gist_loss(
-    q,
-    d,
-    s,
-    guide_q,
-    guide_d,
+    q: Tensor,
+    d: Tensor,
+    s: Tensor | float,
+    guide_q: Tensor,
+    guide_d: Tensor,
     *,
-    negatives=None,
-    guide_negatives=None,
-    margin=0.0,
-    margin_strategy="absolute",
-    contrast_queries=True,
-    contrast_documents=True,
-    weights=None,
-    reduction="mean",
+    negatives: Tensor | None = None,
+    guide_negatives: Tensor | None = None,
+    margin: float = 0.0,
+    margin_strategy: str = "absolute",
+    contrast_queries: bool = True,
+    contrast_documents: bool = True,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """GISTEmbed's loss.
 
@@ -311,6 +329,7 @@ def gist_loss(
     if contrast_documents:
         blocks.append((d, d, guide_d, guide_d, ~eye))
     if negatives is not None:
+        assert guide_negatives is not None
         every = torch.ones(len(q), len(negatives), dtype=torch.bool, device=q.device)
         blocks.append((q, negatives, guide_q, guide_negatives, every))
     logits = torch.cat([s * (a @ b.T) for a, b, *_ in blocks], 1)
@@ -320,7 +339,7 @@ def gist_loss(
     return reduced(losses, weights, reduction)
 
 
-def uniformity_loss(x, t=2.0) -> Tensor:
+def uniformity_loss(x: Tensor, t: Tensor | float = 2.0) -> Tensor:
     """Wang and Isola's uniformity.
 
     Example:
@@ -328,4 +347,5 @@ def uniformity_loss(x, t=2.0) -> Tensor:
         -4.0
     """
     others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    return (t * similarities(x, x, "sqeuclidean"))[others].exp().mean().log()
+    found: Tensor = (t * similarities(x, x, "sqeuclidean"))[others].exp().mean().log()
+    return found

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def unit(x: Tensor) -> Tensor:
     """x / ||x||, (D,) float64."""
-    return x.double() / torch.linalg.vector_norm(x.double())
+    found: Tensor = x.double() / torch.linalg.vector_norm(x.double())
+    return found
 
 
 def document(

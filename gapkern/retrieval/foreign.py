@@ -26,7 +26,7 @@ SAMPLE = 256  # rows whose codes are compared with embeddings
 OWN = 0.75  # of them must decode nearer to their own embedding than to another's; of rows in another order half do
 
 
-def located(existing: str | os.PathLike, name: str = "existing") -> Path:
+def located(existing: str | os.PathLike[str], name: str = "existing") -> Path:
     """FAISS's file: the path itself, or the only one in that folder.
 
     Raises:
@@ -49,12 +49,12 @@ def holds(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.suffix in ENDINGS), key=lambda p: layout.natural(p.name))
 
 
-def is_ours(existing: str | os.PathLike) -> bool:
+def is_ours(existing: str | os.PathLike[str]) -> bool:
     """Whether the folder is one of `GapIndex.save`."""
     return (Path(existing) / store.MANIFEST).exists()
 
 
-def opened(existing: str | os.PathLike, name: str = "existing", mmap: bool = False) -> tuple[Path, Any]:
+def opened(existing: str | os.PathLike[str], name: str = "existing", mmap: bool = False) -> tuple[Path, Any]:
     """The path of an index, and FAISS's index of vectors from it.
 
     Raises:

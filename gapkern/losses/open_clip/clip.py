@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from gapkern import _check
 from gapkern.losses import distributed
-from gapkern.losses.functional import in_float, own_rows, pair_losses, sharded_losses, wanted, without_gradient
 from gapkern.losses.inputs import check_pairs, scalar
 from gapkern.losses.open_clip.base import NAMES, DropIn, init_module
+from gapkern.losses.steps import in_float, own_rows, pair_losses, sharded_losses, wanted, without_gradient
 
 
 class ClipLoss(DropIn):

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern.losses import distributed
-from gapkern.losses.functional import in_float, log_sum_exps, own_rows, wanted
 from gapkern.losses.inputs import check_pairs
 from gapkern.losses.open_clip.base import NAMES
 from gapkern.losses.open_clip.clip import ClipLoss
+from gapkern.losses.steps import in_float, log_sum_exps, own_rows, wanted
 from gapkern.ops import distill
 
 TEACHER_NAMES = ("dist_image_features", "dist_text_features", "dist_logit_scale")

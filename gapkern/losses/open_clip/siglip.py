@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from gapkern import _check
 from gapkern.losses import distributed
-from gapkern.losses.functional import in_float, sharded_sigmoid, sigmoid_rows, wanted
 from gapkern.losses.inputs import check_pairs, scalar
 from gapkern.losses.open_clip.base import NAMES, DropIn, init_module
+from gapkern.losses.steps import in_float, sharded_sigmoid, sigmoid_rows, wanted
 
 
 class SigLipLoss(DropIn):
