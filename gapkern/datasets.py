@@ -72,7 +72,7 @@ class Arrays:
 
     pixels: Any
 
-    def content(self, i: int) -> bytes:
+    def raw(self, i: int) -> bytes:
         found: bytes = self.pixels[i].tobytes()
         return found
 
@@ -288,7 +288,7 @@ def fingerprint(data: Labelled | Captioned | Questions) -> str:
     facts = {field.name: getattr(data, field.name) for field in fields(data) if field.name not in ("image", "names")}
     found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for i in range(len(data)):
-        content = data.image.content(i)  # type: ignore[attr-defined]
+        content = (getattr(data.image, "content", None) or data.image.raw)(i)  # type: ignore[attr-defined]
         found.update(hashlib.sha256(content).digest())
     return found.hexdigest()
 

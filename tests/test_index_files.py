@@ -190,3 +190,15 @@ def test_a_warning_names_the_line_that_called(call):
     with pytest.warns(UserWarning, match=r"FAISS: clustering|metric='ip'") as caught:
         call(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_codes_in_blocks_are_decoded_from_a_file_as_before(tmp_path):
+    torch.manual_seed(3)
+    gallery = torch.randn(600, 96)
+    index = GapIndex("IVF8,PQ48x4fs")
+    index.train(gallery)
+    index.add(gallery)
+    index.save(tmp_path / "index")
+    loaded = GapIndex.load(tmp_path / "index")
+    for row in (0, 3, 599):
+        assert np.array_equal(loaded.reconstruct(row), index.reconstruct(row))

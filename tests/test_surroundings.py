@@ -174,7 +174,7 @@ def test_tables_are_plain_text_and_whole(capsys):
             "shift: gallery: expected torch.float32 as in mixed/x_0.npy, got torch.float16 in mixed/x_1.npy",
         ),
         (("shift", "apply", "shift.safetensors", "mixed", "--out", "new"), "embeddings: expected torch.float32 as in"),
-        (("gap", "mixed", "images.npy"), "gap: images: expected torch.float32 as in mixed/x_0.npy"),
+        (("gap", "./mixed", "images.npy"), "gap: images: expected torch.float32 as in mixed/x_0.npy"),
     ],
 )
 def test_what_can_be_seen_beforehand_is_refused_before_the_work(pair, capsys, monkeypatch, words, message):

@@ -111,6 +111,9 @@ def read(path: Path, lists: Path | None, mmap: bool) -> Any:
         index = module.read_index(str(path), flags)
         if lists is not None:
             _attach(index, lists, mmap)
+    inner = families.lists_of(index)
+    if isinstance(inner, module.IndexIVFPQFastScan):
+        inner.fine_quantizer = inner.pq  # FAISS leaves it null, and `reconstruct` reads it: a segmentation fault
     return index
 
 
