@@ -68,6 +68,7 @@ def contrastive_loss(
         RuntimeError: a group without torch.distributed; double backward (`torch.func.hessian` too).
 
     Example:
+        >>> import torch
         >>> images = torch.nn.functional.normalize(torch.eye(4) + 0.1, dim=1)
         >>> round(float(contrastive_loss(images, images, logit_scale=10.0)), 6)
         0.000943
@@ -145,6 +146,7 @@ def sigmoid_loss(
         ValueError, TypeError, RuntimeError: as `contrastive_loss`.
 
     Example:
+        >>> import torch
         >>> x = torch.eye(2)
         >>> round(float(sigmoid_loss(x, x, 10.0, -10.0)), 4)
         0.6932
