@@ -220,7 +220,8 @@ def reconstructed(index, inner, ids, rows):
             return "yes"  # FAISS's direct map does not know these lists
         ivf.make_direct_map()
     np.testing.assert_allclose(got, [inner.reconstruct(w) for w in wanted], rtol=1e-4, atol=1e-4)
-    assert np.array_equal(index.reconstruct(int(ids[100])), got[1])
+    # A transform is undone by BLAS, which sums one row in another order than three.
+    np.testing.assert_allclose(index.reconstruct(int(ids[100])), got[1], rtol=1e-5, atol=1e-6)
     return "yes"
 
 
