@@ -33,3 +33,14 @@ def untouched(function):
             return function(first, *rest)
 
     return call
+
+
+def rounded(operator):
+    """Under autocast only the embeddings take the lower precision: a rounded logit_scale would shift every logit."""
+
+    def call(x, y, *rest):
+        x, y = x.to(dtype_of(x)), y.to(dtype_of(y))
+        with disabled(x.device.type):
+            return operator(x, y, *rest)
+
+    return call

@@ -168,12 +168,16 @@ def rows(index: Any, embeddings: Any, path: Path) -> tuple[Tensor, Tensor, str]:
     if not families.decodes(index):
         raise ValueError(f"existing: expected {expected}")
     with errors("existing", expected):
-        if families.lists_of(index) is not None:
-            decoded = stored.vectors(index, names, kind(index))
-        else:
-            decoded = innermost(index).reconstruct_n(0, index.ntotal)
-    whole = _check.finite("existing", torch.from_numpy(decoded))
+        whole = _check.finite("existing", torch.from_numpy(decoded(index, names)))
     return whole, torch.from_numpy(names), "index" if holds else "codes"
+
+
+def decoded(index: Any, names: np.ndarray) -> np.ndarray:
+    """What the codes stand for (G, D), in the order of `names`, which are those of `ids`."""
+    if families.lists_of(index) is not None:
+        return stored.vectors(index, names, kind(index))
+    found: np.ndarray = innermost(index).reconstruct_n(0, index.ntotal)
+    return found
 
 
 def beside(index: Any, path: Path, names: np.ndarray) -> Tensor | None:
@@ -230,17 +234,17 @@ def owned(index: Any, embeddings: Tensor, names: np.ndarray) -> float:
     try:
         with errors("existing", "codes that FAISS decodes"):
             if families.lists_of(index) is not None:
-                decoded = stored.vectors(index, names[order[ranks]], kind(index))
+                some = stored.vectors(index, names[order[ranks]], kind(index))
             else:
                 inner = innermost(index)
-                decoded = np.stack([inner.reconstruct(int(row)) for row in order[ranks]])
+                some = np.stack([inner.reconstruct(int(row)) for row in order[ranks]])
     except ValueError:
         return 1.0
-    if not np.isfinite(decoded).all():
+    if not np.isfinite(some).all():
         return 1.0
     own = embeddings[torch.from_numpy(ranks)].double()
     other = own.roll(len(own) // 2, 0)
-    found = torch.from_numpy(decoded).double()
+    found = torch.from_numpy(some).double()
     if index.metric_type != faiss().METRIC_L2:  # rows may have been scaled before they were indexed
         own, other, found = (torch.nn.functional.normalize(x, dim=1) for x in (own, other, found))
     near, far = ((found - x).square().sum(1) for x in (own, other))

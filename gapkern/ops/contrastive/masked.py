@@ -362,13 +362,5 @@ def _jvp(inputs, tangents):
 derivatives.register("contrastive_masked_lse", _backward, save=_save, jvp=_jvp)
 derivatives.register("contrastive_masked_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
 
-
-def _autocast(x, y, *rest):
-    """Only the embeddings take the lower precision: a rounded logit_scale would shift every logit."""
-    x, y = x.to(autocast.dtype_of(x)), y.to(autocast.dtype_of(y))
-    with autocast.disabled(x.device.type):
-        return torch.ops.gapkern.contrastive_masked_lse(x, y, *rest)
-
-
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("contrastive_masked_lse", _autocast, _key)
+    _library.impl("contrastive_masked_lse", autocast.rounded(torch.ops.gapkern.contrastive_masked_lse), _key)

@@ -6,9 +6,9 @@ equal, else z = -1 and w = 1. Loss and gradients come from one pass over the log
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gapkern.ops import autocast, derivatives
+from gapkern.ops.contrastive import saved
 from gapkern.ops.contrastive.chunked import _Gradients, _Logits
 from gapkern.ops.contrastive.masked import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
 from gapkern.ops.precision import matmul_precision
@@ -101,39 +101,7 @@ def _(x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights,
     )
 
 
-def _needed(*inputs):
-    """A transform hides from the caller which gradients are wanted; the rule's own inputs say it."""
-    needs = [wanted or t.requires_grad for wanted, t in zip(inputs[-1], inputs[:2], strict=True)]
-    return *inputs[:-1], needs
-
-
-def _save(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:4], *output[1:])
-
-
-def _backward(ctx, grad_loss, *_):
-    sources, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    needs = ctx.needs_input_grad[:4]
-    gradients = tuple(
-        (g * grad_loss).to(t.dtype).reshape(t.shape)
-        for g, t, needed in zip(saved, sources, needs, strict=True)
-        if needed
-    )
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # the saved gradients are constants
-        gradients = derivatives.once(gradients, (*sources, grad_loss))
-    wanted = iter(gradients)
-    return *(next(wanted) if needed else None for needed in needs), *(None,) * 6
-
-
-derivatives.register("contrastive_masked_sigmoid", _backward, save=_save, arguments=_needed)
-
-
-def _autocast(x, y, *rest):
-    x, y = x.to(autocast.dtype_of(x)), y.to(autocast.dtype_of(y))
-    with autocast.disabled(x.device.type):
-        return torch.ops.gapkern.contrastive_masked_sigmoid(x, y, *rest)
-
+derivatives.register("contrastive_masked_sigmoid", saved.backward, save=saved.save, arguments=saved.needed)
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("contrastive_masked_sigmoid", _autocast, _key)
+    _library.impl("contrastive_masked_sigmoid", autocast.rounded(torch.ops.gapkern.contrastive_masked_sigmoid), _key)

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gapkern.ops import autocast, derivatives
-from gapkern.ops.contrastive import chunked, dispatch, emulation, tangents
+from gapkern.ops.contrastive import chunked, dispatch, emulation, saved, tangents
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 
 
@@ -94,31 +93,6 @@ def _(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
     )
 
 
-def _needed(images, texts, logit_scale, logit_bias, label_offset, precision, needs):
-    """A transform hides from the caller which gradients are wanted; the rule's own inputs say it."""
-    needs = [wanted or t.requires_grad for wanted, t in zip(needs, (images, texts), strict=True)]
-    return images, texts, logit_scale, logit_bias, label_offset, precision, needs
-
-
-def _save_sigmoid(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:4], *output[1:])
-
-
-def _backward_sigmoid(ctx, grad_loss, *_):
-    sources, saved = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    needs = ctx.needs_input_grad[:4]
-    gradients = tuple(
-        (g * grad_loss).to(t.dtype).reshape(t.shape)
-        for g, t, needed in zip(saved, sources, needs, strict=True)
-        if needed
-    )
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # the saved gradients are constants
-        gradients = derivatives.once(gradients, (*sources, grad_loss))
-    wanted = iter(gradients)
-    return *(next(wanted) if needed else None for needed in needs), None, None, None
-
-
 def _jvp_sigmoid(inputs, tangents_):
     return tangents.sigmoid(inputs, tangents_), None, None, None, None
 
@@ -199,22 +173,11 @@ def _jvp(inputs, tangents_):
 
 derivatives.register("contrastive_lse", _backward, save=_save, jvp=_jvp)
 derivatives.register("contrastive_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
-derivatives.register("sigmoid_loss", _backward_sigmoid, save=_save_sigmoid, jvp=_jvp_sigmoid, arguments=_needed)
+derivatives.register("sigmoid_loss", saved.backward, save=saved.save, jvp=_jvp_sigmoid, arguments=saved.needed)
 for _step in (*chunked.STEPS, *emulation.STEPS):
     derivatives.register(_step, derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
 
 _library = torch.library.Library("gapkern", "IMPL")
-
-
-def _autocast(operator):
-    """Under autocast only the embeddings take the lower precision: a rounded logit_scale would shift every logit."""
-
-    def call(images, texts, *rest):
-        images, texts = images.to(autocast.dtype_of(images)), texts.to(autocast.dtype_of(texts))
-        with autocast.disabled(images.device.type):
-            return operator(images, texts, *rest)
-
-    return call
 
 
 def _lse_backward(*inputs):
@@ -229,5 +192,5 @@ _KERNELS = {
 for _name, _kernel in _KERNELS.items():
     _library.impl(_name, autocast.untouched(_kernel), "CompositeExplicitAutograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("contrastive_lse", _autocast(torch.ops.gapkern.contrastive_lse), _key)
-    _library.impl("sigmoid_loss", _autocast(torch.ops.gapkern.sigmoid_loss), _key)
+    _library.impl("contrastive_lse", autocast.rounded(torch.ops.gapkern.contrastive_lse), _key)
+    _library.impl("sigmoid_loss", autocast.rounded(torch.ops.gapkern.sigmoid_loss), _key)
