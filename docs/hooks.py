@@ -29,8 +29,8 @@ def count(report: dict) -> str:
 
 
 def filled(markdown: str) -> str:
-    """A page with its `<!-- claims -->`, `<!-- count -->` and `<!-- command -->` replaced."""
-    markdown = re.sub(r"^<!-- /?(projection|indexes) -->\n", "", markdown, flags=re.M)
+    """A page with its `<!-- claims -->`, `<!-- count -->` and `<!-- command -->` replaced, and without other markers."""
+    markdown = re.sub(r"^<!-- /?(?!claims|count|command)\w+ -->\n", "", markdown, flags=re.M)
     if "<!-- c" not in markdown:
         return markdown
     report = json.loads((FOLDER / "report.json").read_text())
