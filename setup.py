@@ -1,7 +1,8 @@
 """Hands the libraries that CMakeLists.txt builds to pip.
 
 Environment: GAPKERN_CUDA=auto|on|off, GAPKERN_SANITIZE=address|thread, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CUDACXX.
-PyTorch is located, never imported: a build needs its headers and libraries, not its start-up.
+PyTorch is located, never imported: a build needs its headers and libraries, not its start-up. The libraries do not know
+Python, so that a wheel serves every version of it; whatever the target folder, one build folder has the objects.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -78,14 +80,6 @@ def jobs():
     return int(asked)
 
 
-def pybind11_directory():
-    try:
-        import pybind11
-    except ImportError:
-        fail("pybind11 is missing from the build environment; run `pip install pybind11`")
-    return pybind11.get_cmake_dir()
-
-
 def cuda_wish():
     wish = os.environ.get("GAPKERN_CUDA") or "auto"
     if wish.lower() not in ("auto", "on", "off"):
@@ -135,9 +129,7 @@ class CMakeBuild(build_ext):
             "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11_directory()}",
             f"-DGAPKERN_TORCH={torch_directory()}",
             f"-DGAPKERN_CUDA={cuda}",
             f"-DGAPKERN_SANITIZE={sanitize}",
@@ -148,7 +140,7 @@ class CMakeBuild(build_ext):
         self.step([cmake, "--build", str(build), "--parallel", str(parallel)], build)
         # What an earlier build with other switches installed must not outlive it.
         shutil.rmtree(package / "lib", ignore_errors=True)
-        self.step([cmake, "--install", str(build)], build)
+        self.step([cmake, "--install", str(build), "--prefix", str(package)], build)
 
     def prepare(self, build, configure):
         """Starts the log, and drops CMake's cache where it was made for other tools or another place."""
@@ -179,9 +171,20 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self):
         package = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-        return [str(path) for path in [*package.glob("_core*"), *package.glob("lib/*")]]
+        return [str(path) for path in package.glob("lib/*")]
+
+
+class AnyPython(bdist_wheel):
+    """A wheel for this platform and any Python 3."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     fail(f"needs setuptools >= {OLDEST_SETUPTOOLS}, found {setuptools.__version__}; run `pip install -U setuptools`")
-setup(ext_modules=[Extension("gapkern._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# The extension stands for all libraries: setuptools builds for a platform only where there is one.
+setup(
+    ext_modules=[Extension("gapkern.lib", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPython},
+)

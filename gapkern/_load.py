@@ -1,9 +1,12 @@
 """Loads the native libraries and knows why one is absent.
 
-`status()` lists every library with what became of it; `gapkern doctor` prints it.
+`status()` lists every library with what became of it; `gapkern doctor` prints it. None is a Python module: PyTorch loads
+them, and what they say of themselves is read by ctypes, so that one build serves every version of Python.
 """
 
+import ctypes
 import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +40,28 @@ def status() -> list[LibraryStatus]:
 
     Example:
         >>> [library.name for library in status()]
-        ['_core', 'libgapkern_cpu', 'libgapkern_cuda']
+        ['libgapkern_cpu', 'libgapkern_cuda']
     """
     return list(_status.values())
+
+
+def build_facts() -> dict[str, str]:
+    """What the CPU library was built from: version, torch, compiler, and the digest of csrc/ as `sources`."""
+    facts: dict[str, str] = json.loads(_said("gapkern_build_facts"))
+    return facts
+
+
+def active_isa() -> str:
+    """The instruction set the CPU kernels use; the environment's GAPKERN_ISA lowers it."""
+    return _said("gapkern_active_isa")
+
+
+def _said(name: str) -> str:
+    path = _find("libgapkern_cpu")
+    assert path is not None, "load() comes first"
+    function = getattr(ctypes.CDLL(str(path)), name)  # the library that is loaded already
+    function.restype = ctypes.c_char_p
+    return bytes(function()).decode()
 
 
 def sources_digest(root: Path) -> str | None:
@@ -83,25 +105,18 @@ def load() -> None:
 
 
 def _load_all() -> None:
-    try:
-        from gapkern import _core
-    except ImportError as error:
-        raise ImportError(f"gapkern: the native libraries are not built ({error}); {_REBUILD}") from None
-    _check_fresh(_core.build_facts())
-    _status["_core"] = LibraryStatus("_core", True, f"built by {_core.build_facts()['compiler']}")
-
     path = _find("libgapkern_cpu")
     if path is None:
-        raise ImportError(f"gapkern: libgapkern_cpu is missing from {_PACKAGE / 'lib'}; {_REBUILD}")
+        raise ImportError(f"gapkern: the native libraries are not built (no {_PACKAGE / 'lib'}/libgapkern_cpu); {_REBUILD}")
     try:
         torch.ops.load_library(path)
-    except OSError as error:
-        built = _core.build_facts()["torch"]
+        facts = build_facts()
+    except (OSError, AttributeError) as error:
         raise ImportError(
-            f"gapkern: libgapkern_cpu does not load (built with torch {built}, running {torch.__version__}): "
-            f"{error}; {_REBUILD}"
+            f"gapkern: libgapkern_cpu does not load with torch {torch.__version__}: {error}; {_REBUILD}"
         ) from None
-    _status["libgapkern_cpu"] = LibraryStatus("libgapkern_cpu", True, f"kernels: {_core.active_isa()}")
+    _check_fresh(facts)
+    _status["libgapkern_cpu"] = LibraryStatus("libgapkern_cpu", True, f"kernels: {active_isa()}")
     _status["libgapkern_cuda"] = _load_cuda()
 
 

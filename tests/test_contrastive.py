@@ -408,8 +408,8 @@ def test_medium_precision_is_near_and_the_others_are_exact(precision):
 
 _ISA_PROBE = """
 import torch, gapkern
-from gapkern import _core, selfcheck
-assert _core.active_isa() == "{isa}", _core.active_isa()
+from gapkern import _load, selfcheck
+assert _load.active_isa() == "{isa}", _load.active_isa()
 failed = [check for check in selfcheck.checks() if not check.passed]
 assert not failed, failed
 print("ok")
@@ -418,10 +418,10 @@ print("ok")
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_agrees_with_the_references(isa):
-    from gapkern import _core
+    from gapkern import _load
 
     order = ["portable", "avx2", "avx512", "avx512bf16"]
-    if order.index(isa) > order.index(_core.active_isa()):
+    if order.index(isa) > order.index(_load.active_isa()):
         pytest.skip(f"this processor has no {isa}")
     run = warm.run(_ISA_PROBE.format(isa=isa), env={**os.environ, "GAPKERN_ISA": isa})
     assert run.stdout == "ok\n", run.stderr

@@ -16,7 +16,6 @@ LAYERS = (
         "_ambient",
         "_check",
         "_compare",
-        "_core",
         "_lock",
         "_logs",
         "_memory",
@@ -77,7 +76,7 @@ def imports(known: dict[str, Path], root: Path) -> Iterator[Import]:
                 assert not node.level, f"{where}: a relative import"
                 for a in node.names if _ours(node.module) else ():
                     whole = f"{node.module}.{a.name}"
-                    itself = whole in known or whole == "gapkern._core"
+                    itself = whole in known
                     yield Import(module, where, whole if itself else node.module, None if itself else a.name)
 
 
@@ -98,7 +97,7 @@ def private(found: Iterator[Import]) -> list[str]:
     """What begins with an underscore is for its own package; modules directly below gapkern are for all of it."""
     faults = []
     for each in found:
-        if place(each.module) == place(each.target) or each.target in ("gapkern._version", "gapkern._core"):
+        if place(each.module) == place(each.target) or each.target == "gapkern._version":
             continue
         names = [*each.target.split(".")[2:], *([each.name] if each.name else [])]
         faults += [f"{each.where}: {each.target} keeps {name} to itself" for name in names if name.startswith("_")]
@@ -180,7 +179,7 @@ def house():
 def test_every_place_has_a_layer(house):
     places = {place(module) for module in house[0]}
     assert not places - LEVEL.keys(), "give them a layer in LAYERS"
-    assert not LEVEL.keys() - places - {"_core"}, "they are no more"
+    assert not LEVEL.keys() - places, "they are no more"
 
 
 def test_no_import_goes_up(house):

@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
     """What `doctor` knows, with `healthy` as its verdict."""
     import torch
 
-    from gapkern import _core, _load, selfcheck
+    from gapkern import _load, selfcheck
     from gapkern.experiments import environment
     from gapkern.ops.contrastive import dispatch
 
@@ -42,13 +42,13 @@ def examine() -> dict[str, Any]:
         "processor": environment.processor(),
         "threads": torch.get_num_threads(),
         "waiting": {name: os.environ[name] for name in WAITING if name in os.environ},
-        "kernels": _core.active_isa(),
+        "kernels": _load.active_isa(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "compiled": dispatch.compiled(),
         "executed": _EXECUTED,
         "contrastive": dispatch.in_use(),
         "libraries": libraries,
-        "build": _core.build_facts(),
+        "build": _load.build_facts(),
         "checks": checks,
     }
 
