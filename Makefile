@@ -6,14 +6,17 @@
 #   TORCH_CUDA_ARCH_LIST=9.0a   CUDA architectures      MAX_JOBS=2   parallel compilations
 #   CUTLASS_PATH=               CUTLASS's headers, instead of installing $(CUTLASS)
 #   TEST_WORKERS=2              processes that share the tests; TEST_ARGS="-n 0 --pdb" runs them in this one
+#   DIST=dist                   where make wheel puts what it makes
 #   DEMO_ARGS=  TEST_ARGS=  BENCH_ARGS=  FUZZ_ARGS=     passed on to the command
 PYTHON ?= python3
 VENV ?= .venv
 TEST_WORKERS ?= 2
+DIST ?= dist
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # What is installed without its requirements is no conflict.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+INSTALL := $(PIP) install --no-warn-conflicts
 
 # Where nvcc is found, CUTLASS's headers are installed for the Hopper kernels. The wheel's own requirements are heavy and
 # not needed to compile, so that it cannot be among pyproject.toml's.
@@ -28,7 +31,7 @@ SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(orig
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz sanitize lint mypy format bench docs build clean distclean FORCE
+.PHONY: help demo test test-slow fuzz sanitize lint mypy format bench docs build wheel clean distclean FORCE
 
 help:
 	@echo "make demo       train on handwritten digits, measure the modality gap, close it, write a report"
@@ -40,6 +43,7 @@ help:
 	@echo "make bench      time the kernels against plain PyTorch and open_clip"
 	@echo "make docs       the documentation as a site, in build/docs; warnings are errors"
 	@echo "make build      set up $(VENV) and build the native libraries there"
+	@echo "make wheel      a wheel for this platform and every Python >= 3.10, and an sdist, in $(DIST)"
 	@echo "make clean      remove what was built; make distclean removes $(VENV) too"
 
 demo: $(STAMPS)/demo
@@ -67,6 +71,17 @@ docs: $(STAMPS)/docs
 
 build: $(STAMPS)/build
 
+# The objects are those of `make build`; setuptools' copy of the sources is made anew, since it keeps what is no more.
+# PyTorch's libraries stay outside: the process that loads ours has them. auditwheel names the oldest glibc that serves.
+wheel: $(STAMPS)/wheel
+	@rm -rf build/lib build/lib.* build/bdist.* build/wheel $(DIST)/gapkern-*
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@mkdir -p $(DIST)
+	@if [ "$$(uname)" != Linux ]; then cp build/wheel/*.whl $(DIST); else PATH="$(abspath $(BIN)):$$PATH" \
+	  $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir $(DIST) build/wheel/*.whl; fi
+	@$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('$(DIST)')" >build/wheel/sdist.log
+	@ls -sh $(DIST)
+
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -82,7 +97,8 @@ format: $(STAMPS)/lint
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info gapkern/lib gapkern/_core*.so $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs
+	rm -rf build dist *.egg-info gapkern/lib $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs \
+	       $(STAMPS)/wheel
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find gapkern tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -101,11 +117,11 @@ $(STAMPS)/requirements: pyproject.toml $(STAMPS)/venv
 	@echo "Installing PyTorch and the build tools into $(VENV) (several GB the first time) ..."
 	@$(BIN)/python -c 'import re, ast; print(*ast.literal_eval(re.search(r"^requires = (\[.*\])", \
 	open("pyproject.toml").read(), re.M)[1]), sep="\n")' > $(STAMPS)/requirements.txt
-	$(PIP) -r $(STAMPS)/requirements.txt
+	$(INSTALL) -r $(STAMPS)/requirements.txt
 	@touch $@
 
 $(STAMPS)/$(CUTLASS): | $(STAMPS)/requirements
-	$(PIP) --no-deps $(CUTLASS)
+	$(INSTALL) --no-deps $(CUTLASS)
 	@touch $@
 
 $(STAMPS)/settings: FORCE | $(STAMPS)/venv
@@ -113,7 +129,7 @@ $(STAMPS)/settings: FORCE | $(STAMPS)/venv
 
 $(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings $(HEADERS)
 	@echo "Building the native libraries ..."
-	$(PIP) --no-build-isolation -e .
+	$(INSTALL) --no-build-isolation -e .
 	@sed -n 's/^-- \(gapkern: \)/\1/p' build/cmake-*/build.log
 	@touch $@
 
@@ -121,12 +137,12 @@ $(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/setti
 # tqdm and scikit-learn alone.
 $(STAMPS)/test: WITHOUT_DEPENDENCIES := clip-benchmark==1.6.2
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs: pyproject.toml | $(STAMPS)/build
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs $(STAMPS)/wheel: pyproject.toml | $(STAMPS)/build
 	@echo "Installing what 'make $(@F)' needs ..."
-	$(PIP) --no-build-isolation -e '.[$(@F)]'
-	$(if $(WITHOUT_DEPENDENCIES),$(PIP) --no-deps $(WITHOUT_DEPENDENCIES))
+	$(INSTALL) --no-build-isolation -e '.[$(@F)]'
+	$(if $(WITHOUT_DEPENDENCIES),$(INSTALL) --no-deps $(WITHOUT_DEPENDENCIES))
 	@touch $@
 
 $(STAMPS)/lint: pyproject.toml | $(STAMPS)/build
-	$(PIP) --no-build-isolation -e '.[lint]'
+	$(INSTALL) --no-build-isolation -e '.[lint]'
 	@touch $@

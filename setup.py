@@ -5,6 +5,7 @@ PyTorch is located, never imported: a build needs its headers and libraries, not
 Python, so that a wheel serves every version of it; whatever the target folder, one build folder has the objects.
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -135,16 +136,18 @@ class CMakeBuild(build_ext):
             f"-DGAPKERN_SANITIZE={sanitize}",
             f"-DGAPKERN_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}",
         ]
-        self.prepare(build, configure)
-        self.step(configure, build)
-        self.step([cmake, "--build", str(build), "--parallel", str(parallel)], build)
-        # What an earlier build with other switches installed must not outlive it.
-        shutil.rmtree(package / "lib", ignore_errors=True)
-        self.step([cmake, "--install", str(build), "--prefix", str(package)], build)
+        build.mkdir(parents=True, exist_ok=True)
+        with open(build / "build.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.prepare(build, configure)
+            self.step(configure, build)
+            self.step([cmake, "--build", str(build), "--parallel", str(parallel)], build)
+            # What an earlier build with other switches installed must not outlive it.
+            shutil.rmtree(package / "lib", ignore_errors=True)
+            self.step([cmake, "--install", str(build), "--prefix", str(package)], build)
 
     def prepare(self, build, configure):
         """Starts the log, and drops CMake's cache where it was made for other tools or another place."""
-        build.mkdir(parents=True, exist_ok=True)
         (build / "build.log").write_text("")
         tools = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX", "CUDA_HOME", "CUDA_PATH")}
         signature = json.dumps([configure, tools])

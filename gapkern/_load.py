@@ -1,7 +1,7 @@
 """Loads the native libraries and knows why one is absent.
 
-`status()` lists every library with what became of it; `gapkern doctor` prints it. None is a Python module: PyTorch loads
-them, and what they say of themselves is read by ctypes, so that one build serves every version of Python.
+`status()` lists every library with what became of it; `gapkern doctor` prints it. None is a Python module: PyTorch
+loads them, and what they say of themselves is read by ctypes, so that one build serves every version of Python.
 """
 
 import ctypes
@@ -107,7 +107,9 @@ def load() -> None:
 def _load_all() -> None:
     path = _find("libgapkern_cpu")
     if path is None:
-        raise ImportError(f"gapkern: the native libraries are not built (no {_PACKAGE / 'lib'}/libgapkern_cpu); {_REBUILD}")
+        raise ImportError(
+            f"gapkern: the native libraries are not built (no {_PACKAGE / 'lib'}/libgapkern_cpu); {_REBUILD}"
+        )
     try:
         torch.ops.load_library(path)
         facts = build_facts()

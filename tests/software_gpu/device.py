@@ -38,7 +38,7 @@ def _compiled(target: str) -> Path | None:
         return None
     beside = Path(sys.executable).parent / "cmake"
     cmake = str(beside) if beside.exists() else shutil.which("cmake")
-    with open(BUILD / "software_gpu.lock", "w") as lock:
+    with open(BUILD / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests in another process may ask as well
         done = subprocess.run([cmake, "--build", BUILD, "--target", target], capture_output=True, text=True)
     if done.returncode and "unknown target" in done.stdout + done.stderr:
