@@ -466,32 +466,16 @@ def _steps_on_hopper(device: str) -> dict[str, Callable[[], Any]]:
     grad = torch.linspace(0.1, 1, 77, device=device, dtype=torch.float64)
     common = torch.zeros(1, device=device)
     weights = list(ops.contrastive_sm90_weights(lse, lse, grad, grad, control)[:2])
-    numbers = torch.arange(77.0, device=device)
     return {
         "contrastive_sm90_shift": lambda: ops.contrastive_sm90_shift(one, one, scale),
-        "contrastive_sm90_sums": lambda: ops.contrastive_sm90_sums(x, y, control, none),
-        "contrastive_sm90_lse": lambda: ops.contrastive_sm90_lse(torch.exp2(lse), torch.exp2(lse), x, y, control),
+        "contrastive_sm90_sums": lambda: ops.contrastive_sm90_sums(x, y, control, none, 0),
+        "contrastive_sm90_lse": lambda: ops.contrastive_sm90_lse(torch.exp2(lse), torch.exp2(lse), x, y, control, 0),
         "contrastive_sm90_positive": lambda: ops.contrastive_sm90_positive(x, y, 0),
         "contrastive_sm90_weights": lambda: ops.contrastive_sm90_weights(lse, lse, grad, grad, control),
         "contrastive_sm90_gradient": lambda: ops.contrastive_sm90_gradient(
-            x,
-            y,
-            scale,
-            control,
-            common,
-            *weights,
-            none,
-            ops.contrastive_sm90_positive(x, y, 0),
-            lse,
-            lse,
-            grad,
-            grad,
-            grad,
-            0,
+            x, y, control, common, *weights, none, grad, 0
         )[:, :77],
-        "contrastive_sm90_sigmoid": lambda: [
-            v[:, :77] for v in ops.contrastive_sm90_sigmoid(x, y, scale, bias, numbers, numbers)
-        ],
+        "contrastive_sm90_sigmoid": lambda: [v[:, :77] for v in ops.contrastive_sm90_sigmoid(x, y, scale, bias, 0)],
     }
 
 

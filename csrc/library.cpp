@@ -19,9 +19,9 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "sigmoid_loss(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, int label_offset,"
       " str precision, bool[2] needs) -> (Tensor loss, Tensor grad_images, Tensor grad_texts,"
       " Tensor grad_logit_scale, Tensor grad_logit_bias)");
-  // The losses' steps between library products, for a chunk of rows (contrastive/kernels.cuh; gapkern/ops/chunked.py
-  // has them in PyTorch's operations). Sums come as the tiles' partial sums. Norms are empty for the dot product.
-  // The log-sum-exps are over all but the labels; grad_label is dS there.
+  // The losses' steps between library products, for a chunk of rows (contrastive/kernels.cuh; in PyTorch's operations
+  // gapkern/ops/contrastive/chunked.py). Sums come as the tiles' partial sums. Norms are empty for the dot product. The
+  // log-sum-exps are over all but the labels; grad_label is dS there.
   m.def(
       "contrastive_chunk_lse(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale, int label_offset)"
       " -> (Tensor row_lse, Tensor col_lse)");
@@ -34,27 +34,27 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
   // The softmax losses' steps on Hopper (contrastive/sm90.cuh; in PyTorch's operations
   // gapkern/ops/contrastive/emulation.py). control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up
-  // to 8] receives them, unless empty.
+  // to 8] receives them, unless empty. Sums and log-sum-exps are over all but the labels; grad_label is dS there.
+  // col_weight has M rounded up to 256 elements, zeros at the end.
   m.def("contrastive_sm90_shift(Tensor row_norms, Tensor col_norms, Tensor logit_scale) -> Tensor");
   m.def(
-      "contrastive_sm90_sums(Tensor images, Tensor texts, Tensor control, Tensor(a!) kept)"
+      "contrastive_sm90_sums(Tensor images, Tensor texts, Tensor control, Tensor(a!) kept,"
+      " int label_offset)"
       " -> (Tensor row_sums, Tensor col_sums)");
   m.def(
-      "contrastive_sm90_lse(Tensor row_sums, Tensor col_sums, Tensor images, Tensor texts, Tensor control)"
-      " -> (Tensor row_lse, Tensor col_lse)");
+      "contrastive_sm90_lse(Tensor row_sums, Tensor col_sums, Tensor images, Tensor texts, Tensor control,"
+      " int label_offset) -> (Tensor row_lse, Tensor col_lse)");
   m.def("contrastive_sm90_positive(Tensor images, Tensor texts, int label_offset) -> Tensor");
   m.def(
       "contrastive_sm90_weights(Tensor row_lse2, Tensor col_lse2, Tensor grad_row, Tensor grad_col, Tensor control)"
       " -> (Tensor row_weight, Tensor col_weight, Tensor separate)");
   m.def(
-      "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor logit_scale, Tensor control, Tensor separate,"
-      " Tensor row_weight, Tensor col_weight, Tensor kept, Tensor positive, Tensor row_lse2, Tensor col_lse2,"
-      " Tensor grad_row, Tensor grad_col, Tensor grad_positive, int label_offset) -> Tensor");
-  // The sigmoid loss's step there: sums [3, n] over the rows' losses, dS and dS <x, y>. row_labels and col_numbers are
-  // the numbers of each row's label and of each column.
+      "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor control, Tensor separate, Tensor row_weight,"
+      " Tensor col_weight, Tensor kept, Tensor grad_label, int label_offset) -> Tensor");
+  // The sigmoid loss's step there: sums [3, n] over the rows' losses, dS and dS <x, y>. Any label_offset.
   m.def(
       "contrastive_sm90_sigmoid(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias,"
-      " Tensor row_labels, Tensor col_numbers) -> (Tensor sums, Tensor ds)");
+      " int label_offset) -> (Tensor sums, Tensor ds)");
   // Counter-based noise and quantisation of rows; perturb/perturb.h.
   m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
   m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");
@@ -72,7 +72,7 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   // Each query's nearest row and the distances of the best two.
   m.def(
       "robustness_nearest(Tensor queries, Tensor gallery, Tensor centre)"
-      " -> (Tensor row, Tensor best, Tensor second, Tensor slack)");
+      " -> (Tensor row, Tensor best, Tensor second, Tensor margin)");
   // The caching allocator of the CPU operators; common/allocator.h.
   m.def("empty_cache() -> int");
   m.def("fill_allocations(bool wanted) -> ()");

@@ -94,7 +94,7 @@ GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, in
     sum_exponentials<kRange, T, 0>(b, tile, rows, i0);
 }
 
-// Copies by non-temporal stores, where there are any: nobody reads the copy before the backward pass.
+// Copies by non-temporal stores, where there are any: the copy is read in the backward pass, from memory.
 template <class T>
 GAPKERN_INLINE void stream(T* to, const T* from, int64_t count) {
 #if GAPKERN_VECTOR_BYTES == 64

@@ -73,8 +73,8 @@ struct Inputs {
   }
 };
 
-void expect_pairs(const Tensor& values, const char* name) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(values.data_ptr()) % 8 == 0, name, ": expected a multiple of 8 bytes");
+void expect_labels(const Inputs& in, int64_t label_offset) {
+  STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
 }
 
 void succeed(cudaError_t status, const char* what) {
@@ -104,10 +104,12 @@ void add_up(const Tensor& part, int64_t tiles, Tensor& sums, int64_t count) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const Tensor& control, Tensor kept) {
+std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const Tensor& control, Tensor kept,
+                                int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
   expect(images, control, 2, "control");
+  expect_labels(in, label_offset);
   const int64_t down = tiles(in.rows, kTileM), across = tiles(in.columns, kTileN), pitch = pitch_of(in.columns);
   if (kept.numel() > 0) {
     expect(images, kept, in.rows * pitch, "kept");
@@ -118,6 +120,7 @@ std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const
   Tensor row_part = floats(images, across * down * kTileM), column_part = floats(images, parts * across * kTileN);
   SumsArguments arguments{};
   arguments.control = control.const_data_ptr<float>();
+  arguments.label = int(label_offset);
   arguments.row_part = row_part.mutable_data_ptr<float>();
   arguments.column_part = column_part.mutable_data_ptr<float>();
   succeed(launch_sums(in.problem(), arguments, kept.numel() > 0 ? kept.data_ptr() : nullptr, pitch, stream_of(images)),
@@ -129,9 +132,11 @@ std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const
 }
 
 std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, const Tensor& images,
-                               const Tensor& texts, const Tensor& control) {
+                               const Tensor& texts, const Tensor& control, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
+  expect(images, control, 2, "control");
+  expect_labels(in, label_offset);
   const Tensor all_sums[] = {row_sums, col_sums};
   Tensor results[] = {doubles(images, in.rows), doubles(images, in.columns)};
   for (int side = 0; side < 2; ++side) {
@@ -142,7 +147,7 @@ std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, c
     in.with(
         [&](auto products) {
           repair_lse<<<unsigned(tiles(count, kSide)), kThreads, 0, stream_of(images)>>>(
-              products, control.const_data_ptr<float>(), out(results[side]));
+              products, side ? -label_offset : label_offset, control.const_data_ptr<float>(), out(results[side]));
         },
         side == 1);
   }
@@ -152,7 +157,7 @@ std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, c
 Tensor positive(const Tensor& images, const Tensor& texts, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
-  STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
+  expect_labels(in, label_offset);
   Tensor result = doubles(images, in.rows);
   in.with([&](auto products) {
     label_products<<<unsigned(tiles(in.rows, kWarps)), kThreads, 0, stream_of(images)>>>(products, label_offset,
@@ -171,45 +176,38 @@ std::tuple<Tensor, Tensor, Tensor> weights(const Tensor& row_lse2, const Tensor&
   expect(row_lse2, control, 2, "control");
   const Tensor lse[] = {as_type(row_lse2, ScalarType::Double), as_type(col_lse2, ScalarType::Double)};
   const Tensor grad[] = {as_type(grad_row, ScalarType::Double), as_type(grad_col, ScalarType::Double)};
-  Tensor weight[] = {floats(row_lse2, rows), floats(row_lse2, columns)}, separate = floats(row_lse2, 1);
-  const int64_t of_rows = tiles(rows, kThreads), of_columns = tiles(columns, kThreads);
+  const int64_t padded = tiles(columns, kTileN) * kTileN;
+  Tensor weight[] = {floats(row_lse2, rows), floats(row_lse2, padded)}, separate = floats(row_lse2, 1);
+  const int64_t of_rows = tiles(rows, kThreads), of_columns = tiles(padded, kThreads);
   Tensor separate_of_block = floats(row_lse2, of_rows + of_columns);
   const cudaStream_t stream = stream_of(row_lse2);
   for (int side = 0; side < 2; ++side)
     form_weights<<<unsigned(side ? of_columns : of_rows), kThreads, 0, stream>>>(
         lse[side].const_data_ptr<double>(), grad[side].const_data_ptr<double>(), side ? columns : rows,
-        side ? rows : columns, control.const_data_ptr<float>(), weight[side].mutable_data_ptr<float>(),
-        separate_of_block.mutable_data_ptr<float>() + (side ? of_rows : 0));
+        side ? padded : rows, side ? rows : columns, control.const_data_ptr<float>(),
+        weight[side].mutable_data_ptr<float>(), separate_of_block.mutable_data_ptr<float>() + (side ? of_rows : 0));
   any_separate_weight<<<1, kThreads, 0, stream>>>(separate_of_block.const_data_ptr<float>(), of_rows + of_columns,
                                                   separate.mutable_data_ptr<float>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {weight[0], weight[1], separate};
 }
 
-Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_scale, const Tensor& control,
-                const Tensor& separate, const Tensor& row_weight, const Tensor& col_weight, const Tensor& kept,
-                const Tensor& positive, const Tensor& row_lse2, const Tensor& col_lse2, const Tensor& grad_row,
-                const Tensor& grad_col, const Tensor& grad_positive, int64_t label_offset) {
+Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& control, const Tensor& separate,
+                const Tensor& row_weight, const Tensor& col_weight, const Tensor& kept, const Tensor& grad_label,
+                int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
   const int64_t pitch = pitch_of(in.columns);
   const cudaStream_t stream = stream_of(images);
-  STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
+  expect_labels(in, label_offset);
   expect(images, control, 2, "control");
   expect(images, separate, 1, "separate");
   expect(images, row_weight, in.rows, "row_weight");
-  expect(images, col_weight, in.columns, "col_weight");
-  expect_pairs(col_weight, "col_weight");
-  const auto doubles_of = [&](const Tensor& values, int64_t count, const char* name) {
-    expect(images, values, count, name);
-    return as_type(values, ScalarType::Double);
-  };
-  const Tensor label_products = doubles_of(positive, in.rows, "positive"),
-               row_lse = doubles_of(row_lse2, in.rows, "row_lse2"),
-               col_lse = doubles_of(col_lse2, in.columns, "col_lse2"),
-               of_rows = doubles_of(grad_row, in.rows, "grad_row"),
-               of_columns = doubles_of(grad_col, in.columns, "grad_col"),
-               of_labels = doubles_of(grad_positive, in.rows, "grad_positive");
+  expect(images, col_weight, tiles(in.columns, kTileN) * kTileN, "col_weight");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(col_weight.data_ptr()) % 8 == 0,
+                  "col_weight: expected a multiple of 8 bytes");
+  expect(images, grad_label, in.rows, "grad_label");
+  const Tensor at_labels = as_type(grad_label, ScalarType::Double);
   Tensor ds = torch::stable::new_empty(images, {in.rows, pitch}, images.scalar_type());
   GradientArguments arguments{};
   arguments.control = control.const_data_ptr<float>();
@@ -232,46 +230,30 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& logit_s
     });
   }
   succeed(launch_gradient(in.problem(), arguments, ds.data_ptr(), pitch, stream), "gradient");
-  const Tensor scale = as_type(logit_scale, ScalarType::Double);
-  expect(images, scale, 1, "logit_scale");
-  Labels labels{};
-  labels.positive = label_products.const_data_ptr<double>();
-  labels.row_lse2 = row_lse.const_data_ptr<double>();
-  labels.col_lse2 = col_lse.const_data_ptr<double>();
-  labels.grad_row = of_rows.const_data_ptr<double>();
-  labels.grad_col = of_columns.const_data_ptr<double>();
-  labels.grad_positive = of_labels.const_data_ptr<double>();
-  labels.offset = label_offset;
   in.with([&](auto products) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
-    patch_labels<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream>>>(
-        labels, scale.const_data_ptr<double>(), in.rows, pitch, static_cast<T*>(ds.data_ptr()));
+    set_labels<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream>>>(
+        at_labels.const_data_ptr<double>(), label_offset, in.rows, pitch, static_cast<T*>(ds.data_ptr()));
   });
   return ds;
 }
 
 std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, const Tensor& logit_scale,
-                                   const Tensor& logit_bias, const Tensor& row_labels, const Tensor& col_numbers) {
+                                   const Tensor& logit_bias, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
-  STD_TORCH_CHECK(in.columns <= int64_t(1) << 24, "texts: expected at most ", int64_t(1) << 24, " rows, got ",
-                  in.columns);
   expect(images, logit_scale, 1, "logit_scale");
   expect(images, logit_bias, 1, "logit_bias");
-  expect(images, row_labels, in.rows, "row_labels");
-  expect(images, col_numbers, in.columns, "col_numbers");
   const Tensor scale = as_type(logit_scale, ScalarType::Float), bias = as_type(logit_bias, ScalarType::Float);
-  const Tensor labels = as_type(row_labels, ScalarType::Float), numbers = as_type(col_numbers, ScalarType::Float);
   const int64_t across = tiles(in.columns, kTileN), stride = tiles(in.rows, kTileM) * kTileM;
   const int64_t pitch = pitch_of(in.columns);
   Tensor part = floats(images, 3 * across * stride), ds = torch::stable::new_empty(images, {in.rows, pitch});
   Tensor sums = torch::stable::new_empty(images, {3, in.rows}, ScalarType::Double);
-  expect_pairs(numbers, "col_numbers");
   SigmoidArguments arguments{};
   arguments.scale = scale.const_data_ptr<float>();
   arguments.bias = bias.const_data_ptr<float>();
-  arguments.labels = labels.const_data_ptr<float>();
-  arguments.numbers = numbers.const_data_ptr<float>();
+  // Beyond these no row has a label.
+  arguments.label = int(label_offset < -in.rows ? -in.rows : label_offset > in.columns ? in.columns : label_offset);
   arguments.loss_part = part.mutable_data_ptr<float>();
   arguments.gradient_part = arguments.loss_part + across * stride;
   arguments.scale_part = arguments.gradient_part + across * stride;

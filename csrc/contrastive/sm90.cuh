@@ -1,16 +1,16 @@
 // The small kernels around the Hopper products: the choice of the exponents' shift, sums of partial sums, weights,
-// labels, and the float32 recomputation of what a common shift could not represent. All decisions are taken on the
-// device, so that nothing waits for the host and everything can be captured in a graph.
+// labels, and the float32 recomputation of what a common shift could not represent. Sums are over all but the labels.
+// All decisions are taken on the device, so that nothing waits for the host and everything can be captured in a graph.
 //
 // The shift. |k <x, y>| <= bound = k max|x| max|y|. c is at least what keeps a sum of `terms` exponentials below
 // 2^kCeiling: no sum overflows. A sum may underflow instead: below terms 2^kFloor more than 2^-24 of it can have been
 // flushed to zero. Such rows are marked NaN and recomputed by `repair_lse`, float32 products with a running maximum.
 // Otherwise c is raised to the bound where that is safe without: the logits of trained pairs are near it, and what
 // is rounded is k <x, y> - c. For normalised embeddings c is the bound up to logit_scale 35 and the least from 67 on
-// (32768 pairs); at 100 only rows whose best cosine is below -0.26 are recomputed. For embeddings of large norms most
-// rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those. In the gradient a row or column whose weight
-// or exponentials leave float32's range has a separate weight (contrastive/epilogue.cuh); tiles without any pay
-// nothing.
+// (32768 pairs); at 100 only rows whose best cosine, but the label's, is below -0.26 are recomputed. For embeddings of
+// large norms most rows may be, without tensor cores: GAPKERN_KERNEL=chunked suits those. In the gradient a row or
+// column whose weight or exponentials leave float32's range has a separate weight (contrastive/epilogue.cuh); tiles
+// without any pay nothing.
 #pragma once
 #include "common/cuda.cuh"
 #include "contrastive/epilogue.cuh"
@@ -86,6 +86,7 @@ inline __global__ void sum_parts(const float* part, int64_t tiles, int64_t strid
   out[i] = sum;
 }
 
+// NaN where `repair_lse` is wanted; so is that of a row whose label is its only column.
 inline __global__ void finish_lse(const double* sums, int64_t count, int64_t terms, const float* control, double* lse) {
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (i < count) lse[i] = kLn2 * log2_sum(sums[i], double(terms), control[1]);
@@ -151,9 +152,10 @@ __device__ __forceinline__ void over_part(const float (&acc)[kPart][kPart], cons
     for (int j = 0; j < kPart; ++j) f(acc[i][j], i, ty * kPart + i, tx * kPart + j);
 }
 
-// Replaces what is NaN among lse [rows].
+// Replaces what is NaN among lse [rows]: log-sums over all columns but the label, which is row + label, -inf of none.
 template <class T>
-__global__ void __launch_bounds__(kThreads) repair_lse(Products<T> p, const float* control, double* lse) {
+__global__ void __launch_bounds__(kThreads)
+    repair_lse(Products<T> p, int64_t label, const float* control, double* lse) {
   const int64_t row0 = blockIdx.x * int64_t(kSide);
   bool needed = false;
   for (int r = 0; r < kSide && row0 + r < p.rows; ++r) needed = needed || lse[row0 + r] != lse[row0 + r];
@@ -163,8 +165,8 @@ __global__ void __launch_bounds__(kThreads) repair_lse(Products<T> p, const floa
   for (int64_t column0 = 0; column0 < p.columns; column0 += kSide) {
     float acc[kPart][kPart];
     tile_products(p, row0, column0, acc);
-    over_part(acc, [&](float product, int i, int, int column) {
-      if (column0 + column < p.columns) sums[i].add(k * product, 1);
+    over_part(acc, [&](float product, int i, int row, int column) {
+      if (column0 + column < p.columns && column0 + column != row0 + row + label) sums[i].add(k * product, 1);
     });
   }
 #pragma unroll
@@ -188,9 +190,10 @@ GAPKERN_HD bool common_weight_is_safe(double g, double lse2, float shift, double
 }
 
 // The weights of rows or columns, common where that is safe; separate_of_block[b] = 1 where any of a block's is not.
+// Those beyond `count`, up to `padded`, are zero.
 inline __global__ void __launch_bounds__(kThreads)
-    form_weights(const double* lse2, const double* grad, int64_t count, int64_t terms, const float* control,
-                 float* weight, float* separate_of_block) {
+    form_weights(const double* lse2, const double* grad, int64_t count, int64_t padded, int64_t terms,
+                 const float* control, float* weight, float* separate_of_block) {
   GAPKERN_SHARED(float, scratch, kWarps);
   const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
   float separate = 0;
@@ -199,6 +202,8 @@ inline __global__ void __launch_bounds__(kThreads)
     separate = common_weight_is_safe(grad[i], lse2[i], shift, double(terms)) ? 0 : 1;
     weight[i] =
         separate != 0 ? separate_weight(grad[i], lse2[i]) : common_weight(grad[i] * exp2(-lse2[i] - double(shift)));
+  } else if (i < padded) {
+    weight[i] = 0;
   }
   separate = block_max<kWarps>(separate, scratch);
   if (threadIdx.x == 0) separate_of_block[blockIdx.x] = separate;
@@ -242,7 +247,7 @@ __global__ void gradient_of_kept(const BFloat16* kept, Weighing w, int64_t rows,
   }
 }
 
-// positive[i] = <x_i, y_{i + label_offset}>, a warp each.
+// positive[i] = <x_i, y_{i + label_offset}>, a warp each; exact but for the sum's rounding to double.
 template <class T>
 __global__ void label_products(Products<T> p, int64_t label_offset, double* positive) {
   const int64_t row = blockIdx.x * int64_t(kWarps) + threadIdx.x / kWarp;
@@ -250,32 +255,17 @@ __global__ void label_products(Products<T> p, int64_t label_offset, double* posi
   const int lane = threadIdx.x % kWarp;
   const T* x = p.x + row * p.depth;
   const T* y = p.y + (row + label_offset) * p.depth;
-  float sum = 0;
-  for (int64_t d = lane; d < p.depth; d += kWarp) sum += to_wide(x[d]) * to_wide(y[d]);
+  double sum = 0;
+  for (int64_t d = lane; d < p.depth; d += kWarp) sum += double(to_wide(x[d]) * to_wide(y[d]));
   sum = warp_sum(sum);
-  if (lane == 0) positive[row] = double(sum);
+  if (lane == 0) positive[row] = sum;
 }
 
-// The labels' entries of dS, summed before they are rounded: p - 1 of a rounded p would cost 2 % at logit_scale 100.
-struct Labels {
-  const double* positive;
-  const double* row_lse2;
-  const double* col_lse2;
-  const double* grad_row;
-  const double* grad_col;
-  const double* grad_positive;
-  int64_t offset;
-};
-
+// The labels' entries of dS, which come whole: p - 1 of a rounded p would cost 2 % at logit_scale 100.
 template <class T>
-__global__ void patch_labels(Labels labels, const double* scale, int64_t rows, int64_t pitch, T* ds) {
+__global__ void set_labels(const double* grad_label, int64_t label_offset, int64_t rows, int64_t pitch, T* ds) {
   const int64_t row = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (row >= rows) return;
-  const int64_t column = row + labels.offset;
-  const double v = kLog2e * *scale * labels.positive[row];
-  const double w = labels.grad_row[row] * exp2(v - labels.row_lse2[row]) +
-                   labels.grad_col[column] * exp2(v - labels.col_lse2[column]) + labels.grad_positive[row];
-  from_wide(float(w), ds + row * pitch + column);
+  if (row < rows) from_wide(float(grad_label[row]), ds + row * pitch + row + label_offset);
 }
 
 }  // namespace gapkern::contrastive::sm90

@@ -42,7 +42,7 @@ struct Place {
         row(m * kTileM + warp * kWarpTileRows + lane / 4),
         column(n * kTileN + lane % 4 * 2) {}
   CUTLASS_DEVICE int group() const { return warp / kGroupWarps; }
-  // A vote, for a branch that the compiler knows to be uniform.
+  // Votes, for branches that the compiler knows to be uniform.
   CUTLASS_DEVICE bool at_an_edge() const {
     return __any_sync(kLanes, (tile_row + 1) * kTileM > rows || (tile_column + 1) * kTileN > columns);
   }
@@ -58,37 +58,44 @@ CUTLASS_DEVICE float& element(Accumulators& values, int n, int h, int c) {
   return values(4 * n + 2 * h + c);
 }
 
+// Some of a thread's elements: bit n of the bits of (h, c) is element (n, h, c). No array: one would lie in local
+// memory.
+struct Some {
+  uint32_t bits00, bits01, bits10, bits11;
+  template <class F>
+  static CUTLASS_DEVICE Some of(const F& bits) {
+    return {bits(0, 0), bits(0, 1), bits(1, 0), bits(1, 1)};
+  }
+  CUTLASS_DEVICE uint32_t bits(int h, int c) const { return h ? (c ? bits11 : bits10) : (c ? bits01 : bits00); }
+  CUTLASS_DEVICE bool has(int n, int h, int c) const { return bits(h, c) & 1u << n; }
+  CUTLASS_DEVICE bool any() const { return bits00 | bits01 | bits10 | bits11; }
+  CUTLASS_DEVICE Some operator|(const Some& other) const {
+    return of([&](int h, int c) { return bits(h, c) | other.bits(h, c); });
+  }
+};
+
+CUTLASS_DEVICE Some outside_of(const Place& at) {
+  return Some::of([&](int h, int c) {
+    const int blocks = (max(at.columns - at.column - c, 0) + 7) / 8;
+    const uint32_t columns = blocks < kBlocks ? ~0u << blocks : 0;
+    return at.row + 8 * h < at.rows ? columns : ~0u;
+  });
+}
+
+// The labels inside the matrix, if the first row's is in column `label` and each next one's a column further.
+CUTLASS_DEVICE Some labels_of(const Place& at, int label, const Some& outside) {
+  return Some::of([&](int h, int c) {
+    const uint32_t place = uint32_t(at.row) + 8 * h + uint32_t(label) - uint32_t(at.column);
+    return place < kTileN && place % 8 == c ? 1u << place / 8 & ~outside.bits(h, c) : 0;
+  });
+}
+
 template <class Accumulators>
-CUTLASS_DEVICE void exclude_outside(Accumulators& values, const Place& at, float excluded_value) {
+CUTLASS_DEVICE void exclude(Accumulators& values, const Some& which, float excluded_value) {
   CUTLASS_PRAGMA_UNROLL
   for (int i = 0; i < 4 * kBlocks; ++i) {
     const int n = i / 4, h = i / 2 % 2, c = i % 2;
-    if (at.row + 8 * h >= at.rows || at.column + 8 * n + c >= at.columns) element(values, n, h, c) = excluded_value;
-  }
-}
-
-// What a thread needs of a value for every row, and of one for every column; `otherwise` beyond the matrix.
-CUTLASS_DEVICE void load_rows(const float* values, const Place& at, float otherwise, float (&out)[2]) {
-  CUTLASS_PRAGMA_UNROLL
-  for (int h = 0; h < 2; ++h) out[h] = at.row + 8 * h < at.rows ? __ldg(values + at.row + 8 * h) : otherwise;
-}
-template <int count>
-CUTLASS_DEVICE void load_columns(const float* values, const Place& at, int first_block, bool edge, float otherwise,
-                                 float (&out)[count]) {
-  const float* from = values + at.column + 8 * first_block;
-  if (edge) {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < count; ++i) {
-      const int place = i / 2 * 8 + i % 2;
-      out[i] = at.column + 8 * first_block + place < at.columns ? __ldg(from + place) : otherwise;
-    }
-  } else {
-    CUTLASS_PRAGMA_UNROLL
-    for (int n = 0; n < count / 2; ++n) {
-      const float2 pair = __ldg(reinterpret_cast<const float2*>(from + 8 * n));
-      out[2 * n] = pair.x;
-      out[2 * n + 1] = pair.y;
-    }
+    if (which.has(n, h, c)) element(values, n, h, c) = excluded_value;
   }
 }
 
@@ -175,7 +182,7 @@ struct Store {
   static CUTLASS_DEVICE void columns(const Map& map, Buffers& buffers, const Place& at, Accumulators& values,
                                      int number) {
     T* buffer = buffers.values[at.warp][number % kBuffers];
-    if (at.lane == 0) cute::tma_store_wait<kBuffers - 1>();
+    cute::tma_store_wait<kBuffers - 1>();  // only the first lane has any
     __syncwarp();
     // stmatrix: lanes 8 m to 8 m + 7 have the rows' addresses of the m-th matrix, 8 x 8. m % 2 are the rows, m / 2 the
     // block of columns; a row has eight chunks of 16 bytes, at their number xor the row's (128-byte swizzle).

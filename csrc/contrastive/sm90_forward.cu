@@ -1,5 +1,6 @@
 // Forward on Hopper: e = 2^(k <x_i, y_j> - c) formed once in the epilogue, and its sums over the rows and the columns
-// of every tile. No atomics: the tiles' sums are added later in their order.
+// of every tile, all but the labels: next to a label's exponential those of a small loss would be lost. No atomics: the
+// tiles' sums are added later in their order.
 #include "contrastive/sm90_cutlass.cuh"
 
 namespace gapkern::contrastive::sm90 {
@@ -15,7 +16,8 @@ struct Sums {
   static CUTLASS_DEVICE void run(const Arguments& to, const Place& at, Accumulators& values, const Scratch& scratch,
                                  const Storing& store) {
     const float k = nonzero(__ldg(to.control)), shift = __ldg(to.control + 1);
-    if (at.at_an_edge()) exclude_outside(values, at, excluded(k));
+    const Some outside = outside_of(at), left_out = outside | labels_of(at, to.label, outside);
+    if (__any_sync(kLanes, left_out.any())) exclude(values, left_out, excluded(k));
     float of_rows[2] = {}, of_columns[2 * kBlocks];
     CUTLASS_PRAGMA_UNROLL
     for (int number = 0; number < kStores; ++number) {

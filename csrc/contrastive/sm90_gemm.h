@@ -20,29 +20,30 @@ struct Problem {
   int device, multiprocessors;
 };
 
-// What a product's epilogue is told, and where it writes. Vectors for every column are at multiples of 8 bytes.
+// What a product's epilogue is told, and where it writes.
 struct SumsArguments {
   const float* control;  // k and -c
+  int label;             // the column of the first row's label; each next row's is a column further
   float* row_part;       // [tiles across, kTileM * tiles down]: sums of e over each tile's columns
   float* column_part;    // [kTileM / kPartRows * tiles down, kTileN * tiles across]: over kPartRows rows
 };
 struct GradientArguments {
   const float* control;
   const float* row_weight;     // [rows], common or separate (contrastive/epilogue.cuh)
-  const float* column_weight;  // [columns]
+  const float* column_weight;  // [kTileN * tiles across], at a multiple of 8 bytes
   const float* condition;      // nothing is done where it points to 0; or null
 };
 struct SigmoidArguments {
   const float* scale;
   const float* bias;
-  const float* labels;   // [rows]: the number of each row's label
-  const float* numbers;  // [columns]: each column's
+  int label;             // as of the sums; rows whose label is no column have none
   float* loss_part;      // as row_part: sums of the losses,
   float* gradient_part;  // of dS,
   float* scale_part;     // and of dS <x, y>
 };
 
-// kept [rows, pitch] bfloat16 receives e, or is null; pitch is a multiple of 8. bfloat16 inputs only.
+// kept [rows, pitch] bfloat16 receives e, zero at the labels, or is null; pitch is a multiple of 8. bfloat16 inputs
+// only.
 cudaError_t launch_sums(const Problem& problem, const SumsArguments& arguments, void* kept, int64_t pitch,
                         cudaStream_t stream);
 // ds [rows, pitch] in the inputs' type.

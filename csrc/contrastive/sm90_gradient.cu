@@ -15,7 +15,7 @@ struct Gradients {
     uint32_t bits = to_bits(row[0]) | to_bits(row[1]);
     const int first = at.tile_column * kTileN + at.lane;
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kTileN; i += 32) bits |= to_bits(__ldg(columns + min(first + i, at.columns - 1)));
+    for (int i = 0; i < kTileN; i += 32) bits |= to_bits(__ldg(columns + first + i));
     return __any_sync(kLanes, bits & 1);
   }
 
@@ -23,15 +23,21 @@ struct Gradients {
   static CUTLASS_DEVICE void run(const Arguments& from, const Place& at, Accumulators& values, const Scratch&,
                                  const Storing& store) {
     const float k = __ldg(from.control), shift = __ldg(from.control + 1);
-    const bool edge = at.at_an_edge();
     float a[2];
-    load_rows(from.row_weight, at, 0.f, a);
+    CUTLASS_PRAGMA_UNROLL
+    for (int h = 0; h < 2; ++h) a[h] = at.row + 8 * h < at.rows ? __ldg(from.row_weight + at.row + 8 * h) : 0.f;
+    const float* weights = from.column_weight + at.column;
     const bool separate = any_separate(a, from.column_weight, at);
     const float separate_a[2] = {separated(a[0], shift), separated(a[1], shift)};
     CUTLASS_PRAGMA_UNROLL
     for (int number = 0; number < kStores; ++number) {
       float b[2 * kStoreBlocks];
-      load_columns(from.column_weight, at, number * kStoreBlocks, edge, 0.f, b);
+      CUTLASS_PRAGMA_UNROLL
+      for (int n = 0; n < kStoreBlocks; ++n) {
+        const float2 pair = __ldg(reinterpret_cast<const float2*>(weights + 8 * (number * kStoreBlocks + n)));
+        b[2 * n] = pair.x;
+        b[2 * n + 1] = pair.y;
+      }
       const auto for_each = [&](const auto& gradient) {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4 * kStoreBlocks; ++i) {

@@ -14,27 +14,27 @@ struct Sigmoid {
   static CUTLASS_DEVICE void run(const Arguments& to, const Place& at, Accumulators& values, const Scratch&,
                                  const Storing& store) {
     const float scale = nonzero(__ldg(to.scale)), bias = __ldg(to.bias);
-    const float none = from_bits(0x7fc00000u);  // equal to no label
-    const bool edge = at.at_an_edge();
-    if (edge) exclude_outside(values, at, excluded(scale));
-    float label[2], losses[2] = {}, gradients[2] = {}, products[2] = {};
-    load_rows(to.labels, at, none, label);
-    constexpr int blocks = 2;  // at a time: more and registers spill
+    if (at.at_an_edge()) exclude(values, outside_of(at), excluded(scale));
+    float losses[2] = {}, gradients[2] = {}, products[2] = {};
+    int label[2];  // where it is among the columns from the thread's first on; -1 of none
     CUTLASS_PRAGMA_UNROLL
-    for (int first = 0; first < kBlocks; first += blocks) {
-      float column[2 * blocks];
-      load_columns(to.numbers, at, first, edge, none, column);
+    for (int h = 0; h < 2; ++h) {
+      const int column = at.row + 8 * h + to.label;
+      label[h] = at.row + 8 * h < at.rows && column < at.columns ? column - at.column : -1;
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int number = 0; number < kStores; ++number) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 4 * blocks; ++i) {
-        const int h = i / 2 % 2, c = i % 2;
-        float& value = element(values, first + i / 4, h, c);
-        const SigmoidTerms terms = sigmoid_terms(value, scale, bias, label[h] == column[i / 4 * 2 + c]);
+      for (int i = 0; i < 4 * kStoreBlocks; ++i) {
+        const int n = number * kStoreBlocks + i / 4, h = i / 2 % 2, c = i % 2;
+        float& value = element(values, n, h, c);
+        const SigmoidTerms terms = sigmoid_terms(value, scale, bias, label[h] == 8 * n + c);
         losses[h] += terms.loss;
         gradients[h] += terms.gradient;
         products[h] = fmaf(terms.gradient, value, products[h]);
         value = terms.gradient;
       }
-      if ((first + blocks) % kStoreBlocks == 0) store(first / kStoreBlocks);
+      store(number);
     }
     write_row_sums(losses, at, to.loss_part);
     write_row_sums(gradients, at, to.gradient_part);

@@ -86,11 +86,11 @@ void search(const Tensor& y, const Tensor& x, const float* centre, Nearest& out)
   kernel<<<dim3(unsigned(query_tiles), unsigned(parts)), kNearestThreads, 0, stream>>>(
       queries, q, gallery, g, d, centre, norms.const_data_ptr<float>(), found);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  auto& [row, best, second, slack] = out;
+  auto& [row, best, second, margin] = out;
   nearest_combine<<<blocks(q, kTile, query_tiles), kTile, 0, stream>>>(
       found, parts, q, own.const_data_ptr<float>(), largest.const_data_ptr<float>(), int(largest.size(0)),
       row.mutable_data_ptr<int64_t>(), best.mutable_data_ptr<float>(), second.mutable_data_ptr<float>(),
-      slack.mutable_data_ptr<float>());
+      margin.mutable_data_ptr<float>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -13,27 +13,27 @@ struct Scores {
 
   __device__ double ahead(int64_t j) const {
     const double lead = own - double(scores[j]);
-    return deviation > 0 ? lead / deviation : lead < 0 ? -kApart : kApart;
+    return deviation > 0 ? lead / deviation : lead < 0 ? -kDecided : kDecided;
   }
-  __device__ bool apart(double ahead) const { return ahead >= kApart || ahead <= -kApart; }
+  __device__ bool decided(double ahead) const { return ahead >= kDecided || ahead <= -kDecided; }
 };
 
 // A thread's share, over the rivals of its group, of the product of Phi(ahead + z).
 template <class T>
-__device__ double product_of_scores(const Scores<T>& row, const Room& room) {
+__device__ double product_of_scores(const Scores<T>& row, const Scratch& scratch) {
   const int k = threadIdx.x % kNodes, group = threadIdx.x / kNodes;
   const double z = -kReach + k * (2 * kReach / (kNodes - 1));
   double product = 1;
-  over_rivals(row, room, [&](const float* list, int count) {
+  over_rivals(row, scratch, [&](const float* list, int count) {
     for (int r = group; r < count; r += kGroups) product *= 0.5 * erfc(-(double(list[r]) + z) * 0.70710678118654752440);
   });
   return product;
 }
 
 template <class T>
-__device__ double product_of_scores_over_grid(const Scores<T>& row, const Room& room, const device::Grid& grid) {
+__device__ double product_of_scores_over_grid(const Scores<T>& row, const Scratch& scratch, const device::Grid& grid) {
   GAPKERN_SHARED(double, weights, kGridPoints);
-  spread(row, room, grid, weights);
+  spread(row, scratch, grid, weights);
   const int k = threadIdx.x % kNodes, group = threadIdx.x / kNodes, points = int(grid.points);
   const float z = float(-kReach + k * (2 * kReach / (kNodes - 1)));
   double total = 0;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kExactThreads, 4)
   GAPKERN_SHARED(float, list, kRivals);
   GAPKERN_SHARED(int, counts, 2 * kExactWarps);
   GAPKERN_SHARED(double, part, kExactThreads);
-  const Room room{place, list, counts};
+  const Scratch scratch{place, list, counts};
   const int64_t i = blockIdx.x, query = i / per_query, target = targets[i];
   if (target < 0 || target >= count || !(deviations[query] >= 0)) {
     if (threadIdx.x == 0) out[i] = target == -1 ? 0. : kNoNumber;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kExactThreads, 4)
   }
   const device::Grid grid(found.least, found.most, 1.);
   part[threadIdx.x] =
-      grid.pays(found.rivals) ? product_of_scores_over_grid(row, room, grid) : product_of_scores(row, room);
+      grid.pays(found.rivals) ? product_of_scores_over_grid(row, scratch, grid) : product_of_scores(row, scratch);
   integrate(part, out + i);
 }
 

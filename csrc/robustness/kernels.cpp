@@ -245,9 +245,11 @@ double stays_largest(const T* scores, int64_t count, int64_t target, double devi
   double least = 0, most = 0;
   for (int64_t j = 0; j < count; ++j) {
     if (j == target) continue;
-    const double lead = own - double(scores[j]), ahead = deviation > 0 ? lead * inverse : lead < 0 ? -kApart : kApart;
-    if (ahead >= kApart) continue;
-    if (ahead <= -kApart) return 0;
+    const double lead = own - double(scores[j]), ahead = deviation > 0 ? lead * inverse
+                                                         : lead < 0    ? -kDecided
+                                                                       : kDecided;
+    if (ahead >= kDecided) continue;
+    if (ahead <= -kDecided) return 0;
     scratch[rivals++] = float(ahead);
     least = std::min(least, ahead);
     most = std::max(most, ahead);

@@ -32,7 +32,7 @@ struct Row {
   }
   __device__ double ahead(int64_t j) const { return noncentrality(j) - lambda; }
   // Noisy distances differ by more than 6.5 standard deviations.
-  __device__ bool apart(double ahead) const { return ahead * ahead > 6.5 * 6.5 * 4 * (dims + 2 * lambda + ahead); }
+  __device__ bool decided(double ahead) const { return ahead * ahead > 6.5 * 6.5 * 4 * (dims + 2 * lambda + ahead); }
 };
 
 // What is known of a target's rivals before their tails are taken.
@@ -52,9 +52,9 @@ __device__ Survey survey(const Seen& row) {
   for (int64_t j = threadIdx.x; j < row.count; j += kExactThreads) {
     if (j == row.target) continue;
     const double ahead = row.ahead(j);
-    const bool apart = row.apart(ahead);
-    if (apart && ahead > 0) continue;
-    least = apart ? -kFar : ahead < least ? ahead : least;
+    const bool decided = row.decided(ahead);
+    if (decided && ahead > 0) continue;
+    least = decided ? -kFar : ahead < least ? ahead : least;
     most = ahead > most ? ahead : most;
     ++rivals;
   }
@@ -75,7 +75,7 @@ __device__ Survey survey(const Seen& row) {
 }
 
 // A block's shared memory.
-struct Room {
+struct Scratch {
   double* place;  // [kNodes] excess of the nodes over the mean, or their quantiles
   float* list;    // [kRivals]
   int* counts;    // [2 * kExactWarps] in turn, so that one barrier serves
@@ -83,7 +83,7 @@ struct Room {
 
 // Calls body(list, count) with how far rivals are ahead, in the order of the gallery, until all have been seen.
 template <class Seen, class Body>
-__device__ void over_rivals(const Seen& row, const Room& room, const Body& body) {
+__device__ void over_rivals(const Seen& row, const Scratch& scratch, const Body& body) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int held = 0, turn = 0;
   for (int64_t first = 0; first < row.count; first += kExactThreads, turn ^= kExactWarps) {
@@ -92,20 +92,20 @@ __device__ void over_rivals(const Seen& row, const Room& room, const Body& body)
     bool rival = j < row.count && j != row.target;
     if (rival) {
       ahead = row.ahead(j);
-      rival = ahead <= 0 || !row.apart(ahead);
+      rival = ahead <= 0 || !row.decided(ahead);
     }
     const unsigned of_warp = __ballot_sync(kEveryLane, rival);
-    if (lane == 0) room.counts[turn + warp] = __popc(of_warp);
+    if (lane == 0) scratch.counts[turn + warp] = __popc(of_warp);
     __syncthreads();
     int at = held + __popc(of_warp & ((1u << lane) - 1));
     for (int w = 0; w < kExactWarps; ++w) {
-      at += w < warp ? room.counts[turn + w] : 0;
-      held += room.counts[turn + w];
+      at += w < warp ? scratch.counts[turn + w] : 0;
+      held += scratch.counts[turn + w];
     }
-    if (rival) room.list[at] = float(ahead);
+    if (rival) scratch.list[at] = float(ahead);
     if (held > kRivals - kExactThreads || first + kExactThreads >= row.count) {
       __syncthreads();
-      body(room.list, held);
+      body(scratch.list, held);
       held = 0;
     }
   }
@@ -130,12 +130,12 @@ __device__ double survival(float q, float excess, float lambda, float dims) {
 
 // A thread's share, over the rivals of its group, of the product of tails at its node.
 template <class T>
-__device__ double product_of_rivals(const Row<T>& row, const Room& room, const Survey& found) {
-  const double* excess = room.place;
+__device__ double product_of_rivals(const Row<T>& row, const Scratch& scratch, const Survey& found) {
+  const double* excess = scratch.place;
   const int k = threadIdx.x % kNodes, group = threadIdx.x / kNodes;
   const float dims = float(row.dims);
   double product = 1;
-  over_rivals(row, room, [&](const float* list, int count) {
+  over_rivals(row, scratch, [&](const float* list, int count) {
     const double mean = row.dims + row.lambda;
     const bool near = device::near_mean(mean + excess[0], row.dims, row.lambda + found.most) &&
                       device::near_mean(mean + excess[kNodes - 1], row.dims, row.lambda + found.least);
@@ -164,11 +164,11 @@ __device__ inline double lagrange(int offset, double t) {
 
 // Rivals spread over a grid: weights[] gets each point's, a thread its own.
 template <class Seen>
-__device__ void spread(const Seen& row, const Room& room, const device::Grid& grid, double* weights) {
+__device__ void spread(const Seen& row, const Scratch& scratch, const device::Grid& grid, double* weights) {
   const double inverse = 1 / grid.step;
   const int points = int(grid.points), point = threadIdx.x;
   double weight = 0;
-  over_rivals(row, room, [&](const float* list, int count) {
+  over_rivals(row, scratch, [&](const float* list, int count) {
     for (int r = 0; r < count; ++r) {
       const double place = (double(list[r]) - grid.first) * inverse;
       int i = int(place);
@@ -183,10 +183,10 @@ __device__ void spread(const Seen& row, const Room& room, const device::Grid& gr
 
 // A thread's share, over the points of its group, of the product at its node.
 template <class T>
-__device__ double product_over_grid(const Row<T>& row, const Room& room, const device::Grid& grid) {
-  const double* excess = room.place;
+__device__ double product_over_grid(const Row<T>& row, const Scratch& scratch, const device::Grid& grid) {
+  const double* excess = scratch.place;
   GAPKERN_SHARED(double, weights, kGridPoints);
-  spread(row, room, grid, weights);
+  spread(row, scratch, grid, weights);
   const int k = threadIdx.x % kNodes, group = threadIdx.x / kNodes, points = int(grid.points);
   const double mean = row.dims + row.lambda;
   const bool near = device::near_mean(mean + excess[0], row.dims, row.lambda + grid.last()) &&
@@ -217,11 +217,11 @@ __device__ inline double small_quantile(const Node& node, double dims, double la
 }
 
 template <class T>
-__device__ double small_product(const Row<T>& row, const Room& room) {
+__device__ double small_product(const Row<T>& row, const Scratch& scratch) {
   const int k = threadIdx.x % kNodes, group = threadIdx.x / kNodes;
   double product = 1;
-  over_rivals(row, room, [&](const float* list, int count) {
-    const double q = room.place[k];
+  over_rivals(row, scratch, [&](const float* list, int count) {
+    const double q = scratch.place[k];
     for (int r = group; r < count && product > 1e-12; r += kGroups) {
       const double lambda = row.lambda + list[r], excess = q - row.dims - lambda;
       if (device::small(row.dims, lambda)) {
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kExactThreads, 4)
   GAPKERN_SHARED(float, list, kRivals);
   GAPKERN_SHARED(int, counts, 2 * kExactWarps);
   GAPKERN_SHARED(double, part, kExactThreads);
-  const Room room{place, list, counts};
+  const Scratch scratch{place, list, counts};
   const int64_t i = blockIdx.x, target = targets[i];
   if (target < 0 || target >= count) {
     if (threadIdx.x == 0) out[i] = target == -1 ? 0. : kNoNumber;
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kExactThreads, 4)
   const Row<T> row(distances + i / per_query * count, count, target, variance, dims);
   if (device::small(dims, row.lambda)) {
     if (threadIdx.x < kNodes) place[threadIdx.x] = small_quantile(Node(threadIdx.x), dims, row.lambda);
-    part[threadIdx.x] = small_product(row, room);
+    part[threadIdx.x] = small_product(row, scratch);
   } else {
     const Survey found = survey(row);
     if (found.beaten || found.rivals == 0) {
@@ -282,8 +282,9 @@ __global__ void __launch_bounds__(kExactThreads, 4)
       place[threadIdx.x] = device::quantile_excess(node.z, node.log_upper, node.log_lower, dims, row.lambda);
     }
     const device::Grid grid(found.least, found.most, device::deviation(dims, row.lambda + found.least));
-    part[threadIdx.x] = grid.pays(found.rivals) && row.lambda + grid.first >= 0 ? product_over_grid(row, room, grid)
-                                                                                : product_of_rivals(row, room, found);
+    part[threadIdx.x] = grid.pays(found.rivals) && row.lambda + grid.first >= 0
+                            ? product_over_grid(row, scratch, grid)
+                            : product_of_rivals(row, scratch, found);
   }
   integrate(part, out + i);
 }

@@ -165,10 +165,10 @@ __global__ void __launch_bounds__(kNearestThreads)
   }
 }
 
-// Over the parts of the gallery. slack: what rounding may have moved two distances apart by, as gapkern/_nearest.py
-// has it; largest [blocks] of the gallery's norms.
+// Over the parts of the gallery. margin: what rounding may have moved a difference of distances by, as
+// gapkern/_search.py has it; largest [blocks] of the gallery's norms.
 __global__ void nearest_combine(const Found* found, int64_t parts, int64_t q, const float* norms, const float* largest,
-                                int blocks, int64_t* row, float* best, float* second, float* slack) {
+                                int blocks, int64_t* row, float* best, float* second, float* margin) {
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (i >= q) return;
   Found all = found[i];
@@ -179,7 +179,7 @@ __global__ void nearest_combine(const Found* found, int64_t parts, int64_t q, co
   row[i] = all.row;
   best[i] = norms[i] + all.best;
   second[i] = norms[i] + all.second;
-  slack[i] = 8 * kRounding * reach * reach;
+  margin[i] = 8 * kRounding * reach * reach;
 }
 
 }  // namespace gapkern::robustness

@@ -30,7 +30,7 @@
 //   queries [Q, D], gallery [G, D] of one dtype, float32, bfloat16 or float16; centre float32 [D], near the gallery's
 //   mean: distances are formed about it in float32, which keeps ||y||^2 + ||x||^2 - 2 <y, x> from cancelling.
 //   row: the nearest gallery row, the lowest of those with equal distances; best and second: the squared distances of
-//   it and of the next, infinite for G = 1; slack: rows whose distances differ by less are near-ties for
+//   it and of the next, infinite for G = 1; margin: rows whose distances differ by less are near-ties for
 //   float32, which gapkern/_search.py re-ranks in float64.
 // Work: 2 Q G D operations; nothing of size Q x G is written. The result does not depend on how the work is divided.
 #pragma once
@@ -41,7 +41,7 @@ inline constexpr int kNodes = 48;
 inline constexpr int kGridPoints = 128;    // at most
 inline constexpr double kGridStep = 0.25;  // standard deviations
 inline constexpr double kReach = 6.4;      // nodes on [-kReach, kReach] standard deviations
-inline constexpr double kApart =
-    9.2;  // deviations between scores of which either is first: Phi(-kApart / sqrt 2) = 4e-11
+inline constexpr double kDecided =
+    9.2;  // deviations between scores of which either is first: Phi(-kDecided / sqrt 2) = 4e-11
 
 }  // namespace gapkern::robustness

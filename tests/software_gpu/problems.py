@@ -39,6 +39,18 @@ def seen_by_products(*values):
     return [v.bfloat16().float() if v.dtype == torch.float32 else v for v in values]
 
 
+def losses_of_pairs(x, y, scale, offset=0):
+    """The pairs' softmax losses (N,), in both directions, from differences of logits: right however small they are."""
+    logits = scale * (x @ y.T)
+    rows = torch.arange(len(x))
+    positive = logits[rows, rows + offset]
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own[rows, rows + offset] = True
+    others = logits.masked_fill(own, -math.inf)
+    row = (others - positive[:, None]).exp().sum(1).log1p()
+    return (row + (others[:, offset : offset + len(x)] - positive).exp().sum(0).log1p()) / 2
+
+
 # --- the Hopper path
 
 
@@ -98,24 +110,24 @@ def float16_gradients_of_kept(device):
     """What float16 embeddings never ask of gapkern/ops/contrastive/sm90.py: gradients of kept exponentials."""
     n, m, d = 65, 90, 16
     x, y = pair(n, m, d, torch.float16)
-    scale, control = torch.tensor(5.0), emulation.shift(torch.ones(n), torch.ones(m), torch.tensor(5.0))
+    control = emulation.shift(torch.ones(n), torch.ones(m), torch.tensor(5.0))
     kept = torch.zeros(n, 96, dtype=torch.bfloat16)
     logits = 5.0 * (x.double() @ y.double().T)
     kept[:, :m] = torch.exp2(control[0] * (x.float() @ y.float().T) + control[1])
     row, col = (logits.logsumexp(i) / math.log(2) for i in (1, 0))
     grads = [torch.full((k,), 0.5, dtype=torch.float64) for k in (n, m, n)]
     for separate in (0.0, 1.0):
-        positive = torch.linalg.vecdot(x.double(), y[:n].double())
         exponents = [g.log2() - v for g, v in ((grads[0], row), (grads[1], col))]
         common = [torch.exp2(v - control[1].double()).float() for v in exponents]
         weights = [  # told apart by the last bit; the one before is a separate weight's sign
             (v.float().view(torch.int32) & ~3 | 1 if separate else w.view(torch.int32) & ~1).view(torch.float32)
             for v, w in zip(exponents, common, strict=True)
         ]
-        arguments = (x, y, scale, control, torch.tensor([separate]), *weights, kept, positive, row, col, *grads, 0)
+        weights[1] = torch.nn.functional.pad(weights[1], (0, 256 - m))
+        arguments = (x, y, control, torch.tensor([separate]), *weights, kept, grads[2], 0)
         ds = device.call("contrastive_sm90_gradient", *arguments)[:, :m]
         truth = 0.5 * (logits.softmax(1) + logits.softmax(0))
-        truth[torch.arange(n), torch.arange(n)] += 0.5
+        truth[torch.arange(n), torch.arange(n)] = grads[2]
         assert_near(ds, truth, 5e-3)
     return [ds]
 
@@ -130,16 +142,20 @@ def elements_near(found, truth, epsilon, scale=1.0):
 def gradient_elements(device, n, m, d, dtype, keep, separate=False):
     """dS of the softmax losses, element by element, from weights of one size."""
     x, y = pair(n, m, d, dtype)
-    scale, norms = torch.tensor(3.0), [torch.ones(n), torch.ones(m)]
+    scale, norms = torch.tensor(3.0), [torch.linspace(0.9, 1, n), torch.linspace(1, 0.8, m)]
     control = device.call("contrastive_sm90_shift", *norms, scale)
+    assert torch.equal(control, emulation.shift(*norms, scale))
     kept = torch.zeros(n if keep else 0, -(-m // 8) * 8, dtype=torch.bfloat16)
-    sums = device.call("contrastive_sm90_sums", x, y, control, kept)
+    offset, rows = (m - n) // 2, torch.arange(n)
+    sums = device.call("contrastive_sm90_sums", x, y, control, kept, offset)
     logits = 3.0 * (x.double() @ y.double().T)
-    row, col = device.call("contrastive_sm90_lse", *sums, x, y, control)
-    assert_near(row, logits.logsumexp(1), 2e-6)
-    assert_near(col, logits.logsumexp(0), 2e-6)
-    positive = device.call("contrastive_sm90_positive", x, y, 0)
-    elements_near(3 * positive, logits.diagonal(), 1e-5)
+    others = logits.clone()
+    others[rows, rows + offset] = -math.inf
+    for found, of_others in zip(device.call("contrastive_sm90_lse", *sums, x, y, control, offset), (1, 0), strict=True):
+        elements_near(found, others.logsumexp(of_others), 2e-6)
+    positive = device.call("contrastive_sm90_positive", x, y, offset)
+    elements_near(3 * positive, logits.diagonal(offset)[:n], 1e-15)
+    row, col = logits.logsumexp(1), logits.logsumexp(0)
     grads = [1 + torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (n, m, n)]
     grads[1] *= m / n
     if separate:  # weights that leave float32, of a row and a column in tiles that have others too
@@ -149,34 +165,20 @@ def gradient_elements(device, n, m, d, dtype, keep, separate=False):
     weights = device.call("contrastive_sm90_weights", row2, col2, *grads[:2], control)
     assert bool(weights[2]) == separate
     assert sum(int((w.view(torch.int32) & 1).sum()) for w in weights[:2]) == 2 * separate
-    ds = device.call(
-        "contrastive_sm90_gradient",
-        x,
-        y,
-        scale,
-        control,
-        weights[2],
-        *weights[:2],
-        kept,
-        positive,
-        row2,
-        col2,
-        *grads,
-        0,
-    )[:, :m]
+    ds = device.call("contrastive_sm90_gradient", x, y, control, weights[2], *weights[:2], kept, grads[2], offset)
+    ds = ds[:, :m]
     truth = grads[0][:, None] * (logits - row[:, None]).exp() + grads[1] * (logits - col).exp()
-    truth[torch.arange(n), torch.arange(n)] += grads[2]
+    truth[rows, rows + offset] = grads[2]
     elements_near(ds, truth, 2**-7 if keep else 2 ** (-8 if dtype == torch.bfloat16 else -10))
     return [ds]
 
 
-def sigmoid_elements(device, n, m, d, dtype):
+def sigmoid_elements(device, n, m, d, dtype, offset=0):
     x, y = pair(n, m, d, dtype)
     scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
-    numbers = [torch.arange(k, dtype=torch.float32) for k in (n, m)]
-    sums, ds = device.call("contrastive_sm90_sigmoid", x, y, scale, bias, *numbers)
+    sums, ds = device.call("contrastive_sm90_sigmoid", x, y, scale, bias, offset)
     t = x.double() @ y.double().T
-    z = torch.where(numbers[0][:, None] == numbers[1], 1.0, -1.0).double()
+    z = torch.where(torch.arange(n)[:, None] + offset == torch.arange(m), 1.0, -1.0).double()
     u = z * (3 * t - 1)
     truth = -z * torch.sigmoid(-u)
     elements_near(ds[:, :m], truth, 2 ** (-8 if dtype == torch.bfloat16 else -10))
@@ -391,8 +393,10 @@ def _kernels():
     ):
         yield gradient_elements, (140, 300, 72, dtype, keep, separate), {}
     yield gradient_elements, (70, 1290, 8, bf16, False), {}  # more tiles than a loop's unrolling
-    for dtype in (bf16, f16):
-        yield sigmoid_elements, (140, 300, 72, dtype), {}
+    for dtype, offset in ((bf16, 0), (f16, 150)):
+        yield sigmoid_elements, (140, 300, 72, dtype, offset), {}
+    for offset in (-(2**40), -139, 299, 300, 2**40):  # one row has a label, or none
+        yield sigmoid_elements, (140, 300, 8, bf16, offset), {}
     for dtype, offset in ((bf16, 0), (f16, 5), (f32, -70)):
         yield sigmoid, (129, 300, 72, dtype), {"offset": offset}
         for shape in on_gpu((1, 1, 8), (515, 515, 136), (1025, 2311, 768), (17000, 1000, 64)):

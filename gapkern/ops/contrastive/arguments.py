@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -23,17 +22,6 @@ class LseBackwardArguments(NamedTuple):
     label_offset: int
     precision: str
     needs: Sequence[bool]  # gradients to form: of images, texts, logit_scale
-
-    def loss_scale(self, dtype: torch.dtype) -> Tensor:
-        """The factor of dS, 0-d float64, where dS is rounded to `dtype`.
-
-        Gradients of 1/N underflow in float16. Loss scaling: a power of two brings the largest to at most 2^13, and the
-        products with dS are divided by it.
-        """
-        if dtype != torch.float16:
-            return torch.ones((), dtype=torch.float64, device=self.images.device)
-        largest = torch.stack([g.abs().amax() for g in (self.grad_row, self.grad_col, self.grad_positive)]).amax()
-        return torch.exp2(13 - torch.log2(largest.double()).ceil().nan_to_num(0, 0, 0))
 
     def scaled(self, factor: Tensor) -> "LseBackwardArguments":
         """With the three incoming gradients multiplied by `factor`, in float64."""

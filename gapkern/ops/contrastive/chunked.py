@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gapkern.ops.contrastive import labels
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.products import add_matmul, matmul, write_matmul
 
@@ -106,47 +107,21 @@ def contrastive_lse(
             products, *norms, logit_scale, rows.start + label_offset
         )
         col = torch.logaddexp(col, col_lse)
-        labels = products.diagonal(rows.start + label_offset)[: products.shape[0]].double()
+        at_label = products.diagonal(rows.start + label_offset)[: products.shape[0]].double()
         if logits.euclidean:
-            labels = 2 * labels - norms[0] - norms[1][rows.start + label_offset :][: len(labels)]
-        label_t[rows] = labels
-    positive = label_t * logit_scale.reshape(()).double()
-    return *_with_labels(row, col, positive, label_t, label_offset), kept
-
-
-def _with_labels(row, col, positive, label_t, label_offset):
-    """The results of `contrastive_lse` from log-sum-exps over all but the labels.
-
-    What a row's or a column's others add to its label, log2 (1 + sum e^(S - S_label)), is formed before the label's
-    logit is added: a small loss keeps its digits, and that of a single pair is zero.
-    """
-    own = slice(label_offset, label_offset + len(row))
-    added, col_added = (torch.logaddexp(lse - positive, torch.zeros_like(lse)) for lse in (row, col[own]))
-    col_stats = torch.stack([torch.zeros_like(col), col / _LN2])
-    col_stats[:, own] = torch.stack([label_t, col_added / _LN2])
-    col = col.clone()
-    col[own] = positive + col_added
-    return positive + added, col, positive, torch.stack([label_t, added / _LN2, label_t]), col_stats
-
-
-def _label_gradient(arguments: LseBackwardArguments) -> Tensor:
-    """dS at the labels, from their own statistics: p - 1 of a rounded p would be all rounding for a small loss."""
-    own = slice(arguments.label_offset, arguments.label_offset + len(arguments.grad_row))
-    row_stats, col_stats = arguments.row_stats, arguments.col_stats[:, own]
-    k, label_t = arguments.logit_scale.reshape(()).double() / _LN2, row_stats[2]
-    row, col = (torch.exp2(k * (label_t - s[0]) - s[1]) for s in (row_stats, col_stats))
-    return arguments.grad_row * row + arguments.grad_col[own] * col + arguments.grad_positive
+            at_label = 2 * at_label - norms[0] - norms[1][rows.start + label_offset :][: len(at_label)]
+        label_t[rows] = at_label
+    return *labels.with_labels(row, col, label_t, logit_scale, label_offset), kept
 
 
 def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `contrastive_lse`."""
     images, texts, logit_scale, kept = arguments.images, arguments.texts, arguments.logit_scale, arguments.kept
     logits = _Logits(images, texts, arguments.similarity)
-    gradients = _Gradients(logits, arguments.needs, arguments.loss_scale(logits.images.dtype))
+    gradients = _Gradients(logits, arguments.needs, labels.loss_scale(arguments, logits.images.dtype))
     arguments = arguments.scaled(gradients.loss_scale)
-    grad_label = _label_gradient(arguments)
-    k = logit_scale.reshape(()).double() / _LN2
-    row_lse2, col_lse2 = (stats[1] + k * stats[0] for stats in (arguments.row_stats, arguments.col_stats))
+    grad_label = labels.gradient(arguments)
+    row_lse2, col_lse2 = labels.lse2(arguments)
     for rows in logits.chunks():
         products = kept[rows] if rows.stop <= kept.shape[0] else logits.products(rows)
         ds, *sums = torch.ops.gapkern.contrastive_chunk_gradient(

@@ -13,8 +13,6 @@ from torch import Tensor
 from gapkern.ops.contrastive import chunked, sm90
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 
-MAX_SIGMOID_COLUMNS = 2**24  # the sm90 sigmoid kernel compares column indices in float32, exact up to here
-
 _SM90_SCOPE = (
     "sm90 for dot products of bfloat16, float16, and float32 with matmul precision medium, where dims are a "
     "multiple of 8; chunked for the rest"
@@ -76,22 +74,19 @@ def unsupported_reason(
     return ""
 
 
-def uses_sm90(images: Tensor, similarity: str, precision: str = "highest", sigmoid_columns: int = 0) -> bool:
+def uses_sm90(images: Tensor, similarity: str, precision: str = "highest") -> bool:
     """Whether the sm90 kernels take these embeddings; the same answer in the forward and the backward pass."""
     kernel = requested_kernel()
     if kernel == "chunked":
         return False
     reason = unsupported_reason(images.device, images.dtype, images.shape[1], similarity, precision)
-    if not reason and sigmoid_columns > MAX_SIGMOID_COLUMNS:
-        reason = f"they take at most {MAX_SIGMOID_COLUMNS} texts in the sigmoid loss, got {sigmoid_columns}"
     if reason and kernel == "sm90" and images.is_cuda:
         raise ValueError(f"GAPKERN_KERNEL=sm90: the Hopper kernels cannot run: {reason}")
     return not reason
 
 
-def _softmax_implementation(images: Tensor, texts: Tensor, similarity: str, precision: str) -> ModuleType:
-    # A single pair's loss is zero, which sums of rounded exponentials miss.
-    return sm90 if uses_sm90(images, similarity, precision) and texts.shape[0] > 1 else chunked
+def _implementation(images: Tensor, similarity: str, precision: str) -> ModuleType:
+    return sm90 if uses_sm90(images, similarity, precision) else chunked
 
 
 def contrastive_lse(
@@ -104,15 +99,13 @@ def contrastive_lse(
     work_bytes: int,
 ) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.lse_pair`."""
-    implementation = _softmax_implementation(images, texts, similarity, precision)
+    implementation = _implementation(images, similarity, precision)
     return implementation.contrastive_lse(images, texts, logit_scale, similarity, label_offset, precision, work_bytes)
 
 
 def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `contrastive_lse`."""
-    implementation = _softmax_implementation(
-        arguments.images, arguments.texts, arguments.similarity, arguments.precision
-    )
+    implementation = _implementation(arguments.images, arguments.similarity, arguments.precision)
     return implementation.contrastive_lse_backward(arguments)
 
 
@@ -126,5 +119,5 @@ def sigmoid_loss(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.sigmoid_sum`."""
-    implementation = sm90 if uses_sm90(images, "dot", precision, texts.shape[0]) else chunked
+    implementation = _implementation(images, "dot", precision)
     return implementation.sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive.sm90 import row_pitch
+from gapkern.ops.contrastive.sm90 import WIDTH, row_pitch
 
 _LN2, _LOG2E = math.log(2.0), 1 / math.log(2.0)
 _CEILING, _FLOOR, _WEIGHT_RANGE = 110, -102, 120  # kCeiling, kFloor, kWeightRange
@@ -35,10 +35,12 @@ def sums(
     texts: Tensor,  # (M, D)
     control: Tensor,  # (2,)
     kept: Tensor,  # (n, pitch) bfloat16, receives the exponentials; or empty
+    label_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Row sums (n,) and column sums (M,) of the exponentials, float64."""
+    """Row sums (n,) and column sums (M,) of the exponentials, float64; those of the labels are zero."""
     e = torch.exp2(control[0] * (images.float() @ texts.float().T) + control[1])
     e = torch.where(e < _SMALLEST_NORMAL, 0, e)
+    e.diagonal(label_offset)[: len(images)] = 0
     if kept.numel():
         kept.fill_(float("nan"))[:, : texts.shape[0]] = e
     return e.sum(1, dtype=torch.float64), e.sum(0, dtype=torch.float64)
@@ -50,21 +52,27 @@ def lse(
     images: Tensor,  # (N, D)
     texts: Tensor,  # (M, D)
     control: Tensor,  # (2,)
+    label_offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Row (N,) and column (M,) log-sum-exps; those whose sums over- or underflowed are recomputed in float32."""
+    """Row (N,) and column (M,) log-sum-exps over all but the labels, -inf of nothing.
 
-    def finish(sums: Tensor, terms: int, x: Tensor, y: Tensor) -> Tensor:
+    Those whose sums over- or underflowed are recomputed in float32.
+    """
+    logits = control[0] * _LN2 * (images.float() @ texts.float().T)
+    logits.diagonal(label_offset)[: len(images)] = -math.inf
+
+    def finish(sums: Tensor, terms: int, dim: int) -> Tensor:
         complete = (sums >= terms * 2.0**_FLOOR) & (sums < 2.0**127)
-        exact = (control[0] * _LN2 * (x.float() @ y.float().T)).logsumexp(1).double()
+        exact = logits.logsumexp(dim).double()
         return torch.where(complete, _LN2 * (sums.log2() - control[1].double()), exact)
 
-    return finish(row_sums, len(col_sums), images, texts), finish(col_sums, len(row_sums), texts, images)
+    return finish(row_sums, len(col_sums), 1), finish(col_sums, len(row_sums), 0)
 
 
 def positive(images: Tensor, texts: Tensor, label_offset: int) -> Tensor:
     """<x_i, y_(i + label_offset)> for every row: (N,) float64."""
     labels = texts[label_offset : label_offset + len(images)]
-    return torch.linalg.vecdot(images.float(), labels.float()).double()
+    return torch.linalg.vecdot(images.double(), labels.double())
 
 
 def weights(
@@ -74,7 +82,7 @@ def weights(
     grad_col: Tensor,  # (M,) float64
     control: Tensor,  # (2,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of rows (N,) and columns (M,), and whether any is separate (1,), float32.
+    """Weights of rows (N,), of columns (M rounded up to WIDTH, zeros at the end), and whether any is separate (1,).
 
     dS_ij = e_ij (row_weight_i + col_weight_j), with common weights grad 2^(c - lse2), their lowest bit 0. Where float32
     cannot represent such a weight or its exponentials, the row or column has a separate weight: the exponent
@@ -90,8 +98,9 @@ def weights(
         separate = (exponent.clamp(-1e30, 1e30).float().view(torch.int32) & ~3) | (grad < 0).int() << 1 | 1
         return torch.where(is_common, common, separate).view(torch.float32)
 
-    found = weight(row_lse2, grad_row, len(col_lse2)), weight(col_lse2, grad_col, len(row_lse2))
-    return *found, torch.cat([_is_separate(w) for w in found]).any().float().reshape(1)
+    rows, columns = weight(row_lse2, grad_row, len(col_lse2)), weight(col_lse2, grad_col, len(row_lse2))
+    columns = torch.nn.functional.pad(columns, (0, -len(col_lse2) % WIDTH))
+    return rows, columns, torch.cat([_is_separate(rows), _is_separate(columns)]).any().float().reshape(1)
 
 
 def _is_separate(weight: Tensor) -> Tensor:
@@ -101,21 +110,15 @@ def _is_separate(weight: Tensor) -> Tensor:
 def gradient(
     images: Tensor,  # (n, D)
     texts: Tensor,  # (M, D)
-    logit_scale: Tensor,
     control: Tensor,  # (2,)
     separate: Tensor,  # (1,): whether any weight is separate
     row_weight: Tensor,  # (n,)
-    col_weight: Tensor,  # (M,)
+    col_weight: Tensor,  # (M rounded up to WIDTH,)
     kept: Tensor,  # (n, pitch) bfloat16 exponentials, or empty
-    positive: Tensor,  # (n,) float64
-    row_lse2: Tensor,  # (n,) float64
-    col_lse2: Tensor,  # (M,) float64
-    grad_row: Tensor,  # (n,) float64
-    grad_col: Tensor,  # (M,) float64
-    grad_positive: Tensor,  # (n,) float64
+    grad_label: Tensor,  # (n,) float64
     label_offset: int,
 ) -> Tensor:
-    """dS (n, pitch) in the embeddings' dtype; at the labels from the float64 statistics."""
+    """dS (n, pitch) in the embeddings' dtype, grad_label at the labels."""
     m = texts.shape[0]
     v = control[0] * (images.float() @ texts.float().T)
     e = torch.exp2(v + control[1])
@@ -128,13 +131,10 @@ def gradient(
         negative = torch.where(is_separate, weight.view(torch.int32) & 2 != 0, weight < 0)
         return torch.where(negative, -1, 1) * torch.exp2(v + exponent)
 
-    a, b = row_weight[:, None], col_weight
+    a, b = row_weight[:, None], col_weight[:m]
     ds = images.new_full((images.shape[0], row_pitch(m)), float("nan"))
     ds[:, :m] = torch.where(_is_separate(a) | _is_separate(b), term(a) + term(b), e * (a + b))
-    labels = slice(label_offset, label_offset + len(images))
-    w = _LOG2E * logit_scale.reshape(()).double() * positive
-    at_label = grad_row * torch.exp2(w - row_lse2) + grad_col[labels] * torch.exp2(w - col_lse2[labels]) + grad_positive
-    ds.diagonal(label_offset)[: len(images)] = at_label.to(ds.dtype)
+    ds.diagonal(label_offset)[: len(images)] = grad_label.to(ds.dtype)
     return ds
 
 
@@ -143,12 +143,12 @@ def sigmoid(
     texts: Tensor,  # (M, D)
     logit_scale: Tensor,
     logit_bias: Tensor,
-    row_labels: Tensor,  # (n,) float32, the column of each row's label
-    col_numbers: Tensor,  # (M,) float32
+    label_offset: int,  # any
 ) -> tuple[Tensor, Tensor]:
     """Row sums (3, n) in float64 of the loss, of dS and of dS <x, y>; and dS (n, pitch) in the embeddings' dtype."""
     t = images.float() @ texts.float().T
-    z = torch.where(row_labels[:, None] == col_numbers, 1.0, -1.0).to(t.dtype)
+    rows, columns = (torch.arange(len(v), device=t.device) for v in (images, texts))
+    z = torch.where(rows[:, None] + label_offset == columns, 1.0, -1.0).to(t.dtype)
     s = z * (logit_scale.reshape(()).float() * t + logit_bias.reshape(()).float())
     ds = -z * torch.sigmoid(-s)
     of_rows = [v.sum(1, dtype=torch.float64) for v in (-torch.nn.functional.logsigmoid(s), ds, ds * t)]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from gapkern.ops.contrastive import labels
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.products import add_matmul, write_matmul
 
@@ -19,8 +20,6 @@ SUPER_ROWS = 8192  # rows per call of contrastive_sm90_sums: they stay in L2 whi
 GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB,
 LARGEST_GRADIENT, GRADIENT_ROWS = 2**30, 4096  # or 2 GiB for so many rows: dY is read and written once for each chunk
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and columns of a product's tile, and the SMs of an H100
-
-_LN2 = math.log(2.0)
 
 
 def row_pitch(columns: int) -> int:
@@ -91,20 +90,20 @@ def contrastive_lse(
     row_sums = torch.empty(n, dtype=torch.float64, device=images.device)
     col_sums = torch.zeros(m, dtype=torch.float64, device=images.device)
     for rows in _chunks(n, exponentials.shape[0], SUPER_ROWS):
-        row_sums[rows], part = torch.ops.gapkern.contrastive_sm90_sums(images[rows], texts, control, exponentials[rows])
+        row_sums[rows], part = torch.ops.gapkern.contrastive_sm90_sums(
+            images[rows], texts, control, exponentials[rows], rows.start + label_offset
+        )
         col_sums += part
-    row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, images, texts, control)
-    positive = torch.ops.gapkern.contrastive_sm90_positive(images, texts, label_offset)
-    row_stats = torch.stack([torch.zeros_like(row), row / _LN2, positive])
-    col_stats = torch.stack([torch.zeros_like(col), col / _LN2])
-    return row, col, positive * logit_scale.reshape(()).double(), row_stats, col_stats, kept
+    row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, images, texts, control, label_offset)
+    label_t = torch.ops.gapkern.contrastive_sm90_positive(images, texts, label_offset)
+    return *labels.with_labels(row, col, label_t, logit_scale, label_offset), kept
 
 
 def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `contrastive_lse`."""
     x, y = _operands(arguments.images), _operands(arguments.texts)
     logit_scale, needs = arguments.logit_scale, arguments.needs
-    loss_scale = arguments.loss_scale(x.dtype)
+    loss_scale = labels.loss_scale(arguments, x.dtype)
     by_rows = needs[0] or (needs[2] and not needs[1])  # <X, dX> is the gradient of the scale, as is <Y, dY>
     dx, dy = _unscaled_gradients(x, y, arguments.scaled(loss_scale), (by_rows, needs[1]))
     of_scale = loss_scale.new_empty(0)
@@ -122,11 +121,10 @@ def _unscaled_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dS Y and dS^T X in float32, from dS of some rows at a time; empty where not needed."""
     n, m = x.shape[0], y.shape[0]
-    (_, row_lse2, positive), col_lse2 = arguments.row_stats, arguments.col_stats[1]
-    grad_row, grad_col = arguments.grad_row, arguments.grad_col
+    grad_label = labels.gradient(arguments)
     control = _control(x, y, arguments.logit_scale)
     row_weight, col_weight, separate = torch.ops.gapkern.contrastive_sm90_weights(
-        row_lse2, col_lse2, grad_row, grad_col, control
+        *labels.lse2(arguments), arguments.grad_row, arguments.grad_col, control
     )
     exponentials = _exponentials(arguments.kept, x, y)
     dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
@@ -135,18 +133,12 @@ def _unscaled_gradients(
         ds = torch.ops.gapkern.contrastive_sm90_gradient(
             images=x[rows],
             texts=y,
-            logit_scale=arguments.logit_scale,
             control=control,
             separate=separate,
             row_weight=row_weight[rows],
             col_weight=col_weight,
             kept=exponentials[rows],
-            positive=positive[rows],
-            row_lse2=row_lse2[rows],
-            col_lse2=col_lse2,
-            grad_row=grad_row[rows],
-            grad_col=grad_col,
-            grad_positive=arguments.grad_positive[rows],
+            grad_label=grad_label[rows],
             label_offset=rows.start + arguments.label_offset,
         )[:, :m]
         if needs[0]:
@@ -168,14 +160,12 @@ def sigmoid_loss(
     """See `gapkern.ops.contrastive.sigmoid_sum`."""
     x, y = _operands(images), _operands(texts)
     n, m = x.shape[0], y.shape[0]
-    labels = torch.arange(label_offset, label_offset + n, dtype=torch.float32, device=x.device)
-    numbers = torch.arange(m, dtype=torch.float32, device=x.device)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
     dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
     dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
     for rows in _chunks(n, 0, _gradient_rows(n, m, x.shape[1])):
         of_rows, ds = torch.ops.gapkern.contrastive_sm90_sigmoid(
-            x[rows], y, logit_scale, logit_bias, labels[rows], numbers
+            x[rows], y, logit_scale, logit_bias, rows.start + label_offset
         )
         sums += of_rows.sum(1)
         if needs[0]:
