@@ -1,5 +1,7 @@
 """The family of losses over ranks: ids and masks reach across them, and all is as on one process."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -51,7 +53,15 @@ CALLS = {
     "separate": lambda t, s, **o: losses.info_nce_loss(
         t["x"], t["y"], s, directions=ALL, partition="separate", label_smoothing=0.1, debias=0.05, ids=t["ids"], **o
     ),
+    "hardness": lambda t, s, **o: losses.info_nce_loss(
+        t["x"], t["y"], s, directions=("q-d", "d-q"), hardness=3.0, hardness_of="all", hard_negatives=t["hard"], **o
+    ),
     "ntxent": lambda t, s, **o: losses.ntxent_loss(t["x"], t["y"], s, **o),
+    "plain clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, **o),
+    "plain sum": lambda t, s, **o: losses.contrastive_loss(
+        t["x"], t["y"], s, -1.0, similarity="sqeuclidean", reduction="sum", memory="keep", **o
+    ),
+    "plain siglip": lambda t, s, **o: losses.sigmoid_loss(t["x"], t["y"], s, -2.0, **o),
     "smoothed clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, label_smoothing=0.1, **o),
     "weighted clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, weights=t["weights"], **o),
     "clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, ids=(t["ids"], t["other"]), **o),
@@ -80,12 +90,13 @@ def equal_to_one_process(rank, world):
     for name, call in CALLS.items():
         value, gradients = value_and_gradients(call, leaves, constants)
         mine = [{k: v[own] for k, v in part.items()} for part in (leaves, constants)]
-        found, parts = value_and_gradients(call, *mine, group=True)
-        assert_near(found, value, 1e-11, name=name)
-        for i, (a, b) in enumerate(zip(parts, gradients, strict=True)):
-            assert (a is None) == (b is None), f"{name}: gradient {i}"
-            if a is not None:
-                assert_near(a, b[own] if i < 3 else b, 1e-10, name=f"{name}: gradient {i}")
+        for exchange in ("gather", "ring"):
+            found, parts = value_and_gradients(call, *mine, group=True, exchange=exchange)
+            assert_near(found, value, 1e-11, name=f"{name} {exchange}")
+            for i, (a, b) in enumerate(zip(parts, gradients, strict=True)):
+                assert (a is None) == (b is None), f"{name} {exchange}: gradient {i}"
+                if a is not None:
+                    assert_near(a, b[own] if i < 3 else b, 1e-10, name=f"{name} {exchange}: gradient {i}")
 
 
 def refused_on_every_rank(rank, world):
@@ -94,6 +105,76 @@ def refused_on_every_rank(rank, world):
         losses.info_nce_loss(x, x, 1.0, ids=torch.arange(3 if rank == 1 else 4), group=True)
     with pytest.raises(ValueError, match="expected the same call on every rank"):
         losses.info_nce_loss(x, x, 1.0, margin=float(rank), group=True)
+    with pytest.raises(ValueError, match=r"rank 1: ids: expected shape \(4,\), got \(3,\)"):
+        losses.info_nce_loss(x, x, 1.0, ids=torch.arange(3 if rank == 1 else 4), group=True, exchange="ring")
+    with pytest.raises(ValueError, match="rank 0: exchange: expected one of 'auto', 'gather', 'ring', got 'fast'"):
+        losses.supcon_loss(x, torch.arange(4), 1.0, group=True, exchange="ring" if rank else "fast")
+    for loss in (losses.contrastive_loss, losses.info_nce_loss, lambda *t, **o: losses.sigmoid_loss(*t, 0.0, **o)):
+        with pytest.raises(ValueError, match=r"expected the same call on every rank, got .*, in a ring"):
+            loss(x, x, 1.0, group=True, exchange="gather" if rank == 1 else "ring")
+        uneven = x[: 3 + (rank == 0)]
+        with pytest.raises(ValueError, match="expected the same shape and dtype on every rank"):
+            loss(uneven, uneven, 1.0, group=True, exchange="ring")
+    with pytest.raises(ValueError, match=r"hard_negatives \(4, 2, 4\)"):
+        losses.info_nce_loss(
+            x, x, 1.0, hard_negatives=x[:, None].repeat(1, 1 + (rank == 0), 1), group=True, exchange="ring"
+        )
+
+
+def a_ring_holds_three_ranks_rows(rank, world):
+    """Whatever the number of ranks: the graph keeps none of the visitors."""
+    from gapkern.losses import ring
+
+    alive, most = [], [0]
+    transfer = ring._Transfer.__init__
+
+    def watched(self, tensors, place, tag):
+        transfer(self, tensors, place, tag)
+        if tag == ring.ROWS:
+            alive.extend(weakref.ref(t) for t in self.received)
+        most[0] = max(most[0], sum(t() is not None for t in alive))
+
+    ring._Transfer.__init__ = watched
+    try:
+        leaves, constants = whole_batch(world)
+        x, y = (leaves[k][rank * ROWS : (rank + 1) * ROWS].clone().requires_grad_() for k in ("x", "y"))
+        ids = constants["ids"][rank * ROWS : (rank + 1) * ROWS]
+        for loss in (
+            lambda: losses.contrastive_loss(x, y, 5.0, group=True, exchange="ring"),
+            lambda: losses.contrastive_loss(x, y, 5.0, ids=ids, group=True, exchange="ring"),
+            lambda: losses.info_nce_loss(x, y, 5.0, hardness=1.0, group=True, exchange="ring"),
+            lambda: losses.sigmoid_loss(x, y, 5.0, -1.0, group=True, exchange="ring"),
+        ):
+            value = loss()
+            assert sum(t() is not None for t in alive) == 0
+            value.backward()
+            assert alive
+            assert most[0] <= 2
+            alive.clear()
+    finally:
+        ring._Transfer.__init__ = transfer
+
+
+def half_precision_travels(rank, world):
+    leaves, _ = whole_batch(world)
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    found = []
+    for exchange in ("gather", "ring"):
+        x, y = (leaves[k][own].bfloat16().requires_grad_() for k in ("x", "y"))
+        value = losses.contrastive_loss(x, y, 5.0, group=True, exchange=exchange)
+        found.append([value, *torch.autograd.grad(value, (x, y))])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        assert_near(a.detach(), b.detach(), 2e-2)
+
+
+def auto_goes_by_memory(rank, world):
+    from gapkern.losses import spread
+
+    place = losses.distributed.shard(True)
+    assert not spread.by_ring("auto", place, torch.empty(1024, 512))
+    assert spread.by_ring("auto", place, torch.empty(2**30 // (512 * 4 * world) + 1, 512, device="meta"))
+    assert not spread.by_ring("ring", None, torch.empty(1))
 
 
 def cached_synchronises_once(rank, world):
@@ -136,4 +217,12 @@ def cached_synchronises_once(rank, world):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_losses_over_ranks(world):
-    together(world, equal_to_one_process, refused_on_every_rank, cached_synchronises_once)
+    together(
+        world,
+        equal_to_one_process,
+        refused_on_every_rank,
+        a_ring_holds_three_ranks_rows,
+        half_precision_travels,
+        auto_goes_by_memory,
+        cached_synchronises_once,
+    )

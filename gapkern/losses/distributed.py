@@ -64,6 +64,20 @@ def _place(group: Any) -> tuple[str, int, int]:
     return group.group_name, dist.get_rank(group), dist.get_world_size(group)
 
 
+def agree(x: Tensor, place: Shard, terms: str) -> None:
+    """What `gather` does first, for what goes around in a ring.
+
+    Raises:
+        ValueError, TypeError: as `gather`.
+    """
+    agreement.reach(_group(place.group), agreement.terms_of(x, terms))
+
+
+def process_group(place: Shard) -> Any:
+    """The torch.distributed group of `place`."""
+    return _group(place.group)
+
+
 def _group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
 
@@ -100,6 +114,16 @@ def _sum(x: Tensor, group: str) -> Tensor:
     return total
 
 
+def _log_sum_exp(x: Tensor, group: str) -> Tensor:
+    """In two sums, so that memory is that of x whatever the number of ranks."""
+    most = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=_group(group))
+    empty = most == -torch.inf
+    total = (x - most.masked_fill(empty, 0)).exp()
+    dist.all_reduce(total, group=_group(group))
+    return (total.log() + most).masked_fill(empty, -torch.inf)
+
+
 _library = torch.library.Library("gapkern", "FRAGMENT")
 _library.define("ranks_gather(Tensor x, str terms, str group, int world) -> Tensor")
 _library.define("ranks_stack(Tensor x, str group, int world) -> Tensor")
@@ -114,7 +138,7 @@ for _name, _kernel in {
     "reduce_scatter": _reduce_scatter,
     "sum": _sum,
     "mean": lambda x, group, world: _sum(x, group) / world,
-    "logsumexp": lambda x, group, world: _stack(x, group, world).logsumexp(0),
+    "logsumexp": lambda x, group, world: _log_sum_exp(x, group),
     "same": lambda x, group, world: x.clone(),
 }.items():
     _library.impl(f"ranks_{_name}", _kernel, "CompositeExplicitAutograd")

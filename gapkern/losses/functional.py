@@ -8,6 +8,7 @@ from gapkern import _check
 from gapkern.losses import distributed
 from gapkern.losses.inputs import check_pairs, scalar
 from gapkern.losses.multiple import multiple_positives_loss, multiple_positives_sigmoid
+from gapkern.losses.spread import by_ring
 from gapkern.losses.steps import (
     in_float,
     pair_losses,
@@ -29,6 +30,7 @@ def contrastive_loss(
     reduction: str = "mean",
     memory: str | int = "auto",
     group: Any = None,
+    exchange: str = "auto",
     ids: Any = None,
     positives: str = "out",
     label_smoothing: float = 0.0,
@@ -47,11 +49,15 @@ def contrastive_loss(
         similarity: "dot", or "sqeuclidean" for S = -s ||x_i - y_j||^2.
         reduction: "mean", "sum", or "none" for one loss per pair, shape (N,).
         memory: "recompute" keeps nothing N x N for the backward pass, "keep" keeps the logits and saves a quarter of
-            the arithmetic, a number allows that many bytes, "auto" keeps up to 256 MiB.
+            the arithmetic, a number allows that many bytes, "auto" keeps up to 256 MiB. With ids or label smoothing
+            nothing is kept, and "keep" is refused.
         group: a torch.distributed group, a one-dimensional DeviceMesh, or True for the default group, over whose ranks
             the batch is spread; images and texts are this rank's pairs, as many on every rank. The value ("none": of
             this rank's pairs) and the gradients are those of the whole batch on one process. Each rank forms its rows
             of the logits once. A rank's bad input raises on every rank.
+        exchange: how the ranks' texts meet. "gather" brings all of them to each rank, O(N D) memory; "ring" sends them
+            around, O(n D), while their products are formed, and their gradients after them; results differ by rounding.
+            "auto" gathers while all texts and their gradients fit into 2 GiB, and always under `torch.compile`.
         ids: (N,) integers, or a pair of such for images and texts: all pairs of equal ids are positives, and row i's
             own text always is one (UniCL, Yang et al. 2022, Eq. 3-4; captions of one image).
         positives: with ids, "out", the mean over positives outside of the logarithm (SupCon, Khosla et al. 2020,
@@ -83,6 +89,7 @@ def contrastive_loss(
             reduction=reduction,
             memory=memory,
             group=group,
+            exchange=exchange,
             ids=ids,
             positives=positives,
             label_smoothing=label_smoothing,
@@ -95,6 +102,7 @@ def contrastive_loss(
         images, texts, scale = check_pairs(images, texts, logit_scale)
         work_bytes(memory)
         bias = None if logit_bias is None else scalar("logit_bias", logit_bias, images)
+        travels = by_ring(exchange, place, texts)
     except (TypeError, ValueError) as error:
         if place is not None:
             distributed.refuse(place, error)
@@ -105,7 +113,7 @@ def contrastive_loss(
             return in_float(losses, images)
         return in_float(losses.mean() if reduction == "mean" else losses.sum(), images)
     terms = f"contrastive_loss(similarity={similarity!r}, reduction={reduction!r})"
-    losses = sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world, terms)
+    losses = sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world, terms, travels)
     losses = without_gradient(losses, bias)
     if reduction == "none":
         # The factor 1 / W is that of a mean over ranks; pairs on their own need none.
@@ -121,6 +129,7 @@ def sigmoid_loss(
     logit_bias: Tensor | float,
     *,
     group: Any = None,
+    exchange: str = "auto",
     ids: Any = None,
     positives: str = "sum",
 ) -> Tensor:
@@ -133,7 +142,7 @@ def sigmoid_loss(
         texts: (N, D), the same dtype.
         logit_scale: s, one element.
         logit_bias: one element.
-        group: as for `contrastive_loss`.
+        group, exchange: as for `contrastive_loss`.
         ids: (N,) integers, or a pair of such for images (N,) and texts (M,), which may then differ in number: z = +1
             for all pairs of equal ids, and for no others.
         positives: with ids, "sum", or "mean": a positive pair counts (1 / k_i + 1 / k_j) / 2, with k the numbers of
@@ -153,17 +162,18 @@ def sigmoid_loss(
     """
     if ids is not None or positives != "sum":
         return multiple_positives_sigmoid(
-            images, texts, logit_scale, logit_bias, group=group, ids=ids, positives=positives
+            images, texts, logit_scale, logit_bias, group=group, exchange=exchange, ids=ids, positives=positives
         )
     place = None if group is None or group is False else distributed.shard(group)
     try:
         images, texts, scale = check_pairs(images, texts, logit_scale)
         bias = scalar("logit_bias", logit_bias, images)
+        travels = by_ring(exchange, place, texts)
     except (TypeError, ValueError) as error:
         if place is not None:
             distributed.refuse(place, error)
         raise
     if place is None:
         return in_float(sigmoid_rows(images, texts, scale, bias, 0) / images.shape[0], images)
-    loss = sharded_sigmoid(images, texts, scale, bias, place, 1 / place.world, "sigmoid_loss")
+    loss = sharded_sigmoid(images, texts, scale, bias, place, 1 / place.world, "sigmoid_loss", travels)
     return in_float(distributed.mean_value(loss, place), images)

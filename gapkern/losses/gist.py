@@ -8,7 +8,7 @@ from torch import Tensor
 from gapkern import _check
 from gapkern.losses import pairs
 from gapkern.losses.inputs import embeddings
-from gapkern.ops import contrastive
+from gapkern.losses.spread import Spread
 
 
 def gist_loss(
@@ -27,6 +27,7 @@ def gist_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     group: Any = None,
+    exchange: str = "auto",
 ) -> Tensor:
     """InfoNCE whose false negatives a guide finds (GISTEmbed, Solatorio 2024, Eq. 3-4).
 
@@ -43,7 +44,7 @@ def gist_loss(
         margin: how far below the pair's own similarity a negative must lie.
         margin_strategy: "absolute" or "relative".
         contrast_queries, contrast_documents: whether queries, or documents, are each other's negatives.
-        weights, reduction, group: as for `contrastive_loss`.
+        weights, reduction, group, exchange: as for `contrastive_loss`.
 
     Raises:
         ValueError, TypeError: shapes and dtypes that do not match, or an unknown option.
@@ -53,7 +54,7 @@ def gist_loss(
         >>> round(float(gist_loss(x, x, 1.0, x, x, contrast_queries=False, contrast_documents=False)), 4)
         0.5514
     """
-    batch = pairs.Batch(group)
+    batch = pairs.Batch(group, exchange)
     try:
         _check.choice("reduction", reduction, pairs.REDUCTIONS)
         _check.choice("margin_strategy", margin_strategy, ("absolute", "relative"))
@@ -82,20 +83,20 @@ def gist_loss(
     guide_q, guide_d = guide_q.detach().to(work), guide_d.detach().to(work)
     own = pairs.own_products(guide_q, guide_d)
     limit = own - (margin if margin_strategy == "absolute" else margin * own.abs())
-    all_d, all_guide_d = batch.everyone(d), batch.constant(guide_d)
-    first = batch.first(q)
-    blocks = [(q, all_d, guide_q, all_guide_d, "counted")]
+    all_d = batch.spread(d)
+    blocks = [(q, all_d, guide_q, guide_d, "counted")]
     if contrast_queries:
-        blocks.append((q, batch.everyone(q), guide_q, batch.constant(guide_q), "left_out"))
+        blocks.append((q, batch.spread(q), guide_q, guide_q, "left_out"))
     if contrast_documents:
-        blocks.append((d, all_d, guide_d, all_guide_d, "left_out"))
-    if negatives is not None and guide_negatives is not None:
-        blocks.append((q, batch.feature(negatives), guide_q, guide_negatives.to(work), "none"))
+        blocks.append((d, all_d, guide_d, guide_d, "left_out"))
     found = [
-        contrastive.masked_lse(
-            x, y, scale, guide_x=u, guide_y=v, guide_row_limit=limit, label=label, label_offset=first
-        )
-        for x, y, u, v, label in blocks
+        rows.masked_lse(x, scale, guide_x=u, guide_y=v, guide_row_limit=limit, label=label)
+        for x, rows, u, v, label in blocks
     ]
+    if negatives is not None and guide_negatives is not None:
+        guide = guide_negatives.detach().to(work)
+        rows = Spread(batch.feature(negatives), None)  # each rank's own
+        options = {"guide_x": guide_q, "guide_row_limit": limit}
+        found.append(rows.masked_lse(q, scale, guide_y=guide, label="none", **options))
     losses = pairs.surprise(found[0].label, [classes.row_negative for classes in found])
     return batch.reduce(losses, weights, reduction, like)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gapkern import _check
 from gapkern.losses import pairs
 from gapkern.losses.inputs import embeddings
-from gapkern.ops import autocast, contrastive
+from gapkern.ops import autocast
 
 
 class Matryoshka(torch.nn.Module):
@@ -73,13 +73,13 @@ class Matryoshka(torch.nn.Module):
         return found
 
 
-def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = None) -> Tensor:
+def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = None, exchange: str = "auto") -> Tensor:
     """log of the mean of exp(-t ||x_i - x_j||^2) over pairs i != j (Wang and Isola 2020, Eq. 8), in linear memory.
 
     Args:
         features: (N, D), N >= 2, float32, float16, bfloat16 or float64.
         t: one element.
-        group: as for `contrastive_loss`.
+        group, exchange: as for `contrastive_loss`.
 
     Returns:
         0-d, in float32 (float64 for float64 inputs).
@@ -91,7 +91,7 @@ def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = N
         >>> round(float(uniformity_loss(torch.eye(3))), 4)
         -4.0
     """
-    batch = pairs.Batch(group)
+    batch = pairs.Batch(group, exchange)
     try:
         x = embeddings("features", features)
         x = x.to(autocast.dtype_of(x))
@@ -105,9 +105,7 @@ def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = N
     like, n = x, len(x) * world
     batch.enter("uniformity_loss", {"t": scale}, features=x)
     x, scale = batch.feature(x), batch.scalar(scale)
-    found = contrastive.masked_lse(
-        x, batch.everyone(x), scale, similarity="sqeuclidean", label_offset=batch.first(x), label="left_out"
-    )
+    found = batch.spread(x).masked_lse(x, scale, similarity="sqeuclidean", label="left_out")
     total = batch.merged(pairs.log_sum(found.row_negative[None], 1))
     mean = total - torch.log(torch.full_like(total, float(n) * (n - 1)))
     return batch.reduce(mean, None, "mean", like)

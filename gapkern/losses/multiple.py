@@ -1,12 +1,13 @@
 """Several positives for a row: contrastive_loss and sigmoid_loss with ids, label smoothing and weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern.losses import pairs, steps
+from gapkern.losses import pairs, ring, spread, steps
 from gapkern.ops import contrastive
 
 
@@ -20,13 +21,14 @@ def multiple_positives_loss(
     reduction: str,
     memory: str | int,
     group: Any,
+    exchange: str,
     ids: Any,
     positives: str,
     label_smoothing: Any,
     weights: Any,
 ) -> Tensor:
     """See `gapkern.contrastive_loss`."""
-    batch = pairs.Batch(group)
+    batch = pairs.Batch(group, exchange)
     try:
         _check.choice("reduction", reduction, pairs.REDUCTIONS)
         _check.choice("similarity", similarity, ("dot", "sqeuclidean"))
@@ -39,6 +41,8 @@ def multiple_positives_loss(
             raise ValueError("label_smoothing: expected 0 with positives='in', whose target is no distribution")
         weights = pairs.check_weights(weights, images)
         two_ids = pairs.pair_of_ids(ids, images, texts)
+        if memory == "keep" and (smoothing or two_ids is not None):
+            raise ValueError("memory: expected 'auto', 'recompute' or a number with ids or label_smoothing, got 'keep'")
     except (TypeError, ValueError) as error:
         batch.refuse(error)
         raise
@@ -49,7 +53,9 @@ def multiple_positives_loss(
             losses = steps.pair_losses(images, texts, scale, similarity, memory)
         else:
             place = batch.place
-            losses = steps.sharded_losses(images, texts, scale, similarity, memory, place, 1 / place.world, terms)
+            losses = steps.sharded_losses(
+                images, texts, scale, similarity, memory, place, 1 / place.world, terms, batch.travels
+            )
     else:
         x, y, scale = batch.feature(images), batch.feature(texts), batch.scalar(scale)
         losses = _both_ways(batch, x, y, scale, two_ids, positives, smoothing, similarity)
@@ -66,14 +72,14 @@ def _both_ways(
     smoothing: float,
     similarity: str,
 ) -> Tensor:
-    first, n = batch.first(x), len(x)
-    all_x, all_y = batch.everyone(x), batch.everyone(y)
-    own = slice(first, first + n)
+    n = len(x)
+    all_y, all_x = batch.spread(y), batch.spread(x)
+    own = slice(all_x.first, all_x.first + n)
     options: dict[str, Any] = {}
     if two_ids is not None:
         row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in two_ids))
         options = {"row_ids": row_ids[own], "col_ids": col_ids, "equal": "positive"}
-    found = contrastive.masked_lse(x, all_y, scale, similarity=similarity, label_offset=first, **options)
+    found = all_y.masked_lse(x, scale, similarity=similarity, **options)
     s = scale.reshape(()).double()
     total = torch.zeros_like(found.label)
     sides = (
@@ -88,7 +94,7 @@ def _both_ways(
             mine_ids, other_ids = (row_ids[own], col_ids) if side == 0 else (col_ids[own], row_ids)
             together = torch.logaddexp(found.label, positive)
             total = total + pairs.surprise(together, [negative])
-            sums, counts = pairs.class_sums(other_ids, others, mine_ids)
+            sums, counts = others.class_sums(other_ids, mine_ids)
             partner_counts = (other_ids[own] == mine_ids).double()  # whether the label is among the equal ids
             rest = counts - partner_counts
             sums = sums - partner.to(sums.dtype) * partner_counts[:, None].to(sums.dtype)
@@ -97,15 +103,14 @@ def _both_ways(
             else:
                 squares = torch.zeros((), dtype=torch.float64, device=x.device)
                 if similarity == "sqeuclidean":
-                    squares, _ = pairs.class_sums(other_ids, _norms(others)[:, None], mine_ids)
-                    squares = squares[:, 0] - _norms(partner) * partner_counts
+                    squares, _ = others.map(_norms).class_sums(other_ids, mine_ids)
+                    squares = squares[:, 0] - _norms(partner)[:, 0] * partner_counts
                 mean = (found.label + s * _sum_t(mine, sums, rest, squares, similarity)) / (1 + rest)
                 # One positive alone: both are its logit.
                 total = total + torch.where(rest > 0, together - mean, torch.zeros_like(mean))
         if smoothing:
-            work = torch.float64 if others.dtype == torch.float64 else torch.float32
-            sums = others.sum(0, dtype=work).expand(n, -1)
-            squares = _norms(others).sum() if similarity == "sqeuclidean" else s.new_zeros(())
+            sums = others.total().expand(n, -1)
+            squares = others.map(_norms).total()[0] if similarity == "sqeuclidean" else s.new_zeros(())
             number = torch.full_like(mean, float(len(others)))
             everything = _sum_t(mine, sums, number, squares, similarity) / len(others)
             total = total + smoothing * (mean - s * everything)
@@ -113,21 +118,21 @@ def _both_ways(
 
 
 def _norms(x: Tensor) -> Tensor:
-    return x.double().square().sum(1)
+    return x.double().square().sum(1, keepdim=True)
 
 
 def _sum_t(x: Tensor, sums: Tensor, counts: Tensor, squares: Tensor, similarity: str) -> Tensor:
     """The sum of t(x_i, .) over `counts` vectors, of their sum and the sum of their squared norms."""
     if similarity == "dot":
         return pairs.own_products(x, sums)
-    return 2 * pairs.own_products(x.double(), sums) - counts * _norms(x) - squares
+    return 2 * pairs.own_products(x.double(), sums) - counts * _norms(x)[:, 0] - squares
 
 
 def multiple_positives_sigmoid(
-    images: Any, texts: Any, logit_scale: Any, logit_bias: Any, *, group: Any, ids: Any, positives: str
+    images: Any, texts: Any, logit_scale: Any, logit_bias: Any, *, group: Any, exchange: str, ids: Any, positives: str
 ) -> Tensor:
     """See `gapkern.sigmoid_loss`."""
-    batch = pairs.Batch(group)
+    batch = pairs.Batch(group, exchange)
     try:
         _check.choice("positives", positives, ("sum", "mean"))
         if ids is None:
@@ -142,7 +147,7 @@ def multiple_positives_sigmoid(
     scalars = {"logit_scale": scale, "logit_bias": bias}
     batch.enter(f"sigmoid_loss({positives!r}, ids)", scalars, images=images, texts=texts)
     x, y, s, b = batch.feature(images), batch.feature(texts), batch.scalar(scale), batch.scalar(bias)
-    everyone = batch.everyone(y)
+    everyone = batch.spread(y)
     row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in found))
     row_weights, col_weights = (
         torch.full(t.shape, 0.5, dtype=torch.float64, device=x.device) for t in (row_ids, col_ids)
@@ -153,5 +158,29 @@ def multiple_positives_sigmoid(
             for w, mine, other in ((row_weights, row_ids, col_ids), (col_weights, col_ids, row_ids))
         )
     own = slice(batch.first(x), batch.first(x) + len(x))
-    total = contrastive.masked_sigmoid_sum(x, everyone, s, b, row_ids[own], col_ids, row_weights[own], col_weights)
+    total = _sigmoid_sum(everyone, x, s, b, row_ids[own], col_ids, row_weights[own], col_weights)
     return batch.reduce((total / len(x)).reshape(1), None, "mean", images)
+
+
+def _sigmoid_sum(
+    everyone: spread.Spread,
+    x: Tensor,
+    s: Tensor,
+    b: Tensor,
+    row_ids: Tensor,
+    col_ids: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """`contrastive.masked_sigmoid_sum` of x against the rows of all ranks; `rows`, `columns`: weights."""
+    if not everyone.travels:
+        return contrastive.masked_sigmoid_sum(x, everyone.everyone(), s, b, row_ids, col_ids, rows, columns)
+    m = len(everyone.mine)
+
+    def block(owner: int, visitors: Sequence[Tensor], x: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor]:
+        part = slice(owner * m, (owner + 1) * m)
+        return (contrastive.masked_sigmoid_sum(x, visitors[0], s, b, row_ids, col_ids[part], rows, columns[part]),)
+
+    assert everyone.place is not None
+    job = ring.Visit(everyone.place, block, ("sum",), again=True)
+    return ring.visit(job, [everyone.mine], (x, s, b))[0]

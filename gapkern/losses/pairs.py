@@ -9,7 +9,8 @@ from torch import Tensor
 from gapkern import _check
 from gapkern.losses import distributed
 from gapkern.losses.inputs import check_pairs, embeddings, scalar
-from gapkern.losses.steps import in_float, wanted
+from gapkern.losses.spread import Spread, by_ring, class_sums, dense
+from gapkern.losses.steps import IN_A_RING, in_float, wanted
 from gapkern.ops import autocast
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -45,17 +46,6 @@ def pair_of_ids(ids: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
     if y.shape[0] != x.shape[0]:
         raise ValueError(f"ids: expected two vectors, ({x.shape[0]},) and ({y.shape[0]},), got one")
     return row, row
-
-
-def dense(*ids: Tensor) -> tuple[Tensor, ...]:
-    """The same partition in small numbers, below the number of all ids: exact in float32 up to 2^24 of them.
-
-    Example:
-        >>> dense(torch.tensor([7, -3]), torch.tensor([7, 7, 10**12]))
-        (tensor([1, 0]), tensor([1, 1, 4]))
-    """
-    ordered = torch.cat(ids).sort().values
-    return tuple(torch.searchsorted(ordered, part) for part in ids)
 
 
 def check_weights(weights: Any, x: Tensor) -> Tensor | None:
@@ -111,22 +101,17 @@ def own_products(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(work) * y.to(work)).sum(1, dtype=torch.float64)
 
 
-def class_sums(ids: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of `rows`, ids of rows: the sum of y (M, D) over equal ids, and their number."""
-    ids, rows = dense(ids, rows)
-    work = torch.float64 if y.dtype == torch.float64 else torch.float32
-    size = len(ids) + len(rows)
-    sums = torch.zeros(size, y.shape[1], dtype=work, device=y.device).index_add(0, ids, y.to(work))
-    counts = torch.zeros(size, dtype=torch.float64, device=y.device)
-    counts = counts.index_add(0, ids, counts.new_ones(len(ids)))
-    return sums[rows], counts[rows]
-
-
 class Batch:
     """A batch on one process, or spread over ranks: what is whole, where its rows lie, and how losses are reduced."""
 
-    def __init__(self, group: Any):
+    def __init__(self, group: Any, exchange: str):
         self.place = None if group is None or group is False else distributed.shard(group)
+        self.exchange, self.terms, self.travels, self._agreed = exchange, "", False, True
+        try:
+            by_ring(exchange, None)
+        except ValueError as error:
+            self.refuse(error)
+            raise
 
     def refuse(self, error: Exception) -> None:
         if self.place is not None:
@@ -134,7 +119,14 @@ class Batch:
 
     def enter(self, terms: str, scalars: dict[str, Tensor], **features: Tensor | None) -> None:
         """Says what this rank is about to do, and fixes the factors of gradients; `features` and `scalars` by name."""
-        self.terms = wanted(terms, **{k: v for k, v in {**features, **scalars}.items() if v is not None})
+        self.travels = by_ring(self.exchange, self.place, *features.values())
+        given = {k: v for k, v in {**features, **scalars}.items() if v is not None}
+        self.terms = wanted(terms + IN_A_RING if self.travels else terms, **given)
+        if self.travels and self.place is not None:
+            first = next(iter(given.values()))
+            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in given.items() if v.dim() and v.shape != first.shape)
+            distributed.agree(first, self.place, f"{self.terms}: {shapes}")
+        self._agreed = self.travels or self.place is None
 
     def feature(self, x: Tensor) -> Tensor:
         return x if self.place is None else distributed.scale_gradient(x, 1 / self.place.world)
@@ -142,9 +134,13 @@ class Batch:
     def scalar(self, s: Tensor) -> Tensor:
         return s if self.place is None else distributed.mean_gradient(s, self.place)
 
-    def everyone(self, x: Tensor) -> Tensor:
-        """Rows of all ranks, with gradients."""
-        return x if self.place is None else distributed.gather(x, self.place, self.terms)
+    def spread(self, x: Tensor) -> Spread:
+        """This rank's rows as a part of all ranks', with gradients. The first gather is at once: ranks agree there."""
+        found = Spread(x, self.place, self.terms, self.travels)
+        if not self._agreed:
+            found.everyone()
+            self._agreed = True
+        return found
 
     def constant(self, x: Tensor) -> Tensor:
         """Rows of all ranks, without."""

@@ -1,16 +1,19 @@
 """What the pairs' losses are made of: rows of the logits on one process, and on a rank within the whole batch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern.losses import distributed
+from gapkern.losses import distributed, ring
 from gapkern.ops import contrastive
 from gapkern.ops.precision import matmul_precision
 
 # memory="auto" lets the forward pass keep this much for the backward pass, which then forms the logits once less.
 AUTO_BYTES = 256 * 2**20
 ALL_BYTES = 2**62
+IN_A_RING = ", in a ring"
 
 
 def work_bytes(memory: str | int) -> int:
@@ -61,8 +64,9 @@ def sharded_losses(
     place: distributed.Shard,
     factor: float,
     terms: str,
+    travels: bool = False,
 ) -> Tensor:
-    """(n,) float64 losses of this rank's pairs within the whole batch.
+    """(n,) float64 losses of this rank's pairs within the whole batch; texts are gathered, or travel.
 
     `factor` multiplies the gradients of images and texts; 1 is that of the sum of all ranks' means.
     """
@@ -70,8 +74,18 @@ def sharded_losses(
     own = own_rows(texts, place)
     images, texts = (distributed.scale_gradient(t, factor) for t in (images, texts))
     scale = distributed.mean_gradient(scale, place)
-    everyone = distributed.gather(texts, place, terms)
-    row, partial, positive = log_sum_exps(images, everyone, scale, similarity, memory, own.start)
+    if travels:
+        distributed.agree(texts, place, terms + IN_A_RING)
+        part = work_bytes(memory) // place.world
+
+        def block(owner: int, visitors: Sequence[Tensor], images: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+            return log_sum_exps(images, visitors[0], scale, similarity, part, 0)
+
+        job = ring.Visit(place, block, ("lse", "columns", "own"))
+        row, partial, positive = ring.visit(job, [texts], (images, scale))
+    else:
+        everyone = distributed.gather(texts, place, terms)
+        row, partial, positive = log_sum_exps(images, everyone, scale, similarity, memory, own.start)
     return (row + distributed.merge_columns(partial, place)[own]) / 2 - positive
 
 
@@ -81,14 +95,30 @@ def sigmoid_rows(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, lab
 
 
 def sharded_sigmoid(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, place: distributed.Shard, factor: float, terms: str
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    place: distributed.Shard,
+    factor: float,
+    terms: str,
+    travels: bool = False,
 ) -> Tensor:
     """0-d float64: this rank's rows against all texts, over its number of pairs."""
     terms = wanted(terms, images=images, texts=texts, logit_scale=scale, logit_bias=bias)
     images, texts = (distributed.scale_gradient(t, factor) for t in (images, texts))
     scale, bias = (distributed.mean_gradient(t, place) for t in (scale, bias))
-    everyone = distributed.gather(texts, place, terms)
-    return sigmoid_rows(images, everyone, scale, bias, place.rank * texts.shape[0]) / images.shape[0]
+    if not travels:
+        everyone = distributed.gather(texts, place, terms)
+        return sigmoid_rows(images, everyone, scale, bias, place.rank * texts.shape[0]) / images.shape[0]
+
+    def block(owner: int, visitors: Sequence[Tensor], images: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+        return (sigmoid_rows(images, visitors[0], scale, bias, 0 if owner == place.rank else texts.shape[0]),)
+
+    distributed.agree(texts, place, terms + IN_A_RING)
+    job = ring.Visit(place, block, ("sum",), again=True)
+    (total,) = ring.visit(job, [texts], (images, scale, bias))
+    return total / images.shape[0]
 
 
 def without_gradient(losses: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from gapkern import _check
 from gapkern.losses import pairs
 from gapkern.losses.inputs import embeddings
-from gapkern.ops import autocast, contrastive
+from gapkern.ops import autocast
 
 
 def supcon_loss(
@@ -20,6 +20,7 @@ def supcon_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     group: Any = None,
+    exchange: str = "auto",
 ) -> Tensor:
     """The supervised contrastive loss (SupCon, Khosla et al. 2020, Eq. 2): rows of one label belong together.
 
@@ -33,7 +34,7 @@ def supcon_loss(
         positives: "out" (Eq. 2), or "in", the mean inside of the logarithm (Eq. 3).
         weights: (N,) of the anchors; "mean" is weighted by them.
         reduction: "mean", "sum", or "none" for (N,), 0 at anchors without positives.
-        group: as for `contrastive_loss`.
+        group, exchange: as for `contrastive_loss`.
 
     Raises:
         ValueError, TypeError: shapes and dtypes that do not match, or an unknown option.
@@ -43,7 +44,7 @@ def supcon_loss(
         >>> round(float(supcon_loss(x, torch.tensor([0, 0, 1, 1]), 1.0)), 4)
         1.0986
     """
-    batch = pairs.Batch(group)
+    batch = pairs.Batch(group, exchange)
     try:
         _check.choice("reduction", reduction, pairs.REDUCTIONS)
         _check.choice("positives", positives, ("out", "in"))
@@ -58,14 +59,11 @@ def supcon_loss(
     like = x
     batch.enter(f"supcon_loss({positives!r}, {reduction!r})", {"logit_scale": scale}, features=x)
     x, scale = batch.feature(x), batch.scalar(scale)
-    everyone = batch.everyone(x)
+    everyone = batch.spread(x)
     (all_ids,) = pairs.dense(batch.constant(ids))
-    first = batch.first(x)
-    ids = all_ids[first : first + len(x)]
-    found = contrastive.masked_lse(
-        x, everyone, scale, row_ids=ids, col_ids=all_ids, equal="positive", label_offset=first, label="left_out"
-    )
-    sums, counts = pairs.class_sums(all_ids, everyone, ids)
+    ids = all_ids[everyone.first : everyone.first + len(x)]
+    found = everyone.masked_lse(x, scale, row_ids=ids, col_ids=all_ids, equal="positive", label="left_out")
+    sums, counts = everyone.class_sums(all_ids, ids)
     others = counts - 1
     there = others > 0
     positive = torch.where(there, found.row_positive, torch.zeros_like(found.row_positive))
@@ -88,6 +86,7 @@ def mil_nce_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     group: Any = None,
+    exchange: str = "auto",
 ) -> Tensor:
     """MIL-NCE (Miech et al. 2020, Eq. 1): any of K candidate texts may be a video's.
 
@@ -98,7 +97,7 @@ def mil_nce_loss(
         videos: (N, D) float32, float16, bfloat16 or float64.
         texts: (N, K, D), the same dtype.
         logit_scale: s, one element.
-        weights, reduction, group: as for `contrastive_loss`.
+        weights, reduction, group, exchange: as for `contrastive_loss`.
 
     Raises:
         ValueError, TypeError: shapes and dtypes that do not match, or an unknown option.
@@ -108,7 +107,7 @@ def mil_nce_loss(
         >>> round(float(mil_nce_loss(x, x[:, None].repeat(1, 2, 1), 1.0)), 4)
         0.9048
     """
-    batch = pairs.Batch(group)
+    batch = pairs.Batch(group, exchange)
     try:
         _check.choice("reduction", reduction, pairs.REDUCTIONS)
         x = embeddings("videos", videos)
@@ -126,10 +125,10 @@ def mil_nce_loss(
     like = x
     batch.enter(f"mil_nce_loss({candidates}, {reduction!r})", {"logit_scale": scale}, videos=x, texts=y)
     x, y, scale = batch.feature(x), batch.feature(y), batch.scalar(scale)
-    everyone = batch.everyone(y)
+    everyone = batch.spread(y)
     owners = torch.arange(len(everyone), device=x.device) // candidates
     ids = torch.arange(len(x), device=x.device) + batch.first(x)
-    found = contrastive.masked_lse(x, everyone, scale, row_ids=ids, col_ids=owners, equal="positive", label="none")
+    found = everyone.masked_lse(x, scale, row_ids=ids, col_ids=owners, equal="positive", label="none")
     of_texts = pairs.log_sum(batch.columns(found.col_negative, y).unflatten(0, (len(x), candidates)), 1)
     losses = pairs.surprise(found.row_positive, [found.row_negative, of_texts])
     return batch.reduce(losses, weights, reduction, like)

@@ -1,0 +1,158 @@
+"""Rows that lie on one process or are spread over ranks: brought together, or visited around a ring."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gapkern import _check
+from gapkern.losses import distributed, ring
+from gapkern.ops import contrastive
+
+EXCHANGES = ("auto", "gather", "ring")
+# "auto" gathers while everyone's rows and their gradients, of the widest of the tensors, fit into this.
+GATHERED_BYTES = 2**31
+
+
+def by_ring(exchange: str, place: distributed.Shard | None, *tensors: Tensor | None) -> bool:
+    """Whether rows travel; every rank finds the same, since their tensors have one shape.
+
+    Raises:
+        ValueError: an unknown exchange.
+    """
+    _check.choice("exchange", exchange, EXCHANGES)
+    if place is None or place.world == 1 or exchange == "gather":
+        return False
+    if exchange == "ring":
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return 2 * place.world * max(t.numel() * t.itemsize for t in tensors if t is not None) > GATHERED_BYTES
+
+
+class Spread:
+    """(n, D) rows of every rank, N = W n in all.
+
+    Args:
+        mine: this rank's.
+        place: the rank; None where there is one process.
+        terms: see `distributed.gather`.
+        travels: whether rows are visited; they are gathered else, at first use and once.
+    """
+
+    def __init__(self, mine: Tensor, place: distributed.Shard | None, terms: str = "", travels: bool = False):
+        self.mine, self.place, self.terms, self.travels = mine, place, terms, travels
+        self._everyone: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.mine.shape[0] * (1 if self.place is None else self.place.world)
+
+    @property
+    def first(self) -> int:
+        """Where this rank's rows begin."""
+        return 0 if self.place is None else self.place.rank * self.mine.shape[0]
+
+    def everyone(self) -> Tensor:
+        """(N, D), with gradients."""
+        if self._everyone is None:
+            place = self.place
+            self._everyone = self.mine if place is None else distributed.gather(self.mine, place, self.terms)
+        return self._everyone
+
+    def _block(self, value: Tensor | None, owner: int) -> Tensor | None:
+        """An owner's part of a value for each of the N rows."""
+        n = self.mine.shape[0]
+        return None if value is None else value[owner * n : (owner + 1) * n]
+
+    def masked_lse(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        *,
+        col_ids: Tensor | None = None,
+        col_limit: Tensor | None = None,
+        guide_y: Tensor | None = None,
+        label: str = "counted",
+        **options: Any,
+    ) -> contrastive.Classes:
+        """`contrastive.masked_lse` of x (n, D) against the N rows.
+
+        Args:
+            x, scale, options: this rank's.
+            col_ids, col_limit: of all N rows.
+            guide_y: of this rank's rows.
+            label: row i of x belongs to row i of this rank's.
+
+        Returns:
+            Columns: the sums over this rank's x, (N,).
+        """
+        if not self.travels:
+            if guide_y is not None and self.place is not None:
+                guide_y = distributed.stack(guide_y, self.place).flatten(0, 1)
+            options |= {"col_ids": col_ids, "col_limit": col_limit, "guide_y": guide_y, "label": label}
+            return contrastive.masked_lse(x, self.everyone(), scale, label_offset=self.first, **options)
+        assert self.place is not None
+        rank = self.place.rank
+
+        def block(owner: int, visitors: Any, x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+            found = contrastive.masked_lse(
+                x,
+                visitors[0],
+                scale,
+                col_ids=self._block(col_ids, owner),
+                col_limit=self._block(col_limit, owner),
+                guide_y=None if guide_y is None else visitors[1],
+                label=label if owner == rank else "none",
+                **options,
+            )
+            return tuple(found)
+
+        visitors = [self.mine] if guide_y is None else [self.mine, guide_y.detach()]
+        job = ring.Visit(self.place, block, ("lse", "columns", "lse", "columns", "own"))
+        return contrastive.Classes(*ring.visit(job, visitors, (x, scale)))
+
+    def class_sums(self, ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        """For each of the ids `of`: the sum (., D) of the rows whose `ids` (N,) are equal, and their number."""
+        if not self.travels:
+            return class_sums(ids, self.everyone(), of)
+        assert self.place is not None
+
+        def block(owner: int, visitors: Any) -> tuple[Tensor, ...]:
+            return class_sums(ids[owner * len(self.mine) : (owner + 1) * len(self.mine)], visitors[0], of)
+
+        total, count = ring.visit(ring.Visit(self.place, block, ("sum", "sum")), [self.mine], ())
+        return total, count
+
+    def total(self) -> Tensor:
+        """(D,) the sum of all rows, in float32 at least."""
+        work = torch.float64 if self.mine.dtype == torch.float64 else torch.float32
+        if not self.travels:
+            return self.everyone().sum(0, dtype=work)
+        assert self.place is not None
+        return distributed.sum_columns(self.mine.sum(0, dtype=work), self.place)
+
+    def map(self, function: Any) -> "Spread":
+        """The rows that `function` makes of each rank's."""
+        return Spread(function(self.mine), self.place, self.terms, self.travels)
+
+
+def dense(*ids: Tensor) -> tuple[Tensor, ...]:
+    """The same partition in small numbers, below the number of all ids: exact in float32 up to 2^24 of them.
+
+    Example:
+        >>> dense(torch.tensor([7, -3]), torch.tensor([7, 7, 10**12]))
+        (tensor([1, 0]), tensor([1, 1, 4]))
+    """
+    ordered = torch.cat(ids).sort().values
+    return tuple(torch.searchsorted(ordered, part) for part in ids)
+
+
+def class_sums(ids: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of `rows`, ids of rows: the sum of y (M, D) over equal ids, and their number."""
+    ids, rows = dense(ids, rows)
+    work = torch.float64 if y.dtype == torch.float64 else torch.float32
+    size = len(ids) + len(rows)
+    sums = torch.zeros(size, y.shape[1], dtype=work, device=y.device).index_add(0, ids, y.to(work))
+    counts = torch.zeros(size, dtype=torch.float64, device=y.device)
+    counts = counts.index_add(0, ids, counts.new_ones(len(ids)))
+    return sums[rows], counts[rows]
