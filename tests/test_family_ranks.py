@@ -168,6 +168,21 @@ def half_precision_travels(rank, world):
         assert_near(a.detach(), b.detach(), 2e-2)
 
 
+def a_ring_breaks_a_graph_and_is_differentiated_once(rank, world):
+    leaves, _ = whole_batch(world)
+    x, y = (leaves[k][rank * ROWS : (rank + 1) * ROWS].clone().requires_grad_() for k in ("x", "y"))
+
+    def loss(x, y):
+        return 2 * losses.contrastive_loss(x, y, 5.0, group=True, exchange="ring")
+
+    plain, compiled = loss(x, y), torch.compile(loss, backend="eager")(x, y)
+    assert_near(compiled.detach(), plain.detach(), 1e-12)
+    for a, b in zip(torch.autograd.grad(compiled, (x, y)), torch.autograd.grad(plain, (x, y)), strict=True):
+        assert_near(a, b, 1e-12)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss(x, y), x, create_graph=True)
+
+
 def auto_goes_by_memory(rank, world):
     from gapkern.losses import spread
 
@@ -224,5 +239,6 @@ def test_losses_over_ranks(world):
         a_ring_holds_three_ranks_rows,
         half_precision_travels,
         auto_goes_by_memory,
+        a_ring_breaks_a_graph_and_is_differentiated_once,
         cached_synchronises_once,
     )

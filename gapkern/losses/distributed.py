@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from gapkern.losses import agreement
 from gapkern.ops import derivatives
-from gapkern.ops.constant import constant
+from gapkern.ops.constant import constant, eager
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def _place(group: Any) -> tuple[str, int, int]:
     return group.group_name, dist.get_rank(group), dist.get_world_size(group)
 
 
+@eager
 def agree(x: Tensor, place: Shard, terms: str) -> None:
     """What `gather` does first, for what goes around in a ring.
 

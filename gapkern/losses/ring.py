@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gapkern.losses import distributed
+from gapkern.ops import derivatives
+from gapkern.ops.constant import eager
 
 ROWS, GRADIENTS = 0, 1  # tags of what travels
 
@@ -50,7 +51,7 @@ def visit(job: Visit, visitors: Sequence[Tensor], leaves: Sequence[Tensor]) -> t
     return found
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@eager
 def _visit(job: Visit, visitors: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*visitors, *leaves))
     found: tuple[Tensor, ...] = _Visited.apply(job, len(visitors), wanted, *visitors, *leaves)
@@ -173,8 +174,9 @@ class _Visited(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(derivatives.TWICE)
         job, place, count = ctx.job, ctx.job.place, ctx.count
         tensors = ctx.saved_tensors
         visitors: Sequence[Tensor] = [t.detach().contiguous() for t in tensors[:count]]
