@@ -57,7 +57,7 @@ NAMES = {
         "robustness_curve",
     ],
     "gapkern.embeddings": ["Embeddings", "RankLost", "embed", "manifest", "model_of", "verify", "write_folder"],
-    "gapkern.models": ["Model", "load", "zero_shot_classifier"],
+    "gapkern.models": ["Model", "batch", "load", "zero_shot_classifier"],
     "gapkern.gap": [
         "BASELINES",
         "MeanShift",

@@ -14,12 +14,16 @@ SHOWN = 10  # skipped images that are printed
 def add(verbs: Any) -> None:
     parser = verbs.add_parser(
         "embed",
-        help="embed images and texts with a model of open_clip; verify a folder of embeddings",
+        help="embed images and texts with a model; verify a folder of embeddings",
         description="Embeds images and texts into a folder as clip-retrieval writes it: img_emb, text_emb, metadata "
         "and a manifest with hashes. After an interruption the same command goes on with what is missing. Start it as "
         "`torchrun --nproc_per_node=K -m gapkern embed ...` to use K devices or processes.",
     )
-    parser.add_argument("--model", help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, or a configuration's JSON")
+    parser.add_argument(
+        "--model",
+        help="open_clip's name, local-dir:PATH, hf-hub:ORG/NAME, or a configuration's JSON; "
+        "hf:NAME_OR_FOLDER of transformers, st:NAME_OR_FOLDER of sentence-transformers",
+    )
     parser.add_argument("--pretrained", help="open_clip's tag, or a local checkpoint")
     parser.add_argument("--images", nargs="+", help="a folder of images or of webdataset tars, or tars")
     parser.add_argument("--texts", help="a file of texts, one per line")
@@ -159,6 +163,11 @@ def _show(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         facts = found[kind]
         kept = f" ({facts['rows'] - computed} rows were there already)" if computed < facts["rows"] else ""
         print(f"{kind}: {facts['rows']} x {facts['dims']} {facts['dtype']} in {len(facts['shards'])} shards{kept}")
+        if facts.get("truncated"):
+            print(
+                f"{kind}: {facts['truncated']} of {facts['rows']} texts are longer than the {facts['context']} tokens "
+                f"that the model reads; their ends were left out"
+            )
     for key, reason in list(found.get("skipped", {}).items())[:SHOWN]:
         print(f"skipped: {key}: {reason}")
     if (more := len(found.get("skipped", {})) - SHOWN) > 0:

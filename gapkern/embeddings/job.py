@@ -18,7 +18,7 @@ from gapkern.layout import MANIFEST, PROGRESS
 from gapkern.ranks import RankLost
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-NOTHING: dict[str, Any] = {"shard": None, "metadata": None, "source": "", "told": "", "skipped": {}}
+NOTHING: dict[str, Any] = {"shard": None, "metadata": None, "source": "", "told": "", "skipped": {}, "truncated": 0}
 Tick = Callable[[str, int, int], None]
 
 
@@ -270,6 +270,9 @@ class Job:
             signatures: list[str] = []
             problems: dict[int, str] = {}
             rows = self.spans[shard]
+            longer = None
+            if self.kind == "text_emb":
+                longer = self.model.truncated([self.source.texts[row] for row in rows])
             for first in range(0, len(rows), size):
                 part, signed, wrong = next(encoded)
                 parts += [part] if part is not None else []
@@ -280,7 +283,7 @@ class Job:
             kept = [row for row in rows if row not in problems]
             source = self.source.fingerprint_of(rows, signatures) if signatures else self.source.fingerprint_of(rows)
             skipped = {self.keys[row]: why for row, why in problems.items()}
-            note = {"source": source, "told": self._told_of(kept), "skipped": skipped}
+            note = {"source": source, "told": self._told_of(kept), "skipped": skipped, "truncated": longer}
             computed += self._write(shard, parts, kept, note)
         return computed
 
@@ -362,7 +365,12 @@ class Job:
             "transforms": [],
             "metadata": told if self.facts["has_metadata"] else None,
             "spans": [self._ends(rows) for rows in self.spans],
-            "sources": [{key: note[key] for key in ("source", "told", "skipped")} for note in whole],
+            "sources": [{key: note.get(key) for key in ("source", "told", "skipped", "truncated")} for note in whole],
         }
+        if self.kind == "text_emb":
+            # Not known of a model that does not say, and of shards that an earlier version wrote.
+            longer = [note.get("truncated") for note in whole]
+            facts["context"] = self.model.context
+            facts["truncated"] = None if None in longer else sum(longer)
         manifests.write_manifest(self.folder, entries, first.shape[1], first.dtype, **facts)
         shutil.rmtree(self.notes, ignore_errors=True)

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from gapkern.models import batch
 
 
 @dataclass
@@ -18,25 +21,25 @@ class Batch:
     """Preprocessed images and what happened to the others.
 
     Attributes:
-        images: (B, 3, H, W) of those that could be read, or None.
+        images: those that could be read, as `gapkern.models.batch` puts them together, or None.
         signatures: of all rows.
         problems: why a row could not be read, by its place in the batch.
     """
 
-    images: Tensor | None
+    images: Any
     signatures: list[str] = field(default_factory=list)
     problems: dict[int, str] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
-        self.images = None if self.images is None else self.images.pin_memory()
+        self.images = pytree.tree_map_only(Tensor, lambda t: t.pin_memory(), self.images)
         return self
 
 
-class _Rows(torch.utils.data.Dataset[tuple[str, Tensor | None, str]]):
-    def __init__(self, read: Callable[[int], tuple[str, Any]], preprocess: Callable[[Any], Tensor]):
+class _Rows(torch.utils.data.Dataset[tuple[str, Any, str]]):
+    def __init__(self, read: Callable[[int], tuple[str, Any]], preprocess: Callable[[Any], Any]):
         self.read, self.preprocess = read, preprocess
 
-    def __getitem__(self, i: int) -> tuple[str, Tensor | None, str]:
+    def __getitem__(self, i: int) -> tuple[str, Any, str]:
         try:
             signature, image = self.read(i)
         except (ValueError, OSError) as error:
@@ -44,10 +47,10 @@ class _Rows(torch.utils.data.Dataset[tuple[str, Tensor | None, str]]):
         return signature, self.preprocess(image), ""
 
 
-def _collate(items: list[tuple[str, Tensor | None, str]]) -> Batch:
+def _collate(items: list[tuple[str, Any, str]]) -> Batch:
     images = [image for _, image, _ in items if image is not None]
     problems = {i: problem for i, (_, _, problem) in enumerate(items) if problem}
-    return Batch(torch.stack(images) if images else None, [signature for signature, _, _ in items], problems)
+    return Batch(batch(images) if images else None, [signature for signature, _, _ in items], problems)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Unsigned:
 
 def batches(
     read: Callable[[int], tuple[str, Any]],
-    preprocess: Callable[[Any], Tensor],
+    preprocess: Callable[[Any], Any],
     spans: Sequence[Sequence[int]],
     workers: int = 0,
     *,

@@ -12,9 +12,9 @@ from gapkern import files
 from gapkern.layout import FORMAT, MANIFEST, VERSION
 
 ENTRY = {"name": str, "rows": int, "bytes": int, "sha256": str}
-PARTS: dict[str, dict[str, type]] = {
+PARTS: dict[str, dict[str, Any]] = {
     "metadata": {"name": str, "sha256": str},
-    "sources": {"source": str, "told": str, "skipped": dict},
+    "sources": {"source": str, "told": str, "skipped": dict, "truncated": int | None},
     "transforms": {"name": str},
 }
 FACTS: dict[str, type] = {
@@ -25,6 +25,8 @@ FACTS: dict[str, type] = {
     "spans": list,
     "sources": list,
     "skipped": dict,
+    "context": int,
+    "truncated": int,
 }
 
 

@@ -44,7 +44,7 @@ def embed(
     timeout: float = 86400,
     on_progress: Tick = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Embeds images and texts with a model of open_clip, into a folder as clip-retrieval writes it.
+    """Embeds images and texts with a model, into a folder as clip-retrieval writes it.
 
     Args:
         model, pretrained, device, precision: see `gapkern.models.load`; or a loaded model. Under torchrun each rank
@@ -71,13 +71,14 @@ def embed(
         on_progress: called with a stage, rows done and rows in all, of this rank.
 
     Returns:
-        The manifests by kind; under "computed" the rows that this run computed, on all ranks; under "skipped" the
-        images that were left out and why; the model and device.
+        The manifests by kind (that of text_emb says under "context" how many tokens the model reads, and under
+        "truncated" how many texts are longer); under "computed" the rows that this run computed, on all ranks; under
+        "skipped" the images that were left out and why; the model and device.
 
     Raises:
         ValueError: an argument, an image that cannot be read (by name), captions or class names of other images or
             classes, a folder of another run (with what differs), embeddings that are not finite (with their row).
-        ImportError: open_clip or pyarrow is not installed.
+        ImportError: the model's library or pyarrow is not installed.
         RankLost: another rank is gone.
     """
     from gapkern.ranks import Ranks
@@ -109,6 +110,9 @@ def embed(
             if device == "auto" and torch.cuda.is_available():
                 device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
             model = models.load(model, pretrained, device=device, precision=precision)
+        for modality, given in (("image", pictures), ("text", told), ("text", names)):
+            if given is not None:
+                model.check(modality, "classnames" if given is names else f"{modality}s")
         result: dict[str, Any] = {"model": model.id, "device": str(model.device), "computed": {}}
         facts = {
             "model": model.id,

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gapkern import _check, datasets, prompts
 from gapkern.embeddings import keys, loading
@@ -42,7 +41,7 @@ class Encoder:
     def images(self, image: Callable[[int], Any], count: int) -> Rows:
         """This rank's rows of the embeddings (count, D) of image(0), image(1), ..."""
 
-        def batches(whole: range) -> Iterator[Tensor]:
+        def batches(whole: range) -> Iterator[Any]:
             spans = [whole[first : first + self.batch_size] for first in range(0, len(whole), self.batch_size)]
             for batch in loading.batches(loading.Unsigned(image), self.model.preprocess, spans, self.workers):
                 if batch.problems or batch.images is None:
@@ -69,7 +68,7 @@ class Encoder:
         # At least one batch, which tells a rank without rows how wide they are.
         for batch in batches(range(start, stop) if stop > start else range(min(size, count))):
             parts.append(encode(batch, normalize=False))
-            done += len(batch)
+            done += len(parts[-1])
             self.tick(stage, done, max(stop - start, done))
         values = torch.cat(parts)[mine.start - start : mine.stop - start]
         return Rows(_check.finite(stage, values, mine.start), mine.start, count)
