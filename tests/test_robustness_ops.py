@@ -1,6 +1,7 @@
 """Operators of robustness: the exact integral against SciPy's, nearest rows against float64, CUDA against the CPU."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from gapkern._search import in_tiles, nearest
 from gapkern.reference import robustness as reference
+from tests import warm
 from tests.scenes import cloud
 
 
@@ -73,6 +75,52 @@ def test_chances_under_inner_product_sum_to_one_and_are_shared_by_equals():
     for count in (1, 2, 10, 1000, 20000):
         equal = torch.full((count,), -3.0)
         assert winning_inner(equal, count // 2, 0.7) == pytest.approx(1 / count, rel=2e-3)
+
+
+_LEADS = """
+import torch
+from gapkern.reference.robustness import winning_probability_inner
+from scipy.special import log_ndtr
+import numpy as np
+
+def found(scores, target, deviation=1.0):
+    deviations = torch.tensor([deviation], dtype=torch.float64)
+    return torch.ops.gapkern.robustness_exact_inner(scores[None], torch.tensor([[target]]), deviations).item()
+
+import gapkern.ops
+z = np.linspace(-10, 10, 4001)
+density = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+worst = 0.0
+for rows in (2, 7, 300, 5000, 100_000):
+    for lead in np.linspace(-1, 7, 9) + 0.0123:  # all rivals equally far behind, at a place between two points
+        scores = torch.zeros(rows, dtype=torch.float64)
+        scores[rows // 2] = lead
+        expected = (density * np.exp((rows - 1) * log_ndtr(lead + z))).sum()
+        worst = max(worst, abs(found(scores, rows // 2) - expected))
+generator = np.random.default_rng(0)
+for rows in (5, 17, 33, 400):
+    for spread in (0.1, 1.0, 4.0):
+        scores = torch.from_numpy(spread * generator.standard_normal(rows))
+        for target in (int(scores.argmax()), 0, rows - 1):
+            worst = max(worst, abs(found(scores, target) - winning_probability_inner(scores, target, 1.0, nodes=801)))
+print(worst)
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_the_bound_under_inner_product_holds_for_every_instruction_set(isa):
+    """The contract's 5e-6, where rounding is the same for all rivals and up to its largest gallery."""
+    run = warm.run(_LEADS, env={**os.environ, "GAPKERN_ISA": isa})
+    assert float(run.stdout) < 5e-6
+
+
+def test_rows_far_ahead_or_no_numbers_under_inner_product():
+    scores = torch.linspace(-30.0, 1.0, 77)
+    assert winning_inner(scores, 76, 1e-3) == 1.0
+    assert winning_inner(scores, 0, 1.0) == 0.0
+    assert winning_inner(scores, 76, 1e-310) == 1.0  # a deviation without an inverse is none
+    scores[40] = math.nan
+    assert math.isnan(winning_inner(scores, 76, 0.5))
 
 
 def test_without_noise_the_largest_inner_product_stays():

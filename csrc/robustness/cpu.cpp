@@ -21,7 +21,7 @@ void fill(const Tensor& scores, const Tensor& rows, const Probability& probabili
   const int64_t* target = rows.const_data_ptr<int64_t>();
   double* p = out.mutable_data_ptr<double>();
   parallel_for(0, scores.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(g + 1);
+    std::vector<float> scratch(g + kSpare);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t c = 0; c < t; ++c)
         if (target[i * t + c] >= 0) p[i * t + c] = probability(d + i * g, g, target[i * t + c], i, scratch.data());

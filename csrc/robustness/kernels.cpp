@@ -2,8 +2,10 @@
 #include "robustness/kernels.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "robustness/chi2.h"
+#include "robustness/spread.h"
 
 namespace gapkern::robustness::GAPKERN_ISA {
 namespace {
@@ -118,33 +120,10 @@ void multiply(const float* ahead, int64_t rivals, double lambda, float dims, con
     }
 }
 
-// The weights of a grid's points.
-struct Spread : Grid {
-  alignas(64) double weight[kGridPoints]{};
-  using Grid::Grid;
-
-  void spread(const float* ahead, int64_t rivals) {
-    const double inverse = 1 / step;
-    for (int64_t j = 0; j < rivals; ++j) {
-      const double place = (ahead[j] - first) * inverse;
-      const int64_t i = std::min(std::max<int64_t>(int64_t(place), 2), points - 4);
-      const double t = place - double(i);
-      const double low = (t + 2) * (t + 1), middle = t * (t - 1), high = (t - 2) * (t - 3);
-      double* at = weight + i - 2;
-      at[0] -= (t + 1) * middle * high * (1. / 120);
-      at[1] += (t + 2) * middle * high * (1. / 24);
-      at[2] -= low * (t - 1) * high * (1. / 12);
-      at[3] += low * t * high * (1. / 12);
-      at[4] -= low * middle * (t - 3) * (1. / 24);
-      at[5] += low * middle * (t - 2) * (1. / 120);
-    }
-  }
-};
-
 // What multiply() does, for rivals spread over a grid.
 template <bool near_only>
-void multiply_grid(const Spread& grid, double lambda, float dims, const float* q, const float* excess,
-                   double* product) {
+void multiply_grid(const Grid& grid, const double* weight, double lambda, float dims, const float* q,
+                   const float* excess, double* product) {
   constexpr int width = Vec<float>::size;
   alignas(64) float logs[kNodes];
   alignas(64) double total[kNodes]{};
@@ -153,9 +132,9 @@ void multiply_grid(const Spread& grid, double lambda, float dims, const float* q
     const f32v other = splat<float>(float(lambda + behind));
     for (int at = 0; at < kNodes; at += width)
       store(logs + at, log_survival<near_only>(load(q + at), load(excess + at) - float(behind), other, dims));
-    for (int k = 0; k < kNodes; ++k) total[k] += grid.weight[i] * double(logs[k]);
+    for (int k = 0; k < kNodes; ++k) total[k] += weight[i] * double(logs[k]);
   }
-  for (int k = 0; k < kNodes; ++k) product[k] = std::exp(total[k]);
+  for (int k = 0; k < kNodes; k += Vec<double>::size) store(product + k, exp2(kLog2e * load(total + k)));
 }
 
 template <class T>
@@ -189,14 +168,16 @@ double stays_nearest(const T* squared, int64_t count, int64_t target, double var
     excess32[k] = float(excess[k]);
     product[k] = 1;
   }
-  Spread grid(least, most, deviation(dims, lambda + least));
+  const Grid grid(least, most, deviation(dims, lambda + least));
   const bool gridded = grid.pays(rivals) && lambda + grid.first >= 0;
   const double lowest = gridded ? grid.first : least, highest = gridded ? grid.last() : most;
   const bool near = near_mean(dims + lambda + excess[0], dims, lambda + highest) &&
                     near_mean(dims + lambda + excess[kNodes - 1], dims, lambda + lowest);
   if (gridded) {
-    grid.spread(scratch, rivals);
-    (near ? multiply_grid<true> : multiply_grid<false>)(grid, lambda, float(dims), q32, excess32, product);
+    Spread<kGridPoints> spread;
+    spread.add(scratch, rivals, 1 / grid.step, -grid.first / grid.step, int(grid.points));
+    (near ? multiply_grid<true> : multiply_grid<false>)(grid, spread.weight, lambda, float(dims), q32, excess32,
+                                                        product);
   } else {
     (near ? multiply<true> : multiply<false>)(scratch, rivals, lambda, float(dims), q32, excess32, product);
   }
@@ -205,68 +186,84 @@ double stays_nearest(const T* squared, int64_t count, int64_t target, double var
   return std::min(total, 1.0);
 }
 
-// product[k] *= Phi(ahead[j] + z_k) for each rival j.
-void multiply_normal(const float* ahead, int64_t rivals, double* product) {
-  constexpr int width = Vec<double>::size;
-  int live = 0;  // nodes below it have no chance left
-  for (int64_t j = 0; j < rivals; ++j) {
-    for (int at = live; at < kNodes; at += width) {
-      const f64v x = double(ahead[j]) + load(nodes().z + at);
-      const auto below = x < f64v{};
-      const f64v size = below ? -x : x;
-      const f64v tail = exp2(-0.5 * kLog2e * size * size) * kInverseRoot2Pi * mills(size);
-      store(product + at, load(product + at) * (below ? tail : 1. - tail));
+// log Phi on a lattice that holds the nodes and the points of the leads, so that it is known at every sum of the two.
+struct Lattice {
+  static constexpr double kStep = kReach / (kNormalNodes - 1);  // half the nodes' distance
+  static constexpr int kOrigin = int(kDecided / kStep) + 3;     // the point of no lead
+  static constexpr int kPoints = 2 * kOrigin + 1, kRow = kNormalNodes + kPoints / 2 + 1;
+  alignas(64) double logs[2][kRow];  // [i % 2][k + i / 2]: at node k and point i
+  alignas(64) double weight[kNormalNodes];
+  Lattice() {
+    for (int i = 0; i < 2 * kRow; ++i) {
+      const double x = -kReach + (i - kOrigin) * kStep;
+      const double tail = 0.5 * std::erfc(std::abs(x) * 0.70710678118654752440);
+      logs[i % 2][i / 2] = x < 0 ? std::log(tail) : std::log1p(-tail);
     }
-    if (j % 16 == 15 && live + width < kNodes && *std::max_element(product + live, product + live + width) < 1e-12) {
-      std::fill(product + live, product + live + width, 0.);
-      live += width;
+    double total = 0;
+    for (int k = 0; k < kNormalNodes; ++k) {
+      const double z = -kReach + 2 * k * kStep;
+      total += weight[k] = std::exp(-z * z / 2);
     }
+    for (double& w : weight) w /= total;
   }
+};
+
+// sum over nodes of weight[k] prod_j Phi(ahead[j] + z_k).
+double integral_of_normals(const float* ahead, int64_t rivals) {
+  static const Lattice lattice;
+  constexpr int width = Vec<double>::size, vectors = kNormalNodes / width;
+  Spread<Lattice::kPoints> spread;
+  spread.add(ahead, rivals, 1 / Lattice::kStep, Lattice::kOrigin, Lattice::kPoints);
+  f64v total[vectors]{};
+  for (int i = 0; i < Lattice::kPoints; ++i) {
+    if (spread.weight[i] == 0) continue;
+    const double* logs = lattice.logs[i % 2] + i / 2;
+    for (int k = 0; k < vectors; ++k) total[k] += spread.weight[i] * load(logs + k * width);
+  }
+  f64v chance{};
+  for (int k = 0; k < vectors; ++k) chance += load(lattice.weight + k * width) * exp2(kLog2e * total[k]);
+  return std::min(sum<double>(chance), 1.);
 }
 
-void multiply_normal_grid(const Spread& grid, double* product) {
+// Appends the leads of rows first .. last - 1 that are less than kDecided. Returns whether one of them is as far
+// behind, or no number.
+template <class T>
+bool leads(const T* scores, int64_t first, int64_t last, double own, double inverse, float* out, int64_t* rivals) {
   constexpr int width = Vec<float>::size;
-  alignas(64) float z[kNodes], logs[kNodes];
-  alignas(64) double total[kNodes]{};
-  std::copy(nodes().z, nodes().z + kNodes, z);
-  for (int64_t i = 0; i < grid.points; ++i) {
-    const float ahead = float(grid.first + double(i) * grid.step);
-    for (int at = 0; at < kNodes; at += width) store(logs + at, log_phi(load(z + at) + ahead));
-    for (int k = 0; k < kNodes; ++k) total[k] += grid.weight[i] * double(logs[k]);
+  i32v within = ~i32v{};
+  for (int64_t j = first; j < last; j += width) {
+    float lead[width];
+    const int count = int(std::min<int64_t>(width, last - j));
+    for (int i = count; i < width; ++i) lead[i] = float(kDecided);
+    for (int i = 0; i < count; ++i) lead[i] = float((own - double(scores[j + i])) * inverse);
+    const f32v ahead = load(lead);
+    *rivals += keep_below(ahead, float(kDecided), out + *rivals);
+    within &= ahead > -float(kDecided);
   }
-  for (int k = 0; k < kNodes; ++k) product[k] = std::exp(total[k]);
+  bool beaten = false;
+  for (int i = 0; i < width; ++i) beaten |= within[i] == 0;
+  return beaten;
 }
 
 template <class T>
 double stays_largest(const T* scores, int64_t count, int64_t target, double deviation, float* scratch) {
-  // Without noise on the scores, a tie is decided by none: the target stays where no score is above its own.
   const double own = double(scores[target]), inverse = 1 / deviation;
+  // Without noise on the scores, a tie is decided by none: the target stays where no score is above its own.
+  const bool noisy = inverse <= std::numeric_limits<double>::max();
   int64_t rivals = 0;
-  double least = 0, most = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    if (j == target) continue;
-    const double lead = own - double(scores[j]), ahead = deviation > 0 ? lead * inverse
-                                                         : lead < 0    ? -kDecided
-                                                                       : kDecided;
-    if (ahead >= kDecided) continue;
-    if (ahead <= -kDecided) return 0;
-    scratch[rivals++] = float(ahead);
-    least = std::min(least, ahead);
-    most = std::max(most, ahead);
-  }
-  if (rivals == 0) return 1;
-  alignas(64) double product[kNodes];
-  std::fill(product, product + kNodes, 1.);
-  Spread grid(least, most, 1.);
-  if (grid.pays(rivals)) {
-    grid.spread(scratch, rivals);
-    multiply_normal_grid(grid, product);
+  bool beaten = false;
+  if (noisy) {
+    beaten = leads(scores, 0, target, own, inverse, scratch, &rivals);
+    beaten |= leads(scores, target + 1, count, own, inverse, scratch, &rivals);
   } else {
-    multiply_normal(scratch, rivals, product);
+    for (int64_t j = 0; j < count; ++j) beaten |= !(double(scores[j]) <= own);
   }
-  double total = 0;
-  for (int k = 0; k < kNodes; ++k) total += nodes().weight[k] * product[k];
-  return std::min(total, 1.0);
+  if (beaten) {
+    for (int64_t j = 0; j < count; ++j)
+      if (scores[j] != scores[j]) return std::numeric_limits<double>::quiet_NaN();
+    return 0;
+  }
+  return rivals == 0 ? 1 : integral_of_normals(scratch, rivals);
 }
 
 }  // namespace
