@@ -29,7 +29,7 @@ def count(report: dict) -> str:
 
 
 def filled(markdown: str) -> str:
-    """A page with its `<!-- claims -->`, `<!-- count -->` and `<!-- command -->` replaced, and without other markers."""
+    """A page with its `<!-- claims -->`, `<!-- count -->` and `<!-- command -->` replaced, without other markers."""
     markdown = re.sub(r"^<!-- /?(?!claims|count|command)\w+ -->\n", "", markdown, flags=re.M)
     if "<!-- c" not in markdown:
         return markdown

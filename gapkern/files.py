@@ -209,14 +209,15 @@ def shards(path: str | os.PathLike[str], *, name: str = "path") -> list[str]:
 
 
 def size(path: str | os.PathLike[str], *, name: str = "path") -> tuple[int, int]:
-    """Rows and columns of a file's or a folder's embeddings; `.npy` files are not read for it.
+    """Rows and columns of a file's or a folder's embeddings; files are not read for it.
 
     Raises:
         ValueError: as `load_embeddings`, but for its size.
     """
     rows, first = 0, None
     for shard in shards(path, name=name):
-        count, dims, dtype = _facts(shard, name)
+        found = open_matrix(shard, name=name)
+        count, dims, dtype = found.rows, found.dims, found.dtype
         if first is None:
             first = dims, dtype, shard
         elif dims != first[0]:
@@ -231,11 +232,15 @@ def size(path: str | os.PathLike[str], *, name: str = "path") -> tuple[int, int]
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal.
+    """SHA-256 of a file's bytes, in hexadecimal; of a folder of Lance, of the names and bytes of its files.
 
     Raises:
         ValueError: it is a device or a pipe, which may have no end.
     """
+    if os.path.isdir(path) and os.fspath(path).rstrip("/").endswith(layout.LANCE):
+        there = sorted(p for p in Path(path).rglob("*") if p.is_file())
+        told = "\n".join(f"{p.relative_to(path).as_posix()} {digest(p)}" for p in there)
+        return hashlib.sha256(told.encode()).hexdigest()
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"path: expected a file, got {path}, which is none")
     found = hashlib.sha256()
@@ -259,28 +264,37 @@ def fingerprint(x: Tensor) -> str:
 
 
 def load_embeddings(path: str | os.PathLike[str], *, name: str = "path") -> Tensor:
-    """Embeddings (N, D) from a `.npy` or `.safetensors` file, or from a folder of either, shard after shard.
+    """Embeddings (N, D) from a file, or from a folder of `.npy`, `.safetensors` or tables, shard after shard.
 
-    `file.npy[0]` takes the first matrix of an array (K, N, D); `file.safetensors[key]` the tensor of that key. A `.npy`
-    file is mapped, a folder is read into memory. Benchmarks' files are read too: big-ann's `.fbin`, mapped, `.u8bin`
-    and `.i8bin`, as float32; and matrices in HDF5, `file.hdf5[train]`, as VIBE has them (needs h5py).
+    Mapped: `.npy` in any order of axes and bytes, `.npz` that is not compressed, `.safetensors`, `.pt` of tensors
+    alone, big-ann's `.fbin`, `.u8bin`, `.i8bin`. Read into memory: columns of lists in `.parquet`, `.arrow` and
+    `.lance`, HDF5, folders. Bytes and float8 become float32. `file[key]` chooses: a number in a `.npy` array (K, N, D),
+    a tensor, a matrix, a column; without it, the only one of floating-point numbers is meant, or a column `embedding`,
+    `embeddings`, `emb` or `vector`.
 
     Raises:
+        ImportError: the package for the format is not installed: pyarrow, h5py, pylance.
         ValueError: the file is absent, of another format, truncated, pickled, or holds no (N, D) of floating-point
-            numbers; shards differ in D or dtype; a folder does not fit into memory.
+            numbers; lists are ragged or hold nulls; shards differ in D or dtype; it does not fit into memory.
     """
-    first, *others = shards(path, name=name)
-    whole = _load(first, name)
-    if not others:
-        return whole
-    rows, dims = size(path, name=name)
+    parts = [open_matrix(shard, name=name) for shard in shards(path, name=name)]
+    if len(parts) == 1 and parts[0].mapped:
+        return parts[0].read()
+    (rows, dims), dtype = size(path, name=name), parts[0].dtype
     free = _memory.available()
-    if (needed := rows * dims * whole.element_size()) > free:
+    if (needed := rows * dims * dtype.itemsize) > free:
         raise ValueError(
             f"{name}: expected embeddings that fit into {free / 2**30:.1f} GiB of free memory, got "
             f"{needed / 2**30:.1f} GiB in {path}"
         )
-    return torch.cat([whole, *(_load(shard, name) for shard in others)])
+    whole, done = torch.empty(rows, dims, dtype=dtype), 0
+    for part in parts:
+        step = max(1, CHUNK // dims)
+        for first in range(0, part.rows, step):
+            some = part.read(first, first + step)
+            whole[done : done + len(some)] = some
+            done += len(some)
+    return whole
 
 
 def chunks(
@@ -298,10 +312,11 @@ def chunks(
         [4, 4, 2]
     """
     for shard in shards(path, name=name):
-        count, dims, _ = _facts(shard, name)
-        step = rows or max(1, CHUNK // max(1, dims))
-        for first in range(0, count, step):
-            part = _load(shard, name, slice(first, first + step)).clone()
+        matrix = open_matrix(shard, name=name)
+        step = rows or max(1, CHUNK // matrix.dims)
+        for first in range(0, matrix.rows, step):
+            part = matrix.read(first, first + step)
+            part = part.clone() if matrix.mapped else part
             if finite:
                 _check.finite(name, part, first, where=f" of {shard}")
             yield part
@@ -316,7 +331,8 @@ def convert(
 ) -> Iterator[int]:
     """Writes `change(rows)` for the rows of a file to another file, a chunk at a time; yields the rows done so far.
 
-    `target` appears only once it is complete; whether its disk has room for it is seen at the first chunk.
+    From a table to Parquet, the other columns come along. `target` appears only once it is complete; whether its disk
+    has room for it is seen at the first chunk.
 
     Example:
         >>> import tempfile
@@ -326,47 +342,63 @@ def convert(
         >>> load_embeddings(folder / "y.npy").sum().item()
         12.0
     """
-    rows, done = size(source, name=name)[0], 0
+    (rows, dims), done = size(source, name=name), 0
+    suffix, origin = Path(target).suffix, layout.parted(source)
+    kept = None
+    if suffix == ".parquet":
+        kept = _formats.beside(Path(origin[0]), origin[1], name, max(1, CHUNK // dims))
     with replacing(target) as temporary, open(temporary, "wb") as file:
         for part in chunks(source, name=name, finite=True):
             part = change(part)
             if done == 0:
-                writer = _formats.Writer(file, Path(target).suffix, part.dtype, rows, part.shape[1])
+                writer = _formats.Writer(file, suffix, part.dtype, rows, part.shape[1], *(kept or ()))
             writer.write(part)
             done += len(part)
             yield done
+        writer.close()
 
 
-def parted(path: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """The file of `file[key]`, and the key; None where there is none.
+def open_matrix(path: str | os.PathLike[str], *, name: str = "path") -> "_formats.Matrix":
+    """The matrix of one file, `rows` by `dims` of a `dtype`, whose rows `read(first, last)` reads.
+
+    Going on where the last read ended is free in every format; a table or a compressed file begins anew elsewhere.
+
+    Raises:
+        ValueError: as `load_embeddings`.
 
     Example:
-        >>> parted("x.npy[0]"), parted("x.npy")
-        (('x.npy', '0'), ('x.npy', None))
+        >>> import tempfile
+        >>> x = open_matrix(save_embeddings(Path(tempfile.mkdtemp()) / "x.npy", torch.eye(3)))
+        >>> x.rows, x.dims, x.dtype, x.read(1, 2).tolist()
+        (3, 3, torch.float32, [[0.0, 1.0, 0.0]])
     """
-    text = os.fspath(path)
-    file, _, key = text[:-1].rpartition("[") if text.endswith("]") and "[" in text else (text, "", None)
-    return file, key
+    text, key = layout.parted(path)
+    return _formats.open_matrix(Path(text), key, name)
 
 
-def _load(path: str | os.PathLike[str], name: str, rows: slice = slice(None)) -> Tensor:
-    """Those rows of a file; bytes as float32."""
-    text, key = parted(path)
-    found = _formats.matrix(Path(text), key, name, rows)
-    try:
-        return _check.matrix(name, found, empty=rows != slice(None))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{error} in {path}") from None
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Whether a path, or what is before its [key], is a table by its ending.
+
+    Example:
+        >>> is_table("x.parquet[embedding]"), is_table("x.npy")
+        (True, False)
+    """
+    return _formats.tables.is_table(layout.parted(path)[0])
 
 
-def _facts(path: str | os.PathLike[str], name: str) -> tuple[int, int, torch.dtype]:
-    """Rows, columns and dtype of a file; of a bare one nothing is converted for it."""
-    file = Path(parted(path)[0])
-    if file.suffix not in _formats.BARE:
-        whole = _load(path, name)
-        return *whole.shape, whole.dtype
-    rows, dims = _formats.read_bare(file, name).shape
-    return rows, dims, _load(path, name, slice(0, min(1, rows)) if rows else slice(None)).dtype
+def columns(path: str | os.PathLike[str], *, name: str = "path") -> list[str]:
+    """The columns of a table; none of another file."""
+    file = Path(layout.parted(path)[0])
+    return _formats.tables.columns(file, name) if is_table(file) else []
+
+
+def column(path: str | os.PathLike[str], of: str, *, name: str = "path") -> list[Any]:
+    """A table's column `of`, as Python's own objects.
+
+    Raises:
+        ValueError: it is no table, or has no such column.
+    """
+    return _formats.tables.values(Path(layout.parted(path)[0]), of, name)
 
 
 def load_array(path: str | os.PathLike[str], *, name: str = "path") -> np.ndarray:
@@ -379,7 +411,10 @@ def load_array(path: str | os.PathLike[str], *, name: str = "path") -> np.ndarra
 
 
 def save_embeddings(path: str | os.PathLike[str], x: Tensor) -> Path:
-    """Writes (N, D) embeddings as `.npy` or `.safetensors`, by the name's ending; bfloat16 needs the latter."""
+    """Writes (N, D) embeddings as `.npy`, `.safetensors` or `.parquet`, by the name's ending.
+
+    Parquet has them in a column `embedding` of lists of a fixed size. bfloat16 needs `.safetensors`.
+    """
     with replacing(path) as temporary:
         save(temporary, x)
     return Path(path)
@@ -388,4 +423,6 @@ def save_embeddings(path: str | os.PathLike[str], x: Tensor) -> Path:
 def save(path: Path, x: Tensor) -> None:
     """Writes (N, D) embeddings to `path` itself, by its ending."""
     with open(path, "wb") as file:
-        _formats.Writer(file, path.suffix, x.dtype, *_check.matrix("x", x, empty=True).shape).write(x)
+        writer = _formats.Writer(file, path.suffix, x.dtype, *_check.matrix("x", x, empty=True).shape)
+        writer.write(x)
+        writer.close()

@@ -1,8 +1,10 @@
 """What a path to embeddings means, for every verb alike: a file, or the one set of shards in a folder.
 
-A folder means, in this order: itself where it has a manifest; its `img_emb` or `text_emb`; its only family of files
-(names that are alike but for their numbers). What `embed` writes beside embeddings is no shard. Two possible meanings
-are refused with both named, and a meaning that the path does not spell out is said: see `notes`.
+A folder means, in this order: itself where it has a manifest; its `img_emb` or `text_emb`; the files that Hugging
+Face's `datasets` saved there; its only family of files (names that are alike but for their numbers). What `embed`
+writes beside embeddings is no shard. Tables count where there are no `.npy` and `.safetensors` files. Two possible
+meanings are refused with both named, and a meaning that the path does not spell out is said: see `notes`.
+`folder[column]` chooses in each of its tables, as `file[key]` does.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from gapkern import _check, _formats
 
@@ -20,6 +23,8 @@ MANIFEST, PROGRESS, SHIFTED = "manifest.json", ".progress", "shift.json"
 KINDS = ("img_emb", "text_emb")
 SIDES = ("classes.npy", "image_of.npy", "labels.npy")
 SUFFIXES = (".npy", ".safetensors")
+TABLES = (".parquet", ".arrow", ".feather")
+LANCE = ".lance"  # a folder that is one table
 
 _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 
@@ -59,6 +64,26 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     return [(not t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in re.split(r"(\d+)", name)]
 
 
+def parted(path: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """The file or folder of `file[key]`, and the key; None where there is none.
+
+    Example:
+        >>> parted("x.npy[0]"), parted("x.npy")
+        (('x.npy', '0'), ('x.npy', None))
+    """
+    text = os.fspath(path)
+    if not text.endswith("]") or "[" not in text or os.path.isdir(text):
+        return text, None
+    file, _, key = text[:-1].rpartition("[")
+    return file, key
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path, or what is before its [key], is a folder of shards: Lance's are tables."""
+    file, _ = parted(path)
+    return os.path.isdir(file) and not file.rstrip("/").endswith(LANCE)
+
+
 def place(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> Path:
     """The file or the folder of shards that `path` means.
 
@@ -67,9 +92,13 @@ def place(path: str | os.PathLike[str], kind: str | None = None, *, name: str = 
     """
     if kind is not None:
         _check.choice("kind", kind, KINDS)
-    path = Path(path)
-    if not path.is_dir():
-        return path
+    file, key = parted(path)
+    if not is_folder(path):
+        return Path(path)
+    path = Path(file)
+    if key is not None:
+        return Path(f"{place(path, kind, name=name)}[{key}]")
+    path = _saved(path, name)
     if _is_shards(path):
         return path
     inside = [k for k in KINDS if _holds(path / k)]
@@ -95,13 +124,17 @@ def shards(path: str | os.PathLike[str], *, name: str = "path") -> list[str]:
     Raises:
         ValueError: see `place`; no `.npy` or `.safetensors` files, both, files of several families, a number twice.
     """
-    found = place(path, name=name)
-    if not found.is_dir():
+    text, chosen = parted(place(path, name=name))
+    found = Path(text)
+    if not is_folder(found):
         return [os.fspath(path)]
+    tail = "" if chosen is None else f"[{chosen}]"
+    if (listed := _listed(found, name)) is not None:
+        return [f"{file}{tail}" for file in listed]
     there = _files(found)
     kinds = {p.suffix for p in there}
     if len(kinds) != 1:
-        got = " and ".join(sorted(kinds)) or "neither"
+        got = " and ".join(sorted(kinds)) or "neither, nor tables"
         raise ValueError(f"{name}: expected .npy or .safetensors files in the folder {found}, got {got}")
     if not _is_shards(found):
         families = _families(found, name)
@@ -125,7 +158,7 @@ def shards(path: str | os.PathLike[str], *, name: str = "path") -> list[str]:
         key = tuple(str(int(t)) if t.isdecimal() else t for t in re.split(r"(\d+)", file.name))
         if (other := numbers.setdefault(key, file)) != file:
             raise ValueError(f"{name}: expected each shard once in {found}, got {other.name} and {file.name}")
-    return [str(p) for p in there]
+    return [f"{p}{tail}" for p in there]
 
 
 def is_shard(name: str) -> bool:
@@ -135,16 +168,12 @@ def is_shard(name: str) -> bool:
         >>> is_shard("img_emb_0.npy"), is_shard("../img_emb_0.npy"), is_shard(".npy")
         (True, False, False)
     """
-    return Path(name).name == name and Path(name).suffix in SUFFIXES and not name.startswith(".")
+    return Path(name).name == name and Path(name).suffix in (*SUFFIXES, ".parquet") and not name.startswith(".")
 
 
 def _is_shards(folder: Path) -> bool:
     """Whether the folder has a manifest of shards; of which it then holds nothing else."""
-    try:
-        found = json.loads(_formats.text(folder / MANIFEST, name="path"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+    return _told(folder / MANIFEST).get("format") == FORMAT
 
 
 def _finished(folder: Path, name: str) -> Path:
@@ -159,8 +188,44 @@ def _holds(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    there = [p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".") and p.is_file()]
-    return sorted(there, key=lambda p: natural(p.name))
+    """The matrices in a folder, in natural order; where there are none, its tables."""
+    there = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
+    found = [p for p in there if p.suffix in SUFFIXES] or [p for p in there if p.suffix in TABLES]
+    return sorted(found, key=lambda p: natural(p.name))
+
+
+def _saved(folder: Path, name: str) -> Path:
+    """The only split that `datasets` saved in a folder; the folder itself where there are no splits."""
+    splits: Any = _told(folder / "dataset_dict.json").get("splits")
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        return folder
+    inside: list[str] = [split for split in splits if (folder / split).is_dir()]
+    if len(inside) != 1:
+        got = ", ".join(inside) or "none"
+        hint = f": name one, such as {folder / inside[0]}" if inside else ""
+        raise ValueError(f"{name}: expected one split in {folder}, got {got}{hint}")
+    note(f"{name}: {folder / inside[0]}")
+    return folder / inside[0]
+
+
+def _listed(folder: Path, name: str) -> list[Path] | None:
+    """The files that `datasets` lists in a folder's state; None where it has none."""
+    entries = _told(folder / "state.json").get("_data_files")
+    if not isinstance(entries, list):
+        return None
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    if not names or not all(isinstance(n, str) and Path(n).name == n and Path(n).suffix in TABLES for n in names):
+        raise ValueError(f"{name}: expected the names of Arrow's files in {folder / 'state.json'}, got {names[:3]}")
+    return [folder / str(n) for n in names]
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing where there is none."""
+    try:
+        found = json.loads(_formats.text(file, name="path"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _families(folder: Path, name: str) -> dict[str, list[Path]]:

@@ -188,7 +188,7 @@ def _read(name: str, path: str | os.PathLike[str]) -> Any:
 
 def _chosen(path: str | os.PathLike[str], dataset: str) -> tuple[str, str]:
     """The file and the data set of `file[dataset]`."""
-    file, key = files.parted(path)
+    file, key = layout.parted(path)
     return (os.fspath(path), dataset) if key is None or os.path.exists(path) else (file, key)
 
 

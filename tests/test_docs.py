@@ -53,6 +53,14 @@ def workplace(tmp_path_factory):
     images = texts + 0.1 * generator.standard_normal((40, 24)) + np.eye(24)[20]
     for name, array in (("texts", texts), ("images", images)):
         np.save(folder / f"{name}.npy", array.astype(np.float32))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (folder / "data").mkdir()
+    rows = {
+        "id": list(range(40)),
+        "image": images.astype(np.float32).tolist(),
+        "text": texts.astype(np.float32).tolist(),
+    }
+    parquet.write_table(pytest.importorskip("pyarrow").table(rows), folder / "data" / "0.parquet")
     if importlib.util.find_spec("faiss"):
         import faiss
 

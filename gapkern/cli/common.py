@@ -41,7 +41,7 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         help="'paired' where row i belongs to row i, or a file of each query's right "
-        "gallery row (Q,): .npy, .npz, .safetensors, .json, .csv, lines",
+        "gallery row (Q,): .npy, .npz, .safetensors, .json, .csv, .parquet, lines",
     )
 
 
@@ -61,7 +61,7 @@ def labels(
     from gapkern.embeddings import sides
     from gapkern.embeddings.labels import Side, load
 
-    names = None if os.path.isdir(arguments.gallery) else sides.of(arguments.gallery, name="gallery").get("names")
+    names = None if layout.is_folder(arguments.gallery) else sides.of(arguments.gallery, name="gallery").get("names")
     rows, to = Side(getattr(arguments, asking), queries, "queries"), Side(arguments.gallery, gallery, "gallery")
     found = load(arguments.labels, rows, gallery, "gallery rows", names=names, to=to, fewer=fewer)
     return None if found is None else found.numpy()

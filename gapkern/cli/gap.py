@@ -13,7 +13,8 @@ def add(verbs: Any) -> None:
         help="measure the modality gap of paired embeddings",
         description="Measures the modality gap of paired embeddings: row i of IMAGES belongs to row i of TEXTS, which "
         "is checked where both are known by name. A folder of 'gapkern embed' stands for its images, or texts. Files "
-        "are .npy or .safetensors; 'file.npy[0]' takes the first matrix of a stack, 'file.safetensors[key]' a tensor. "
+        "are .npy, .safetensors, Parquet, ... (docs/formats.md); 'file.npy[0]' takes the first matrix of a stack, "
+        "'file.safetensors[key]' a tensor, 'file.parquet[column]' and 'folder[column]' a column. "
         "'gapkern gap mixed --help': images and texts in one gallery.",
     )
     parser.add_argument("images", help="embeddings of the first modality, (N, D)")

@@ -1,7 +1,6 @@
 """What `gapkern shift` and `gapkern project` share: reading both sides in pieces, and moving files and folders."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,8 @@ def add_apply(parser: argparse.ArgumentParser, side: str | None) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        help="the result: .npy or .safetensors; a folder for a folder, whose finished shards are not done again",
+        help="the result: .npy, .safetensors or .parquet, which keeps a table's other columns; a folder for a folder, "
+        "whose finished shards are not done again",
     )
     default = "" if side is None else " (default: %(default)s)"
     parser.add_argument(
@@ -121,7 +121,7 @@ def show(arguments: argparse.Namespace, what: str, facts: dict[str, Any], said: 
 
 def apply(arguments: argparse.Namespace, moved_by: str, alpha: float | None = None) -> int:
     """Moves a file or a folder's shards by a shift's or a projection's file."""
-    if not os.path.isdir(arguments.embeddings):
+    if not layout.is_folder(arguments.embeddings):
         files.writable(arguments.out)
         return _apply(arguments, moved_by, alpha)
     with locked(arguments.out):

@@ -13,7 +13,7 @@ rows is called "as stored".
 import bisect
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gapkern.embeddings import keys
 from gapkern.embeddings.manifests import differences, manifest
 from gapkern.layout import KINDS, MANIFEST, place
 
+TABLE_KEYS = ("key", "id", "image_path", "file_name", "filename", "filepath", "path", "url")
 METADATA = {"img_emb": ("metadata",), "text_emb": ("text_metadata", "metadata")}
 
 
@@ -32,7 +33,7 @@ class Embeddings:
     """Embeddings (N, D) of a file or a folder of shards, mapped: rows are read when they are asked for.
 
     Args:
-        path: `.npy`, `.safetensors`, a folder of either, or one that holds `img_emb` or `text_emb`.
+        path: a file or a folder as `gapkern.files.load_embeddings` reads them, or one with `img_emb` or `text_emb`.
         kind: "img_emb" or "text_emb", where the folder holds both.
 
     Attributes: shards (paths in natural order), counts (rows of each), dims, dtype, manifest (or None), model, order
@@ -58,17 +59,17 @@ class Embeddings:
         self.manifest = manifest(self.path, name=name)
         self.shards = files.shards(self.path, name=name)
         self._name = name
-        mapped = [files.load_embeddings(shard, name=name) for shard in self.shards]
-        self.counts = [len(part) for part in mapped]
-        self.dims, self.dtype = mapped[0].shape[1], mapped[0].dtype
-        for shard, part in zip(self.shards, mapped, strict=True):
-            if (part.shape[1], part.dtype) != (self.dims, self.dtype):
+        self._parts = [files.open_matrix(shard, name=name) for shard in self.shards]
+        self.counts = [part.rows for part in self._parts]
+        self.dims, self.dtype = self._parts[0].dims, self._parts[0].dtype
+        for shard, part in zip(self.shards, self._parts, strict=True):
+            if (part.dims, part.dtype) != (self.dims, self.dtype):
                 raise ValueError(
                     f"{name}: expected D = {self.dims} and {self.dtype} as in {self.shards[0]}, got "
-                    f"{tuple(part.shape)} and {part.dtype} in {shard}"
+                    f"{(part.rows, part.dims)} and {part.dtype} in {shard}"
                 )
         self._starts = [sum(self.counts[:i]) for i in range(len(self.counts))]
-        if self.manifest is not None and (found := differences(self.manifest, self.shards, mapped)):
+        if self.manifest is not None and (found := differences(self.manifest, self.shards, self._parts)):
             raise ValueError(f"{name}: {self.path} differs from its manifest: {'; '.join(found)}")
 
     @property
@@ -80,13 +81,15 @@ class Embeddings:
         return None if self.manifest is None else self.manifest.get("order")
 
     def keys(self, column: str = "key") -> list[str] | None:
-        """The rows' keys, from the metadata; None where it is not there or has no such column.
+        """The rows' keys, from the metadata or, of tables, a column; None where there is no such column.
+
+        A table's keys are its `key`, or the first of `TABLE_KEYS` whose values are all there and each once.
 
         Raises:
             ValueError: the metadata is not the one whose keys' order the manifest has.
         """
         if not metadata_files(self.path):
-            return None
+            return self._table_keys((column,) if column != "key" else TABLE_KEYS)
         parquet = _check.extra("pyarrow.parquet", "pyarrow", "tables")
         with self._parquet():
             if any(column not in parquet.read_schema(part).names for part in metadata_files(self.path)):
@@ -95,6 +98,15 @@ class Embeddings:
         if column == "key" and self.order is not None and keys.order(found) != self.order:
             raise ValueError(f"{self._name}: expected metadata of the order in {self.path / MANIFEST}, got another's")
         return found
+
+    def _table_keys(self, wanted: Sequence[str]) -> list[str] | None:
+        there = files.columns(self.shards[0], name=self._name)
+        for column in (c for c in wanted if there.count(c) == 1):
+            found = [value for shard in self.shards for value in files.column(shard, column, name=self._name)]
+            plain = all(isinstance(value, str | int) and not isinstance(value, bool) for value in found)
+            if plain and (column not in TABLE_KEYS or len(set(found)) == len(found)):
+                return [str(value) for value in found]
+        return None
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -121,8 +133,8 @@ class Embeddings:
             start, end = self._starts[i], self._starts[i] + self.counts[i]
             while first < min(last, end):
                 until = min(first + step, last, end)
-                mapped = files.load_embeddings(self.shards[i], name=self._name)
-                yield mapped[first - start : until - start].clone()
+                part = self._parts[i].read(first - start, until - start)
+                yield part.clone() if self._parts[i].mapped else part
                 first = until
             i += 1
 

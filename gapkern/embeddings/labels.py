@@ -44,7 +44,10 @@ class Side:
         return None if self.path is None else described(self.path, self.kind, name=self.name).get("order")
 
     def keys(self, column: str = "key") -> list[str] | None:
-        if self.path is None or not layout.place(self.path, self.kind, name=self.name).is_dir():
+        if self.path is None:
+            return None
+        place = layout.place(self.path, self.kind, name=self.name)
+        if not layout.is_folder(place) and not files.is_table(place):
             return None
         return Embeddings(self.path, self.kind, name=self.name).keys(column)
 
@@ -64,8 +67,9 @@ def load(
 
     Args:
         text: None; "paired"; a whole number n, of rows for each of `count` in order; or a file: `.npy`,
-            `.npz[key]`, `.safetensors[key]` of integers; `.json` of a list, or of an object from rows' keys; `.csv` or
-            `.tsv` with a column of labels and one of keys; lines. Names stand for numbers where `names` has them.
+            `.npz[key]`, `.safetensors[key]` of integers; `.json` of a list, or of an object from rows' keys; `.csv`,
+            `.tsv` or a table with a column of labels and one of keys; a table's file[column]; lines. Names stand for
+            numbers where `names` has them.
         rows: what is labelled.
         count: what the labels choose from.
         what: what those are called in errors: "classes", "gallery rows".
@@ -81,6 +85,8 @@ def load(
     if text == "paired" or (text.isascii() and text.isdecimal()):
         return _in_order(text, rows, count, what, name, to, fewer)
     values, named = _read(text, name)
+    if named is not None and files.is_table(text) and rows.keys() is None:
+        named = None  # as they are stored
     found = _array(values, names, name) if named is None else _by_key(values, named, rows, names, name)
     if found.shape != (rows.count,):
         per = {"queries": "query"}.get(rows.name, rows.name.removesuffix("s"))
@@ -100,8 +106,9 @@ def made_from(text: str | None) -> dict[str, Any]:
     """What a result says of the labels that it was made from: the file's hash, or the word or number that was given."""
     if text is None:
         return {}
-    file = files.parted(text)[0]
-    return {"labels": {"sha256": [files.digest(file)]} if os.path.isfile(file) else text}
+    file = layout.parted(text)[0]
+    there = os.path.isfile(file) or (files.is_table(file) and os.path.isdir(file))
+    return {"labels": {"sha256": [files.digest(file)]} if there else text}
 
 
 def in_range(name: str, values: Tensor, count: int, what: str) -> Tensor:
@@ -191,7 +198,7 @@ def _read(text: str, name: str) -> tuple[Any, list[str] | None]:
     """A file's values, and the keys of the rows they are of, where it has them."""
     path, _, key = text[:-1].rpartition("[") if text.endswith("]") else (text, "", "")
     suffix = os.path.splitext(path)[1].lower()
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) and not files.is_table(path):
         raise ValueError(f"{name}: cannot read {text}: expected a file, a number or 'paired'")
     if suffix in (".npy", ".safetensors"):
         return array(name, text), None
@@ -206,9 +213,13 @@ def _read(text: str, name: str) -> tuple[Any, list[str] | None]:
         return found, None
     if suffix in (".csv", ".tsv"):
         return _csv(path, "\t" if suffix == ".tsv" else ",", name)
+    if files.is_table(path):
+        return _table(path, key, name)
     if suffix in (".txt", ".labels", ".cls", ""):
         return _numbers(read_lines(name, path)), None
-    raise ValueError(f"{name}: expected .npy, .npz, .safetensors, .json, .csv, .tsv or .txt, got {text}")
+    raise ValueError(
+        f"{name}: expected .npy, .npz, .safetensors, .json, .csv, .tsv, .txt or a table such as .parquet, got {text}"
+    )
 
 
 def array(name: str, path: str) -> Tensor:
@@ -243,6 +254,16 @@ def _npz(path: str, key: str, name: str) -> Tensor:
             return torch.from_numpy(opened[key or there[0]])
     except Exception as error:  # zipfile and zlib have their own
         raise ValueError(f"{name}: expected a .npz file of integers, got {path}: {error}") from None
+
+
+def _table(path: str, key: str, name: str) -> tuple[list[Any], list[str] | None]:
+    there = files.columns(path, name=name)
+    value = key or next((column for column in VALUES if column in there), None)
+    if value is None:
+        raise ValueError(f"{name}: expected a column {' or '.join(VALUES[:4])} in {path}, got {', '.join(there)}")
+    of = next((column for column in KEYS if column in there and column != value), None)
+    found = files.column(path, value, name=name)
+    return found, None if of is None else [str(each) for each in files.column(path, of, name=name)]
 
 
 def _csv(path: str, delimiter: str, name: str) -> tuple[list[Any], list[str] | None]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gapkern import files
 from gapkern.layout import FORMAT, MANIFEST, VERSION
@@ -75,24 +74,24 @@ def _has(entry: Any, fields: Mapping[str, type]) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
 
 
-def differences(found: Mapping[str, Any], shards: Sequence[str], mapped: Sequence[Tensor]) -> list[str]:
-    """How shards differ from a manifest in what can be seen without reading them."""
+def differences(found: Mapping[str, Any], shards: Sequence[str], parts: Sequence[Any]) -> list[str]:
+    """How shards differ from a manifest in what can be seen without reading them; `parts` are their matrices."""
     result = []
     known = {entry["name"]: entry for entry in found["shards"]}
-    there = {Path(shard).name: part for shard, part in zip(shards, mapped, strict=True)}
+    there = {Path(shard).name: part for shard, part in zip(shards, parts, strict=True)}
     result += [f"{name} is missing" for name in known if name not in there]
     result += [f"{name} is not in it" for name in there if name not in known]
     sizes = {Path(shard).name: os.path.getsize(shard) for shard in shards}
     for name, part in there.items():
-        if name in known and len(part) != known[name]["rows"]:
-            result.append(f"{name}: expected {known[name]['rows']} rows, got {len(part)}")
+        if name in known and part.rows != known[name]["rows"]:
+            result.append(f"{name}: expected {known[name]['rows']} rows, got {part.rows}")
         elif name in known and sizes[name] != known[name]["bytes"]:
             result.append(f"{name}: expected {known[name]['bytes']} bytes, got {sizes[name]}")
-        if part.shape[1] != found["dims"]:
-            result.append(f"{name}: expected D = {found['dims']}, got {part.shape[1]}")
+        if part.dims != found["dims"]:
+            result.append(f"{name}: expected D = {found['dims']}, got {part.dims}")
         if (dtype := str(part.dtype).removeprefix("torch.")) != found["dtype"]:
             result.append(f"{name}: expected {found['dtype']}, got {dtype}")
-    if not result and (rows := sum(map(len, there.values()))) != found["rows"]:
+    if not result and (rows := sum(part.rows for part in there.values())) != found["rows"]:
         result.append(f"expected {found['rows']} rows, got {rows}")
     return result
 

@@ -5,29 +5,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gapkern import files
+from gapkern import files, layout
+from gapkern.embeddings import keys
+from gapkern.embeddings.folder import Embeddings
 from gapkern.embeddings.manifests import manifest
 from gapkern.layout import FORMAT, KINDS, place
 
 
 def described(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> dict[str, Any]:
-    """What is known of embeddings beside their values: the manifest of a folder, or what stands beside a file.
+    """What is known of embeddings beside their values: a folder's manifest, what stands beside a file, tables' keys.
 
     Raises:
         ValueError: see `place` and `manifest`.
     """
     found = place(path, kind, name=name)
-    if found.is_dir():
-        return manifest(found, name=name) or {}
-    note = Path(f"{found}.json")
+    told = manifest(found, name=name) if found.is_dir() else _note(found, name)
+    if not told and (keyed := _keyed(found, name)) is not None:
+        return {"order": keys.order(keyed)}
+    return told or {}
+
+
+def _note(found: Path, name: str) -> dict[str, Any]:
+    """What `shift apply` wrote beside a file."""
+    if files.is_table(found):
+        found = Path(layout.parted(found)[0])
     try:
-        told = files.read_json(note, name=name)
+        told = files.read_json(f"{found}.json", name=name)
     except (OSError, ValueError):
         return {}
     # A file that has been written anew since is not the one that was described.
     if not isinstance(told, dict) or told.get("format") != FORMAT or told.get("bytes") != found.stat().st_size:
         return {}
     return told if told.get("sha256") == files.digest(found) else {}
+
+
+def _keyed(found: Path, name: str) -> list[str] | None:
+    """The keys of tables' rows, which are in them; None of other files, and of tables without."""
+    file, _ = layout.parted(found)
+    if os.path.isdir(file) or files.is_table(file):
+        shards = files.shards(found, name=name) if os.path.exists(file) else []
+        if shards and all(map(files.is_table, shards)):
+            return Embeddings(found, name=name).keys()
+    return None
 
 
 def kind_of(path: str | os.PathLike[str], kind: str | None = None, *, name: str = "path") -> str | None:
@@ -47,7 +66,7 @@ def made_from(path: str | os.PathLike[str], kind: str | None = None, *, name: st
         ValueError: see `described`; a file is absent.
     """
     told = described(path, kind, name=name)
-    parts = [files.parted(shard) for shard in files.shards(place(path, kind, name=name), name=name)]
+    parts = [layout.parted(shard) for shard in files.shards(place(path, kind, name=name), name=name)]
     facts = {
         "sha256": [files.digest(file) for file, _ in parts],
         "key": parts[0][1],

@@ -43,7 +43,7 @@ class Target:
     """What a file's or a folder's shards are moved to.
 
     Args:
-        source: `.npy` or `.safetensors`, or a folder of either.
+        source: a file or a folder of shards.
         out: a file for a file, a folder for a folder; what is there of the same shift and source is kept.
         facts: from `transform`.
         model: of the embeddings.
@@ -61,25 +61,33 @@ class Target:
         check_unmoved(source)
         self.out, self.facts, self.model = Path(out), facts, model
         self.told = described(source, name="embeddings")
-        self.source = layout.place(source, name="embeddings")
-        self.folder = self.source.is_dir()
-        shards = [Path(shard) for shard in files.shards(self.source, name="embeddings")]
+        place = layout.place(source, name="embeddings")
+        self.source = Path(layout.parted(place)[0])
+        self.folder = layout.is_folder(self.source)
+        given = files.shards(place, name="embeddings")
+        shards = [Path(layout.parted(shard)[0]) for shard in given]
         self.known: dict[str, dict[str, str]] = {}
         if not self.folder:
             if _same(self.out, shards[0]):
                 raise ValueError(f"out: expected another file than that of the embeddings, got {self.out}")
-            self.pairs: list[tuple[str, Path | None]] = [(str(shards[0]), self.out)]
+            self.pairs: list[tuple[str, Path | None]] = [(given[0], self.out)]
             return
         self.out = files.folder(self.out)
-        if _same(self.out, self.source) or _same(self.out, Path(source)):
+        if _same(self.out, self.source) or _same(self.out, Path(layout.parted(source)[0])):
             raise ValueError(f"out: expected another folder than that of the embeddings, got {self.out}")
-        self._take_up({shard.name for shard in shards})
+        goals = [self._goal(shard) for shard in shards]
+        self._take_up({goal.name for goal in goals})
         self.pairs = [
-            (str(shard), None if self._finished(shard, self.out / shard.name) else self.out / shard.name)
-            for shard in shards
+            (text, None if self._finished(shard, goal) else goal)
+            for text, shard, goal in zip(given, shards, goals, strict=True)
         ]
         if any(target for _, target in self.pairs):
             (self.out / layout.MANIFEST).unlink(missing_ok=True)
+
+    def _goal(self, shard: str | Path) -> Path:
+        """Where a shard goes; a table of another format becomes Parquet."""
+        file = Path(layout.parted(shard)[0])
+        return self.out / (file.name if layout.is_shard(file.name) else f"{file.stem}.parquet")
 
     def _take_up(self, names: set[str]) -> None:
         """Reads the note of a run before; removes its shards that the source no longer has."""
@@ -112,7 +120,8 @@ class Target:
     def done(self, source: str, target: Path) -> None:
         """Notes that a shard has been moved."""
         if self.folder:
-            self.known[target.name] = {"source": files.digest(source), "sha256": files.digest(target)}
+            origin = files.digest(layout.parted(source)[0])
+            self.known[target.name] = {"source": origin, "sha256": files.digest(target)}
             self._write_note()
 
     def finish(self) -> dict[str, Any]:
@@ -125,11 +134,11 @@ class Target:
         }
         if not self.folder:
             source = self.pairs[0][0]
-            return self._describe(facts | {"made_from": [files.digest(files.parted(source)[0])]})
+            return self._describe(facts | {"made_from": [files.digest(layout.parted(source)[0])]})
         entries: list[dict[str, Any]] = []
         for source, _ in self.pairs:
-            target = self.out / Path(source).name
-            rows = files.size(target, name="out")[0]
+            target = self._goal(source)
+            rows = files.size(self._written(target.name), name="out")[0]
             entries.append(
                 {
                     "name": target.name,
@@ -139,18 +148,24 @@ class Target:
                 }
             )
         self._copy(metadata_files(self.source))
-        first = files.load_embeddings(self.out / entries[0]["name"], name="out")
+        first = files.open_matrix(self._written(entries[0]["name"]), name="out")
         made_from = [self.known[entry["name"]]["source"] for entry in entries]
-        return write_manifest(self.out, entries, first.shape[1], first.dtype, **facts, made_from=made_from)
+        return write_manifest(self.out, entries, first.dims, first.dtype, **facts, made_from=made_from)
+
+    def _written(self, name: str | None = None) -> str:
+        """A file of the result as a path that is read: Parquet keeps the column that was chosen."""
+        file = self.out if name is None else self.out / name
+        key = layout.parted(self.pairs[0][0])[1]
+        return f"{file}[{key}]" if key and file.suffix == ".parquet" and files.is_table(self.pairs[0][0]) else str(file)
 
     def _describe(self, facts: dict[str, Any]) -> dict[str, Any]:
-        x = files.load_embeddings(self.out, name="out")
+        x = files.open_matrix(self._written(), name="out")
         told = {
             "format": layout.FORMAT,
             "version": layout.VERSION,
             **facts,
-            "rows": len(x),
-            "dims": x.shape[1],
+            "rows": x.rows,
+            "dims": x.dims,
             "dtype": str(x.dtype).removeprefix("torch."),
             "bytes": self.out.stat().st_size,
             "sha256": files.digest(self.out),

@@ -82,11 +82,12 @@ def _verify(folder: Path, problems: list[str]) -> dict[str, Any]:
         if broken := unreadable(shard):
             reasons.append(broken)
         else:
-            part = files.load_embeddings(shard)
-            count = len(part)
-            dims, dtype = (part.shape[1], part.dtype) if dims is None else (dims, dtype)
-            if (part.shape[1], part.dtype) != (dims, dtype):
-                reasons.append(f"expected D = {dims} and {dtype} as before it, got {tuple(part.shape)} {part.dtype}")
+            part = files.open_matrix(shard)
+            count = part.rows
+            dims, dtype = (part.dims, part.dtype) if dims is None else (dims, dtype)
+            if (part.dims, part.dtype) != (dims, dtype):
+                differs = f"{(part.rows, part.dims)} {part.dtype}"
+                reasons.append(f"expected D = {dims} and {dtype} as before it, got {differs}")
             if (row := not_finite(shard)) is not None:
                 reasons.append(f"NaN or infinity in row {row} (row {start + row} of all)")
         if shard.name in hashes:
@@ -139,7 +140,8 @@ def unreadable(shard: Path) -> str | None:
             how = f"truncated in row {row}" if there < needed else "with more behind them"
             return f"expected {shape[0]} rows of {shape[1]}, got {there} of {needed} bytes: {how}"
     try:
-        files.load_embeddings(shard)
+        for _ in files.chunks(shard) if files.is_table(shard) else [files.open_matrix(shard)]:
+            pass
     except ValueError as error:
         return str(error).removeprefix("path: ")
     return None

@@ -11,7 +11,7 @@ from gapkern import _check, files
 from gapkern.embeddings import keys
 from gapkern.embeddings.folder import METADATA
 from gapkern.embeddings.manifests import write_manifest
-from gapkern.layout import KINDS
+from gapkern.layout import KINDS, SUFFIXES
 
 
 def write_shard(
@@ -41,7 +41,7 @@ def write_folder(
         kind: "img_emb" or "text_emb".
         parts: one shard each, alike in D and dtype.
         model: the id of what made them.
-        suffix: ".npy" or ".safetensors".
+        suffix: ".npy", ".safetensors" or ".parquet".
         names: the rows' keys, each once, which are kept in Parquet files beside the shards; needs pyarrow.
 
     Raises:
@@ -49,7 +49,7 @@ def write_folder(
             number of names than rows, or one twice.
     """
     folder = files.folder(Path(out) / _check.choice("kind", kind, KINDS))
-    if there := [p.name for p in folder.iterdir() if p.suffix in (".npy", ".safetensors")]:
+    if there := [p.name for p in folder.iterdir() if p.suffix in (*SUFFIXES, ".parquet")]:
         raise ValueError(f"out: expected a folder without shards, got {folder} with {there[0]}")
     entries: list[dict[str, Any]] = []
     told: list[dict[str, Any]] = []

@@ -1,13 +1,13 @@
 """What a task needs, from embedding files: each rank reads its share of rows."""
 
-import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gapkern import _check, datasets, embeddings, prompts
+from gapkern import _check, datasets, embeddings, files, layout, prompts
 from gapkern.embeddings import Embeddings, keys, provenance, sides
 from gapkern.embeddings import labels as loader
 from gapkern.embeddings.labels import Side, array
@@ -106,7 +106,7 @@ def from_files(
         of, to = Side(texts, captions.total, "texts", "text_emb"), Side(images, rows.total, "images", "img_emb")
         image_of = loader.load(labels, of, rows.total, "images", to=to)
         return {"images": rows, "texts": captions, "image_of": image_of}
-    vectors = Embeddings(texts, "text_emb", name="texts")[:] if os.path.isdir(texts) else array("texts", texts)
+    vectors = _vectors(texts)
     if not vectors.dtype.is_floating_point or vectors.dim() not in (2, 3):
         raise ValueError(
             f"texts: expected (C, D) or (T, C, D) of floats, got {tuple(vectors.shape)} of {vectors.dtype}"
@@ -124,6 +124,15 @@ def from_files(
     return {"images": rows, "labels": classes, "prompts": vectors, "names": names}
 
 
+def _vectors(texts: str) -> Tensor:
+    """Class vectors as they are stored, of any dimensions where a file may hold them."""
+    if layout.is_folder(texts):
+        return Embeddings(texts, "text_emb", name="texts")[:]
+    if Path(layout.parted(texts)[0]).suffix in layout.SUFFIXES:
+        return array("texts", texts)
+    return files.load_embeddings(texts, name="texts")
+
+
 def class_names(texts: str, count: int, given: Sequence[str] | dict[str, str] | None) -> list[str] | None:
     """What class vectors are called, in their order: what stands beside them, or what was given; None where nothing.
 
@@ -134,7 +143,7 @@ def class_names(texts: str, count: int, given: Sequence[str] | dict[str, str] | 
         given = list(given.values())
     if given is not None and len(given) != count:
         raise ValueError(f"classnames: expected {count}, one for each class vector, got {len(given)}")
-    known = sides.of(texts.partition("[")[0], name="texts").get("names") if not os.path.isdir(texts) else None
+    known = sides.of(texts.partition("[")[0], name="texts").get("names") if not layout.is_folder(texts) else None
     if known is not None and given is not None and known != list(given):
         of = keys.classes_of(known, list(given))
         if of != list(range(len(of))):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gapkern import _check, files
+from gapkern import _check, files, layout
 from gapkern.embeddings.provenance import described
 from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval import families, intake, store, stored
@@ -41,7 +41,7 @@ def build(
     """Builds an index of a file or a folder of shards; the same call again goes on where a killed one stopped.
 
     Args:
-        gallery: embeddings (G, D): `.npy`, `.safetensors`, or a folder of either.
+        gallery: embeddings (G, D): a file or a folder as `gapkern.files.load_embeddings` reads them.
         out: the folder; `GapIndex.load` reads it. An index that is there is replaced once the new one is complete.
         factory, metric, shift, model: as for `GapIndex`. With inverted lists ("IVF...") no more than a block is in
             memory at once; other indexes must fit there; graphs ("HNSW...") are built in one go and cannot be taken up.
@@ -128,15 +128,15 @@ class _Rows:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.shards = files.shards(path, name="gallery")
-        sizes = [files.size(shard, name="gallery") for shard in self.shards]
         self.dims = files.size(path, name="gallery")[1]
-        self.starts = np.concatenate([[0], np.cumsum([count for count, _ in sizes])])
-        self.counts = [count for count, _ in sizes]
+        self.parts = [files.open_matrix(shard, name="gallery") for shard in self.shards]
+        self.counts = [part.rows for part in self.parts]
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
 
     def facts(self) -> list[list[Any]]:
         """Of each shard its name, rows and the SHA-256 of its file: times and sizes do not tell other bytes."""
         return [
-            [os.path.basename(shard), count, files.digest(files.parted(shard)[0])]
+            [os.path.basename(shard), count, files.digest(layout.parted(shard)[0])]
             for shard, count in zip(self.shards, self.counts, strict=True)
         ]
 
@@ -145,10 +145,10 @@ class _Rows:
 
     def __getitem__(self, which: slice) -> Tensor:
         parts = []
-        for shard, start, end in zip(self.shards, self.starts, self.starts[1:], strict=False):
+        for matrix, start, end in zip(self.parts, self.starts, self.starts[1:], strict=False):
             low, high = max(which.start, start), min(which.stop, end)
             if low < high:
-                parts.append(files.load_embeddings(shard, name="gallery")[low - start : high - start])
+                parts.append(matrix.read(int(low - start), int(high - start)))
         return torch.cat(parts)
 
 
