@@ -35,10 +35,10 @@ def weights(row, col, positive):
     return weighted
 
 
-def steps(x, y, scale, offset=0, work_bytes=0, needs=(True, True, True), module=sm90):
+def steps(x, y, scale, offset=0, work_bytes=0, needs=(True, True, True), module=sm90, similarity="dot"):
     """Statistics and gradients by this module's functions, without the dispatcher's choice."""
-    row, col, positive, *stats = module.contrastive_lse(x, y, scale, "dot", offset, "highest", work_bytes)
-    arguments = (*weights(row, col, positive), x, y, scale, *stats, "dot", offset, "highest", list(needs))
+    row, col, positive, *stats = module.contrastive_lse(x, y, scale, similarity, offset, "highest", work_bytes)
+    arguments = (*weights(row, col, positive), x, y, scale, *stats, similarity, offset, "highest", list(needs))
     gradients = module.contrastive_lse_backward(LseBackwardArguments(*arguments))
     return [row, col, positive, *gradients]
 
@@ -50,9 +50,9 @@ def by_autograd(function, x, y, scale, offset=0, **options):
     return [*(v.detach() for v in statistics), *torch.autograd.grad(total, inputs)]
 
 
-def check(ours, x, y, scale, offset, names=NAMES):
-    truth = by_autograd(reference.lse_pair, x.double(), y.double(), scale.double(), offset)
-    single = by_autograd(reference.lse_pair, x.float(), y.float(), scale.float(), offset)
+def check(ours, x, y, scale, offset, names=NAMES, **options):
+    truth = by_autograd(reference.lse_pair, x.double(), y.double(), scale.double(), offset, **options)
+    single = by_autograd(reference.lse_pair, x.float(), y.float(), scale.float(), offset, **options)
     for name, a, b, c in zip(NAMES, ours, single, truth, strict=True):
         if name in names:
             # The scale's gradient is a sum of both signs: a share of what is summed, not of the sum.
@@ -77,6 +77,28 @@ def test_orchestration_at_any_scale_and_norm(scale, size, work_bytes):
     x, y = pair(140, 270, 32, torch.bfloat16, size=size)
     scale = torch.tensor(scale)
     check(steps(x, y, scale, 3, work_bytes), x, y, scale, 3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("scale", "size"), [(1.0, 1.0), (14.3, 1.0), (100.0, 1.0), (30.0, 5.0), (-2.0, 3.0)])
+@pytest.mark.parametrize("work_bytes", [0, 2**40])
+def test_euclidean_orchestration(poisoned, shape, scale, size, work_bytes):
+    n, m, d = shape
+    x, y = pair(n, m, d, torch.bfloat16, size=size)
+    scale, offset = torch.tensor(scale), (m - n) // 2
+    ours = steps(x, y, scale, offset, work_bytes, similarity="sqeuclidean")
+    check(ours, x, y, scale, offset, similarity="sqeuclidean")
+
+
+def test_euclidean_distances_near_nothing():
+    """Rows that differ by a thousandth of their norm, far from the origin: differences, not cancelled norms."""
+    x, y = pair(40, 40, 64, torch.float64)
+    x, y = ((100 + v).bfloat16() for v in (x, y))
+    row, _, positive, *_ = steps(x, y, torch.tensor(0.5), similarity="sqeuclidean")
+    distances = torch.cdist(x.double(), y.double()).square()
+    assert_near(positive, -distances.diagonal() / 2, 1e-7)
+    cancelled = 2.0**-22 * float(x.double().square().sum(1).max())  # of the others' logits
+    assert float((row - (-distances / 2).logsumexp(1)).abs().max()) < cancelled
 
 
 def test_orchestration_in_blocks_some_of_them_kept(monkeypatch):
@@ -246,6 +268,7 @@ def test_reasons(monkeypatch):
     assert "got 'high'" in dispatch.unsupported_reason(device, torch.float32, 8, precision="high")
     assert "got float64" in dispatch.unsupported_reason(device, torch.float64, 8, precision="medium")
     assert "multiple of 8, got 12" in dispatch.unsupported_reason(device, torch.float16, 12)
+    assert dispatch.unsupported_reason(device, torch.bfloat16, 16, "sqeuclidean") == ""
     assert "sqeuclidean" in dispatch.unsupported_reason(device, torch.float16, 16, "sqeuclidean")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert "got 8.0" in dispatch.unsupported_reason(device, torch.bfloat16, 8)

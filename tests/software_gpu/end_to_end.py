@@ -91,14 +91,16 @@ def losses(device, seed):
     rows, elements = choose([128, 256, 16384]), choose([1, 256 * m, 2**28])
     memory = choose([0, 4 * m * max(1, n // 2), 2**32])
     scale, closeness = choose([(1.0, 1.0), (14.3, 1.0), (50.0, 0.2), (50.0, 1.0)])
+    similarity = choose(["dot", "sqeuclidean"]) if dtype != torch.float16 else "dot"
     x, y, scale = *pair(n, m, d, dtype, seed=seed, closeness=closeness), torch.tensor(scale)
 
     def run(name, images, texts, s):
         inputs = [t.detach().clone().requires_grad_() for t in (images, texts, s)]
         if name == "contrastive" and n == m:
-            loss = contrastive_loss(*inputs, memory=memory)
+            loss = contrastive_loss(*inputs, similarity=similarity, memory=memory)
         elif name == "contrastive":
-            row, _, positive = lse_pair(*inputs, label_offset=offset, precision="medium", work_bytes=memory)
+            options = {"similarity": similarity, "label_offset": offset, "precision": "medium", "work_bytes": memory}
+            row, _, positive = lse_pair(*inputs, **options)
             loss = (row - positive).mean()
         elif n == m:
             loss = sigmoid_loss(*inputs, -5.0)

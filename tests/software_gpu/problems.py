@@ -54,14 +54,16 @@ def losses_of_pairs(x, y, scale, offset=0):
 # --- the Hopper path
 
 
-def softmax_statistics(device, n, m, d, dtype, work_bytes=0, size=1.0, scale=14.3, offset=0, precision="medium"):
+def softmax_statistics(
+    device, n, m, d, dtype, work_bytes=0, size=1.0, scale=14.3, offset=0, precision="medium", similarity="dot"
+):
     """lse_pair and all its gradients."""
     x, y = pair(n, m, d, dtype, size)
     scale = torch.tensor(scale)
 
     def run(function, images, texts, s, **options):
         inputs = [t.detach().clone().requires_grad_() for t in (images, texts, s)]
-        statistics = function(*inputs, label_offset=offset, **options)
+        statistics = function(*inputs, similarity=similarity, label_offset=offset, **options)
         total = 0
         for v, w in zip(statistics, (1.0, -0.7, -1.3), strict=True):
             weight = torch.linspace(0.5, 1.5, len(v), dtype=torch.float64) * w / len(v)
@@ -382,6 +384,12 @@ def _kernels():
     for (size, scale), work_bytes in itertools.product(norms, (0, kept)):
         yield softmax_statistics, (140, 270, 32, bf16, work_bytes), {"size": size, "scale": scale}
     yield softmax_statistics, (140, 270, 32, f16, 0), {"size": 8.0, "scale": 20.0}
+    # Distances as products of longer rows; at the larger scale and size many sums are repaired.
+    for dtype, work_bytes in ((bf16, 0), (bf16, kept), (f32, 0)):
+        yield softmax_statistics, (130, 300, 64, dtype, work_bytes), {"offset": 7, "similarity": "sqeuclidean"}
+    for size, scale in ((1.0, 100.0), (5.0, 30.0), (3.0, -2.0)):
+        options = {"size": size, "scale": scale, "similarity": "sqeuclidean"}
+        yield softmax_statistics, (140, 270, 32, bf16, 0), options
     yield float16_gradients_of_kept, (), {}
     for dtype, keep, separate in (
         (bf16, False, False),

@@ -14,7 +14,7 @@ from gapkern.ops.contrastive import chunked, sm90
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 
 _SM90_SCOPE = (
-    "sm90 for dot products of bfloat16, float16, and float32 with matmul precision medium, where dims are a "
+    "sm90 for bfloat16, for float32 with matmul precision medium, and for dot products of float16, where dims are a "
     "multiple of 8; chunked for the rest"
 )
 
@@ -69,8 +69,8 @@ def unsupported_reason(
         return f"they take bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
     if dims % 8:
         return f"they need dims to be a multiple of 8, got {dims}"
-    if similarity != "dot":
-        return f"they have the similarity 'dot', got {similarity!r}"
+    if similarity == "sqeuclidean" and dtype == torch.float16:
+        return "they take no float16 for the similarity 'sqeuclidean': squared norms overflow"
     return ""
 
 

@@ -3,7 +3,7 @@
 Same schemas and contract as csrc/contrastive/contrastive.h. The steps are the operators `contrastive_sm90_*`: CUDA
 kernels in csrc/contrastive/sm90.cuh, and their PyTorch emulation in emulation.py; dX and dY are library products with
 dS. No step synchronises with the host. float32 (precision "medium") is rounded to bfloat16 once, its gradients are
-float32.
+float32. Euclidean similarity is a product of longer rows (lifted.py).
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive import labels
+from gapkern.ops.contrastive import labels, lifted
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.products import add_matmul, write_matmul
 
@@ -67,9 +67,12 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
-def _control(images: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (images, texts)]
-    return torch.ops.gapkern.contrastive_sm90_shift(*norms, logit_scale)
+def _products(x: Tensor, y: Tensor, logit_scale: Tensor, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands and control of the logits as products: of the embeddings, or of the longer rows."""
+    if similarity == "sqeuclidean":
+        return *lifted.operands(x, y), lifted.control(x, y, logit_scale)
+    norms = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float32) for v in (x, y)]
+    return x, y, torch.ops.gapkern.contrastive_sm90_shift(*norms, logit_scale)
 
 
 def contrastive_lse(
@@ -83,46 +86,50 @@ def contrastive_lse(
 ) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.lse_pair`."""
     images, texts = _operands(images), _operands(texts)
-    n, m = images.shape[0], texts.shape[0]
-    kept = images.new_empty((min(n, max(work_bytes, 0) // (4 * m)), m), dtype=torch.float32)
-    exponentials = _exponentials(kept, images, texts)
-    control = _control(images, texts, logit_scale)
-    row_sums = torch.empty(n, dtype=torch.float64, device=images.device)
-    col_sums = torch.zeros(m, dtype=torch.float64, device=images.device)
+    x, y, control = _products(images, texts, logit_scale, similarity)
+    n, m = x.shape[0], y.shape[0]
+    kept = x.new_empty((min(n, max(work_bytes, 0) // (4 * m)), m), dtype=torch.float32)
+    exponentials = _exponentials(kept, x, y)
+    row_sums = torch.empty(n, dtype=torch.float64, device=x.device)
+    col_sums = torch.zeros(m, dtype=torch.float64, device=x.device)
     for rows in _chunks(n, exponentials.shape[0], SUPER_ROWS):
         row_sums[rows], part = torch.ops.gapkern.contrastive_sm90_sums(
-            images[rows], texts, control, exponentials[rows], rows.start + label_offset
+            x[rows], y, control, exponentials[rows], rows.start + label_offset
         )
         col_sums += part
-    row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, images, texts, control, label_offset)
-    label_t = torch.ops.gapkern.contrastive_sm90_positive(images, texts, label_offset)
+    row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, x, y, control, label_offset)
+    label_similarities = lifted.labels if similarity == "sqeuclidean" else torch.ops.gapkern.contrastive_sm90_positive
+    label_t = label_similarities(images, texts, label_offset)
     return *labels.with_labels(row, col, label_t, logit_scale, label_offset), kept
 
 
 def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `contrastive_lse`."""
-    x, y = _operands(arguments.images), _operands(arguments.texts)
+    images, texts = _operands(arguments.images), _operands(arguments.texts)
     logit_scale, needs = arguments.logit_scale, arguments.needs
+    x, y, control = _products(images, texts, logit_scale, arguments.similarity)
     loss_scale = labels.loss_scale(arguments, x.dtype)
     by_rows = needs[0] or (needs[2] and not needs[1])  # <X, dX> is the gradient of the scale, as is <Y, dY>
-    dx, dy = _unscaled_gradients(x, y, arguments.scaled(loss_scale), (by_rows, needs[1]))
+    dx, dy = _unscaled_gradients(x, y, control, arguments.scaled(loss_scale), (by_rows, needs[1]))
     of_scale = loss_scale.new_empty(0)
     if needs[2]:
         side, gradient = (x, dx) if by_rows else (y, dy)
         of_scale = (torch.linalg.vecdot(side.float(), gradient).sum(dtype=torch.float64) / loss_scale).reshape(1)
     factor = (logit_scale.reshape(()).double() / loss_scale).float()
+    if arguments.similarity == "sqeuclidean":
+        dx, dy = lifted.gradients(images, texts, dx, dy)
+        factor, of_scale = 2 * factor, 2 * of_scale
     dx = dx if needs[0] else dx.new_empty(0)
     dx, dy = _times(dx, factor, arguments.images.dtype), _times(dy, factor, arguments.texts.dtype)
     return dx, dy, of_scale.to(logit_scale.dtype)
 
 
 def _unscaled_gradients(
-    x: Tensor, y: Tensor, arguments: LseBackwardArguments, needs: Sequence[bool]
+    x: Tensor, y: Tensor, control: Tensor, arguments: LseBackwardArguments, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """dS Y and dS^T X in float32, from dS of some rows at a time; empty where not needed."""
     n, m = x.shape[0], y.shape[0]
     grad_label = labels.gradient(arguments)
-    control = _control(x, y, arguments.logit_scale)
     row_weight, col_weight, separate = torch.ops.gapkern.contrastive_sm90_weights(
         *labels.lse2(arguments), arguments.grad_row, arguments.grad_col, control
     )
