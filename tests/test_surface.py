@@ -45,6 +45,7 @@ NAMES = {
         "contrastive_loss",
         "sigmoid_loss",
         "patch_open_clip",
+        "patch_transformers",
     ],
     "gapkern.dynamics": ["Trajectory", "descend", "evaluate", "isotropic_gaussians", "measure", "tight_clusters"],
     "gapkern.theory": [

@@ -8,6 +8,7 @@ from gapkern.losses.matryoshka import Matryoshka, uniformity_loss
 from gapkern.losses.open_clip import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from gapkern.losses.patch import patch_open_clip
 from gapkern.losses.supervised import mil_nce_loss, supcon_loss
+from gapkern.losses.transformers import patch_transformers
 
 __all__ = [
     "ClipLoss",
@@ -22,6 +23,7 @@ __all__ = [
     "mil_nce_loss",
     "ntxent_loss",
     "patch_open_clip",
+    "patch_transformers",
     "sigmoid_loss",
     "supcon_loss",
     "uniformity_loss",
