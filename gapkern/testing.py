@@ -155,6 +155,11 @@ print((_memory("VmHWM") - _before) / 1024)
 """
 
 
+def peak_memory_program(code: str, *, setup: str) -> str:
+    """The Python program of `peak_memory`, whose last line is the answer, to run in a process of one's own choice."""
+    return _PEAK.format(setup=setup, code=code)
+
+
 def peak_memory(code: str, *, setup: str) -> float:
     """MiB by which `code` raises a fresh Python process's peak memory above what it held after `setup`. Linux only.
 
@@ -165,7 +170,7 @@ def peak_memory(code: str, *, setup: str) -> float:
         True
     """
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK.format(setup=setup, code=code)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", peak_memory_program(code, setup=setup)], capture_output=True, text=True, check=True
     )
     return float(done.stdout.split("\n")[-2])
 

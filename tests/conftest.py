@@ -8,6 +8,13 @@ from pathlib import Path
 # other: beside another busy process that multiplies the time of each parallel region, twenty times in a training step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Processes that share the tests share the processors too, as do the processes that tests start. The matrices are
+# small: more threads than that only wait for each other.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))),
+)
+
 # Asked for by cuBLAS where deterministic algorithms are (the fixture `poisoned`).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -15,14 +22,19 @@ import numpy as np
 import pytest
 import torch
 
+from tests.reproduced import reproduced  # noqa: F401
 from tests.software_gpu import fixture
 from tests.software_gpu.fixture import cuda_device, software_gpu, software_machine  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 
-if "OMP_NUM_THREADS" not in os.environ:
-    # The tests' matrices are small: beyond a few threads, more of them only wait for each other.
-    torch.set_num_threads(min(4, os.cpu_count() or 1))
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The same examples in every run, so that what fails here fails elsewhere; HYPOTHESIS_PROFILE=search draws others.
+    settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
+    settings.register_profile("search", deadline=None, max_examples=1000, print_blob=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def real_embeddings(name: str) -> np.ndarray:
@@ -110,7 +122,12 @@ def undrawn(monkeypatch):
 
 
 # Files that share what is made once in a process; they go to one of the processes that share the tests.
-TOGETHER = {"tests/test_demo.py": "digits", "tests/test_eval.py": "digits"}
+TOGETHER = {
+    "tests/test_demo.py": "digits",
+    "tests/test_eval.py": "digits",
+    "tests/test_reproduce.py": "reproduced",
+    "tests/test_report_browser.py": "reproduced",
+}
 
 
 @pytest.hookimpl(optionalhook=True)

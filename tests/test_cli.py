@@ -12,6 +12,7 @@ import torch
 
 from gapkern import MeanShift, gap_metrics
 from gapkern.cli import main
+from tests import warm
 
 
 @pytest.fixture
@@ -239,7 +240,7 @@ def test_robust_goes_on_after_a_kill(pair, capsys):
         "--out",
         pair / "out",
     ]
-    first = subprocess.run([sys.executable, "-c", _KILLED, *map(str, command)], stdout=subprocess.DEVNULL)
+    first = warm.run(_KILLED, *command)
     assert first.returncode == -signal.SIGKILL
     journal = (pair / "out" / "unfinished.jsonl").read_text()
     assert journal.count("\n") == 1 + 25

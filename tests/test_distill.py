@@ -5,7 +5,8 @@ import torch
 
 from gapkern import DistillClipLoss
 from gapkern.ops import distill
-from gapkern.testing import assert_near, peak_memory
+from gapkern.testing import assert_near
+from tests.warm import peak_memory
 
 
 def unit(n, d, seed, dtype=torch.float32):

@@ -8,8 +8,8 @@ from gapkern import Gaussian, MeanShift, Quantize, Uniform
 from gapkern.evaluation import Settings, classification, multiple_choice, retrieval, templates
 from gapkern.perturb import perturb
 from gapkern.ranks import Ranks
-from gapkern.testing import peak_memory
 from tests.scenes import Batches, classes, draw, scene, unit
+from tests.warm import peak_memory
 
 ALONE = Ranks()
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from gapkern import files
-from gapkern.testing import hears_interrupts, peak_memory
+from gapkern.testing import hears_interrupts
+from tests.warm import peak_memory
 
 
 def test_npy_and_safetensors_round_trip(tmp_path):
@@ -135,7 +136,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 _KILLED = """
 import sys, time
 from gapkern import files
-from gapkern.testing import peak_memory
 def slow(temporary):
     temporary.write_text("half")
     print("writing", flush=True)

@@ -14,6 +14,7 @@ import torch
 
 from gapkern import MeanShift, cli, files
 from gapkern.retrieval import GapIndex, disk, store
+from tests import warm
 from tests.scenes import searched, strict, truth
 
 pytestmark = pytest.mark.faiss
@@ -166,10 +167,9 @@ def test_manifests_that_are_none_of_ours(gallery, change, message):
 
 def test_stdout_is_the_answer_alone(gallery):
     """As processes: what C prints is on their descriptors."""
-    run = [sys.executable, "-m", "gapkern"]
     builds = [["index", "x.npy", "--out", "ivf", "--factory", "IVF8,Flat"], ["search", "ivf", "q.npy", "--k", "3"]]
     for command in builds:
-        done = subprocess.run([*run, *command, "--json"], cwd=gallery, capture_output=True, text=True)
+        done = warm.gapkern(*command, "--json", cwd=gallery)
         assert (done.returncode, done.stderr) == (0, "")
         assert set(strict(done.stdout)) >= ({"ids", "distances"} if command[0] == "search" else {"count"})
 
@@ -191,22 +191,21 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_whatever_prints_meanwhile_goes_to_stderr(gallery):
-    command = [sys.executable, "-c", _NOISY, "gap", "x.npy", "x.npy"]
-    done = subprocess.run([*command, "--json"], cwd=gallery, capture_output=True, text=True)
+    words = ["gap", "x.npy", "x.npy", "--json"]
+    done = warm.run(_NOISY, *words, cwd=gallery)
     assert done.returncode == 0, done.stderr
     assert strict(done.stdout)
     for source in ("Python", "C, unflushed", "a thread", "a child"):
         assert f"from {source}\n" in done.stderr
-    with subprocess.Popen([*command, "--json"], cwd=gallery, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as piped:
+    command = [sys.executable, "-c", _NOISY, *words]
+    with subprocess.Popen(command, cwd=gallery, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as piped:
         piped.stdout.close()
         assert b"Traceback" not in piped.stderr.read()
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_an_answer_that_cannot_be_written_is_a_line(gallery, more):
-    command = [sys.executable, "-m", "gapkern", "gap", "x.npy", "x.npy", *more]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=gallery, stdout=full, stderr=subprocess.PIPE, text=True)
+    done = warm.gapkern("gap", "x.npy", "x.npy", *more, cwd=gallery, stdout="/dev/full")
     assert (done.returncode, done.stderr) == (
         2,
         "gapkern gap: cannot write to the standard output: No space left on device\n",

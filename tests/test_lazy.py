@@ -1,12 +1,11 @@
 """`import gapkern` is light; every public submodule is there once it is named."""
 
 import pkgutil
-import subprocess
-import sys
 
 import pytest
 
 import gapkern
+from tests import warm
 
 HEAVY = (
     "faiss pandas pyarrow matplotlib open_clip torchvision sklearn scipy PIL rich safetensors.torch gapkern.retrieval "
@@ -15,15 +14,14 @@ HEAVY = (
 
 
 def _fresh(code):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    done = warm.run(f"import warnings; warnings.simplefilter('error'); {code}")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_package_alone_loads_torch_and_numpy():
-    before, after = (
-        {*_fresh(f"import torch, numpy{more}, sys; print(*sys.modules)").split()} for more in ("", ", gapkern")
-    )
+    code = "import torch, numpy, sys; print(*sys.modules); import gapkern; print(*sys.modules)"
+    before, after = ({*line.split()} for line in _fresh(code).splitlines())
     assert not (after - before) & {*HEAVY.split()}
     assert {"gapkern", "gapkern.losses"} <= after
 

@@ -8,8 +8,9 @@ import torch
 
 from gapkern import files
 from gapkern.retrieval import GapIndex, compare_quantisers, recall
-from gapkern.testing import clip_like, peak_memory
+from gapkern.testing import clip_like
 from tests.scenes import searched, truth
+from tests.warm import peak_memory
 
 pytestmark = pytest.mark.faiss
 

@@ -4,10 +4,8 @@ import base64
 import json
 import shutil
 
-import numpy as np
 import pytest
 
-from gapkern.cli import main
 from tests.scenes import HANGS
 
 pytestmark = pytest.mark.browser
@@ -44,17 +42,8 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """A real run on files: embeddings with a gap, sixty pairs."""
-    folder = tmp_path_factory.mktemp("report")
-    generator = np.random.default_rng(0)
-    texts = generator.standard_normal((60, 12)) / 12**0.5 @ np.eye(12, 32)
-    images = texts + 0.08 * generator.standard_normal((60, 32)) + 1.2 * np.eye(32)[20]
-    np.save(folder / "both.npy", np.stack([images, texts]).astype(np.float32))
-    targets = ("fig1", "fig2", "fig8", "fig10", "baselines")
-    out = folder / "out"
-    assert main(["reproduce", *targets, "--quick", "--embeddings", str(folder / "both.npy"), "--out", str(out)]) == 0
-    return out
+def report(reproduced):
+    return reproduced.out
 
 
 @pytest.fixture(params=WIDTHS)

@@ -20,9 +20,8 @@ from gapkern.experiments.reproduce import Claim, Context, Figure, Result, Target
 from gapkern.experiments.reproduce import embeddings as sources
 from gapkern.robustness import robustness
 from gapkern.testing import hears_interrupts
+from tests.reproduced import OURS, given
 from tests.scenes import HANGS, strict
-
-OURS = ("fig1", "fig2", "fig8", "fig9", "fig10", "baselines")
 
 
 def run(capsys, *arguments):
@@ -42,43 +41,13 @@ def numbers(value):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Sixty captions and images, a gap of which most is orthogonal, and two rewordings."""
-    folder = tmp_path_factory.mktemp("pair")
-    generator = np.random.default_rng(0)
-    texts = np.zeros((60, 32))
-    texts[:, :12] = generator.standard_normal((60, 12)) / 12**0.5
-    images = texts + 0.08 * generator.standard_normal((60, 32))
-    images[:, 20] += 1.0
-    images[:, 0] += 1.2
-    arrays = {
-        "images": images,
-        "texts": texts,
-        "other": texts + 0.05 * generator.standard_normal((60, 32)),
-        "third": texts + 0.05 * generator.standard_normal((60, 32)),
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array.astype(np.float32))
-    return folder
-
-
-def given(folder):
-    return (
-        "--embeddings",
-        folder / "images.npy",
-        folder / "texts.npy",
-        "--paraphrase",
-        folder / "other.npy",
-        folder / "third.npy",
-        "--quick",
-    )
+def pair(reproduced):
+    return reproduced.inputs
 
 
 @pytest.fixture(scope="module")
-def done(pair, tmp_path_factory):
-    out = tmp_path_factory.mktemp("done") / "report"
-    assert main(["reproduce", *OURS, *map(str, given(pair)), "--out", str(out)]) == 0
-    return out, json.loads((out / "report.json").read_text())
+def done(reproduced):
+    return reproduced.out, json.loads((reproduced.out / "report.json").read_text())
 
 
 class _Table(html.parser.HTMLParser):

@@ -1,5 +1,6 @@
 """The reproduction's figures 3 to 6 and theorems: each runs in seconds, and what the paper claims comes out."""
 
+import functools
 import math
 
 import pytest
@@ -21,16 +22,21 @@ def loaded():
     return [embeddings.synthetic(0).load(lambda done, total: None), dense]
 
 
+@functools.cache
+def result(name, seed=0):
+    return TARGETS[name](Context(seed=seed, quick=True, load=loaded))
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("name", OURS)
 def test_what_the_paper_claims_comes_out(name, seed):
-    result = TARGETS[name](Context(seed=seed, quick=True, load=loaded))
-    for claim in result.claims:
+    found = result(name, seed)
+    for claim in found.claims:
         assert all(isinstance(v, float | int) and not math.isnan(v) for v in claim.number.values()), claim
         given = any(data.name in claim.run for data in loaded())
         if not given:
             assert claim.holds is True, claim
-    for figure in result.figures:
+    for figure in found.figures:
         assert figure.name.startswith(name)
         assert len(figure.draw(tall=False).axes) == len(figure.draw(tall=True).axes) >= 1
         assert figure.rows
@@ -39,15 +45,14 @@ def test_what_the_paper_claims_comes_out(name, seed):
 
 def test_where_an_assumption_fails_the_claim_says_so():
     """A fifth of the synthetic gap lies within the captions; the dense gallery leaves no direction outside."""
-    context = Context(quick=True, load=loaded)
-    third = [c for c in TARGETS["thm3.3"](context).claims if "Synthetic" in c.run or "Dense" in c.run]
+    third = [c for c in result("thm3.3").claims if "Synthetic" in c.run or "Dense" in c.run]
     assert [c.holds for c in third] == [False, False]
     assert "36% of the gap's square" in third[0].reason
-    fifth = {c.run.split(":")[0]: c for c in TARGETS["thm3.5"](context).claims if "orthogonal to the texts" in c.claim}
+    fifth = {c.run.split(":")[0]: c for c in result("thm3.5").claims if "orthogonal to the texts" in c.claim}
     assert fifth["Synthetic captions"].holds is True
     assert fifth["Dense"].holds is None
     assert "fill the whole space" in fifth["Dense"].reason
-    margins = [c for c in TARGETS["thm3.5"](context).claims if "partly orthogonal" in c.claim]
+    margins = [c for c in result("thm3.5").claims if "partly orthogonal" in c.claim]
     assert [c.number["guarantees that failed"] for c in margins] == [0, 0]
 
 
@@ -60,5 +65,5 @@ def test_theorems_can_be_run_without_embeddings():
 
 def test_the_same_seed_gives_the_same_numbers():
     for name in ("fig5", "thm3.1"):
-        first, second = (TARGETS[name](Context(seed=3, quick=True, load=loaded)) for _ in range(2))
-        assert [c.number for c in first.claims] == [c.number for c in second.claims]
+        again = TARGETS[name](Context(seed=7, quick=True, load=loaded))
+        assert [c.number for c in again.claims] == [c.number for c in result(name, 7).claims]

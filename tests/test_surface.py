@@ -10,6 +10,7 @@ import pytest
 import gapkern
 import gapkern.dynamics
 import gapkern.theory
+from tests import warm
 
 NAMES = {
     "gapkern": [
@@ -89,8 +90,7 @@ def test_names_are_where_they_are_said_to_be(module):
 def test_importing_gapkern_imports_none_of_its_extras_and_no_compiler():
     extras = ("open_clip", "matplotlib", "pandas", "faiss", "sklearn", "scipy", "rich", "torch._dynamo")
     code = f"import sys, gapkern; print([m for m in {extras} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out == "[]\n"
+    assert warm.run(code).stdout == "[]\n"
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -1,7 +1,6 @@
 """Large work space is found again by the next step, never shared by two results, and bounded in all."""
 
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +9,7 @@ import torch
 
 import gapkern
 from gapkern import contrastive_loss
+from tests import warm
 
 linux = pytest.mark.skipif(
     sys.platform != "linux" or "GAPKERN_SANITIZED" in os.environ,
@@ -35,7 +35,8 @@ forward(1024)
 
 
 def printed(code: str) -> list[float]:
-    done = subprocess.run([sys.executable, "-c", _SETUP + code], capture_output=True, text=True, check=True)
+    done = warm.run(_SETUP + code)
+    assert done.returncode == 0, done.stderr
     return [float(v) for v in done.stdout.split()]
 
 

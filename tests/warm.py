@@ -1,7 +1,7 @@
 """Python processes that start with PyTorch imported: forked from one that has done nothing else.
 
-For code that needs a process of its own (an environment variable, a setting, memory), and not the start of one: to
-import PyTorch takes two seconds. gapkern is not imported there yet.
+For code that needs a process of its own (an environment variable, a setting, memory, what C prints), and not the start
+of one: to import PyTorch takes two seconds. gapkern is not imported there yet.
 """
 
 import atexit
@@ -14,6 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from gapkern import testing
+
+ROOT = str(Path(__file__).resolve().parent.parent)
 _SERVER = """
 import json, os, runpy, sys, traceback, warnings
 import torch
@@ -23,8 +26,8 @@ for line in sys.stdin:
     if child == 0:
         status = 1
         try:
-            for number, name in enumerate(("in", "out", "err")):
-                os.dup2(os.open(job[name], os.O_RDONLY if name == "in" else os.O_WRONLY), number)
+            for number, (name, flags) in enumerate(job["streams"]):
+                os.dup2(os.open(name, flags), number)
             os.chdir(job["cwd"])
             os.environ.clear()
             os.environ.update(job["environment"])
@@ -60,15 +63,32 @@ def _server() -> subprocess.Popen:
     return process
 
 
-def run(code: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """`subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True)`."""
+def run(
+    code: str, *arguments: object, env: dict[str, str] | None = None, cwd: object = None, stdout: str | None = None
+) -> subprocess.CompletedProcess:
+    """`subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True)`.
+
+    With `stdout`, a path such as /dev/full, what it prints goes there.
+    """
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch(), err.touch()
-        job = {"in": os.devnull, "out": str(out), "err": str(err), "cwd": os.getcwd(), "code": code}
+        streams = [(os.devnull, os.O_RDONLY), (stdout or str(out), os.O_WRONLY), (str(err), os.O_WRONLY)]
+        job = {"streams": streams, "cwd": str(cwd or os.getcwd()), "code": code, "path": [ROOT]}
         job |= {"environment": dict(os.environ if env is None else env), "arguments": [str(a) for a in arguments]}
-        root = str(Path(__file__).resolve().parent.parent)
-        print(json.dumps({**job, "path": [root]}), file=server.stdin, flush=True)
+        print(json.dumps(job), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
         return subprocess.CompletedProcess(["python", "-c", code], status, out.read_text(), err.read_text())
+
+
+def gapkern(*words: object, **options) -> subprocess.CompletedProcess:
+    """The command line of `gapkern` in a process of its own; options as for `run`."""
+    return run("import sys, gapkern.cli; sys.exit(gapkern.cli.main())", *words, **options)
+
+
+def peak_memory(code: str, *, setup: str) -> float:
+    """`gapkern.testing.peak_memory`, in a process that has PyTorch."""
+    done = run(testing.peak_memory_program(code, setup=setup))
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split("\n")[-2])

@@ -1,5 +1,7 @@
 """Robustness as the paper defines it (Eq. 10): draw noise, search, compare. Brute force, one trial at a time."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,11 +46,11 @@ def winning_probability(squared: Tensor, target: int, variance: float, dims: int
     lam = (squared.double() / variance).numpy()
     law = [ncx2(dims, v) if v > 0 else chi2(dims) for v in lam]
 
-    def survival(j: int, x: float) -> float:
+    def survival(j: int, x: Any) -> Any:
         try:
-            return float(law[j].sf(x))
+            return law[j].sf(x)
         except OverflowError:  # SciPy's, far below the mean, where the answer is one
-            return 1.0
+            return np.array([survival(j, v) for v in x]) if np.ndim(x) else 1.0
 
     z = np.linspace(-8.0, 8.0, nodes)
     q = np.where(z < 0, law[target].ppf(norm.cdf(z)), law[target].isf(norm.sf(z)))
@@ -58,7 +60,7 @@ def winning_probability(squared: Tensor, target: int, variance: float, dims: int
         # SciPy overflows far from the target, where the answer is one.
         far = lam[j] - lam[target] > 10 * (4 * (dims + lam[j] + lam[target])) ** 0.5
         if j != target and not far:
-            product = product * np.array([survival(j, x) for x in q])
+            product = product * survival(j, q)
     return float(product.sum())
 
 

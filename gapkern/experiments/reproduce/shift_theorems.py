@@ -24,7 +24,7 @@ KINDS = ("measured", "predicted", "guaranteed")
 
 def thm3_4(context: Context) -> Result:
     """Exact robustness rises as the gap is closed: in random orthogonal cases, and in the embeddings given."""
-    cases = 200 if context.quick else 1000
+    cases = 100 if context.quick else 1000
     falls, gains = _random_cases(context, cases)
     claims = [
         judge(
