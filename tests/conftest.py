@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from tests.reproduced import reproduced  # noqa: F401
+from tests.sharing import pytest_xdist_make_scheduler  # noqa: F401
 from tests.software_gpu import fixture
 from tests.software_gpu.fixture import cuda_device, software_gpu, software_machine  # noqa: F401
 
@@ -119,28 +120,6 @@ def undrawn(monkeypatch):
             Path(target).write_bytes(b"")
 
     monkeypatch.setattr(figure, "savefig", savefig)
-
-
-# Files that share what is made once in a process; they go to one of the processes that share the tests.
-TOGETHER = {
-    "tests/test_demo.py": "digits",
-    "tests/test_eval.py": "digits",
-    "tests/test_reproduce.py": "reproduced",
-    "tests/test_report_browser.py": "reproduced",
-}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay in one process, in their order: what its fixtures make is made once."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            path = nodeid.split("::", 1)[0]
-            return TOGETHER.get(path, path)
-
-    return ByFile(config, log)
 
 
 def _missing_hardware() -> dict[str, str]:

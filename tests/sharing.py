@@ -1,0 +1,45 @@
+"""How processes share the tests: a file's stay in one, in their order, so that what its fixtures make is made once."""
+
+import pytest
+
+# Files that share what is made once in a process; they go to one of the processes.
+TOGETHER = {
+    "tests/test_demo.py": "digits",
+    "tests/test_eval.py": "digits",
+    "tests/test_reproduce.py": "reproduced",
+    "tests/test_report_browser.py": "reproduced",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        """xdist's, which after a crash gives the test that crashed, and files that are done, to the next process.
+
+        The former crashes that one too; with nothing to do, or with one test alone, a process waits for more forever.
+        """
+
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::", 1)[0]
+            return TOGETHER.get(path, path)
+
+        def _reschedule(self, node):
+            while self.workqueue and not node.shutting_down and self._pending_of(self.assigned_work[node]) <= 2:
+                self._assign_work_unit(node)
+            super()._reschedule(node)
+
+        def remove_node(self, node):
+            files = self.assigned_work.pop(node)
+            left = [(test, tests) for tests in files.values() for test, done in tests.items() if not done]
+            if not left:
+                return None
+            crashed, tests = left[0]
+            tests[crashed] = True
+            self.workqueue.update({file: tests for file, tests in files.items() if not all(tests.values())})
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return crashed
+
+    return ByFile(config, log)
