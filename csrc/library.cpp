@@ -14,6 +14,29 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "contrastive_lse_backward(Tensor grad_row, Tensor grad_col, Tensor grad_positive, Tensor images, Tensor texts,"
       " Tensor logit_scale, Tensor row_stats, Tensor col_stats, Tensor kept, str similarity, int label_offset,"
       " str precision, bool[3] needs) -> (Tensor grad_images, Tensor grad_texts, Tensor grad_logit_scale)");
+  // The same by classes of pairs, of which gapkern/ops/contrastive/masked.py has the contract. stats [2, count] of the
+  // negatives, then of the positives, as above; in row_stats also S / s at the label.
+  m.def(
+      "contrastive_masked_lse(Tensor x, Tensor y, Tensor logit_scale, Tensor row_ids, Tensor col_ids, Tensor row_limit,"
+      " Tensor col_limit, Tensor guide_x, Tensor guide_y, Tensor guide_row_limit, Tensor guide_col_limit,"
+      " str similarity, int label_offset, str label, str equal, str precision, int work_bytes)"
+      " -> (Tensor row_negative, Tensor col_negative, Tensor row_positive, Tensor col_positive, Tensor label_logit,"
+      " Tensor row_stats, Tensor col_stats, Tensor kept)");
+  m.def(
+      "contrastive_masked_lse_backward(Tensor grad_row_negative, Tensor grad_col_negative, Tensor grad_row_positive,"
+      " Tensor grad_col_positive, Tensor grad_label_logit, Tensor row_negative, Tensor col_negative,"
+      " Tensor row_positive, Tensor col_positive, Tensor row_stats, Tensor col_stats, Tensor kept, Tensor x, Tensor y,"
+      " Tensor logit_scale, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor guide_x,"
+      " Tensor guide_y, Tensor guide_row_limit, Tensor guide_col_limit, str similarity, int label_offset, str label,"
+      " str equal, str precision, bool[3] needs) -> (Tensor grad_x, Tensor grad_y, Tensor grad_logit_scale)");
+  // The rows of x against all others of x: half the logits, since they are symmetric.
+  m.def(
+      "contrastive_self_lse(Tensor x, Tensor logit_scale, Tensor ids, Tensor limit, str similarity, str equal,"
+      " str precision, int work_bytes) -> (Tensor negative, Tensor positive, Tensor stats, Tensor kept)");
+  m.def(
+      "contrastive_self_lse_backward(Tensor grad_negative, Tensor grad_positive, Tensor negative, Tensor positive,"
+      " Tensor stats, Tensor kept, Tensor x, Tensor logit_scale, Tensor ids, Tensor limit, str similarity, str equal,"
+      " str precision, bool[2] needs) -> (Tensor grad_x, Tensor grad_logit_scale)");
   // The summed sigmoid loss and its gradients in one pass; `needs` says which of the embeddings' gradients to form.
   m.def(
       "sigmoid_loss(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, int label_offset,"

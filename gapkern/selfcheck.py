@@ -79,6 +79,22 @@ def _masked() -> tuple[bool, str]:
     return _near(ours, theirs, 1e-5)
 
 
+def _against_itself() -> tuple[bool, str]:
+    x = _pairs()[0].requires_grad_()
+    ids, limit, scale = torch.arange(len(x)) // 3, torch.full((len(x),), 0.9), torch.tensor(10.0)
+    options = {"row_ids": ids, "col_ids": ids, "row_limit": limit, "equal": "positive", "label": "left_out"}
+    leaf = x.detach().double().requires_grad_()
+    found = []
+    for given, classes in (
+        (x, contrastive.self_lse(x, scale, ids=ids, equal="positive", limit=limit)),
+        (leaf, losses_reference.masked_lse(leaf, leaf, scale, **options)[:4:2]),  # type: ignore[arg-type]
+    ):
+        (gradient,) = torch.autograd.grad(torch.cat(classes).sum(), given)
+        found.append(torch.cat([*(c.detach().double() for c in classes), gradient.flatten().double()]))
+    ours, theirs = found
+    return _near(ours, theirs, 1e-5)
+
+
 def _masked_sigmoid() -> tuple[bool, str]:
     x, y = _pairs()
     ids, half = torch.arange(len(x)) // 3, torch.full((len(x),), 0.5, dtype=torch.float64)
@@ -172,6 +188,7 @@ _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("contrastive loss, bfloat16", _contrastive_bfloat16),
     ("sigmoid loss", _sigmoid),
     ("masked log-sum-exps and gradients", _masked),
+    ("log-sum-exps of a side with itself", _against_itself),
     ("sigmoid loss with ids", _masked_sigmoid),
     ("mean, Gram matrix and shift", _meanshift),
     ("Philox bits", _bits),

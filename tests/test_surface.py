@@ -115,6 +115,8 @@ def test_every_operator_has_a_schema_and_a_check():
         "contrastive_masked_lse",
         "contrastive_masked_lse_backward",
         "contrastive_masked_sigmoid",
+        "contrastive_self_lse",
+        "contrastive_self_lse_backward",
         "meanshift_sum",
         "meanshift_gram",
         "meanshift_apply",

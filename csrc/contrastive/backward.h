@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "contrastive/gradients.h"
-#include "contrastive/softmax.h"
+#include "contrastive/side_weights.h"
 
 namespace gapkern::contrastive {
 
@@ -18,45 +18,6 @@ struct InputGradients {
   double* logit_scale;
 };
 
-// One side's part of dS: its weights and references for GradientBlock.
-template <class T>
-class SideWeights {
- public:
-  SideWeights(const ExponentRange<T>& range, const Statistics<const double>& stats, const double* gradient,
-              double factor)
-      : k_(range.k()),
-        stats_(stats),
-        gradient_(gradient),
-        weight_(stats.count + kPadding, T(0)),
-        reference_(range.tracked() ? stats.count + kPadding : 0, T(0)),
-        log2_(reference_) {
-    for (int64_t i = 0; i < stats.count; ++i) {
-      const double down = range.tracked() ? 0 : range.shift() - k_ * stats.reference[i] - stats.log2[i];
-      weight_[i] = T(factor * gradient[i] * std::exp2(down));
-      if (!range.tracked()) continue;
-      reference_[i] = T(stats.reference[i]);
-      log2_[i] = T(stats.log2[i]);
-    }
-  }
-
-  const T* weight(int64_t i) const { return weight_.data() + i; }
-  // Null unless exponents are tracked.
-  const T* reference(int64_t i) const { return reference_.empty() ? nullptr : reference_.data() + i; }
-  const T* log2(int64_t i) const { return log2_.empty() ? nullptr : log2_.data() + i; }
-  // This side's part of dS at a label.
-  double at_label(int64_t i, double label_t) const {
-    return gradient_[i] * std::exp2(k_ * (label_t - stats_.reference[i]) - stats_.log2[i]);
-  }
-
- private:
-  static constexpr int64_t kPadding = 64;  // whole vectors are read
-
-  const double k_;
-  const Statistics<const double> stats_;
-  const double* const gradient_;
-  std::vector<T> weight_, reference_, log2_;
-};
-
 template <class T>
 class BackwardPass {
  public:
@@ -67,7 +28,7 @@ class BackwardPass {
         state_(state),
         in_(in),
         out_(out),
-        factor_(factor_in_gradients()),
+        factor_(factor_in_gradients(problem)),
         row_side_(p_.range, state.rows, in.rows, factor_),
         column_side_(p_.range, state.columns, in.columns, factor_),
         label_t_(p_.n),
@@ -97,12 +58,6 @@ class BackwardPass {
 
  private:
   int64_t blocks() const { return divide_up(cut_.chunk, cut_.block); }
-
-  // An ordinary logit_scale goes into dS, whose products are then the gradients.
-  double factor_in_gradients() const {
-    const bool ordinary = std::abs(p_.scale) >= 1e-4 && std::abs(p_.scale) <= 1e4;
-    return !p_.distances && ordinary ? p_.scale : 1;
-  }
 
   void form_label_gradients() {
     for (int64_t i = 0; i < p_.n; ++i) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "common/parallel.h"
 #include "contrastive/kernels.h"
@@ -71,6 +72,16 @@ struct Blocking {
       f(BlockIndex{.stripe = rest / size, .block = first + rest % size}, item);
     });
   }
+  // The same of a side with itself, for the blocks that reach above the diagonal.
+  std::vector<BlockIndex> blocks_above(const Chunk& chunk) const {
+    std::vector<BlockIndex> found;
+    for (int64_t first = 0; first < chunk.blocks; first += kTogether)
+      for (int64_t t = 0; t < stripes; ++t)
+        for (int64_t b = first; b < std::min(first + kTogether, chunk.blocks); ++b)
+          if (end_of_stripe(t) > chunk.row0 + b * block) found.push_back({.stripe = t, .block = b});
+    return found;
+  }
+  int64_t end_of_stripe(int64_t t) const { return std::min((t + 1) * stripe, m); }
   int64_t items(const Chunk& chunk) const { return stripes * chunk.blocks; }
 };
 

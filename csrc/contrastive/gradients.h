@@ -11,18 +11,24 @@ inline constexpr int64_t kSliceBytes = int64_t(256) << 10;  // packed slices a t
 template <class T>
 class LogitGradients {
  public:
-  // A null gradient is not computed.
-  LogitGradients(const Problem<T>& problem, T* images, T* texts)
+  // A null gradient is not computed. Of a side with itself, `own`, both are the same: dS lies above the diagonal, and
+  // counts for (j, i) as for (i, j).
+  LogitGradients(const Problem<T>& problem, T* images, T* texts, bool own = false)
       : p_(problem),
         cut_(problem.blocking),
         shape_(problem.engine.shape),
         slices_(problem),
         images_(images),
         texts_(texts),
+        own_(own),
         rows_words_(cut_.chunk * row_stride(shape_.group)),
         panel_words_(shape_.mr * (p_.bf16_products() ? cut_.chunk / shape_.group : 1)),
         columns_words_(p_.bf16_products() ? divide_up(cut_.stripe, shape_.mr) * panel_words_ : rows_words_) {
     if (!wanted()) return;
+    if (own_)
+      parallel(divide_up(p_.n, 64), [&](int64_t g) {
+        std::fill(images_ + g * 64 * p_.d, images_ + std::min(p_.n, g * 64 + 64) * p_.d, T(0));
+      });
     // The register tile reads up to mr rows (or columns) past the last; what it finds there is not used.
     by_rows_ = words(cut_.stripes * rows_words_ + shape_.mr * row_stride(shape_.group));
     if (p_.bf16_products()) by_columns_ = words(cut_.stripes * columns_words_);
@@ -55,7 +61,7 @@ class LogitGradients {
   void finish(double factor, const std::vector<double>& row_totals, const std::vector<double>& column_totals) const {
     if (!p_.distances && factor == p_.scale) return;
     finish(images_, p_.x, p_.n, T(p_.scale / factor), row_totals);
-    finish(texts_, p_.y, p_.m, T(p_.scale / factor), column_totals);
+    if (!own_) finish(texts_, p_.y, p_.m, T(p_.scale / factor), column_totals);
   }
 
  private:
@@ -89,7 +95,7 @@ class LogitGradients {
     parallel_for(0, divide_up(chunk.rows, shape_.mr), 1, [&](int64_t begin, int64_t end) {
       const Scratch own(p_.bf16_products() ? 0 : together * slices_.bytes(cut_.stripe));
       const int64_t from = begin * shape_.mr, to = std::min(chunk.rows, end * shape_.mr);
-      for (int64_t t = 0; t < cut_.stripes; ++t)
+      for (int64_t t = own_ ? (chunk.row0 + from) / cut_.stripe : 0; t < cut_.stripes; ++t)
         for (int64_t i = 0; i < slices_.count(); i += together) {
           const int64_t count = std::min(together, slices_.count() - i), column = i * shape_.nr;
           if (!p_.bf16_products()) pack_text_slices(t, i, count, own.at());
@@ -97,13 +103,18 @@ class LogitGradients {
                                   .slices = p_.bf16_products() ? text_slices_.at(text_slice(t, i)) : own.at(),
                                   .panel = shape_.mr * row_stride(shape_.group),
                                   .depth = divide_up(cut_.stripe_columns(t), shape_.group),
-                                  .rows = to - from,
+                                  .rows = std::min(to, rows_at(chunk, t)) - from,
                                   .cols = std::min(count * shape_.nr, p_.d - column),
                                   .c = images_ + (chunk.row0 + from) * p_.d + column,
                                   .c_stride = p_.d,
-                                  .first = t == 0});
+                                  .first = !own_ && t == 0});
         }
     });
+  }
+
+  // The chunk's rows whose dS against stripe t is there.
+  int64_t rows_at(const Chunk& chunk, int64_t t) const {
+    return own_ ? std::min(chunk.rows, cut_.end_of_stripe(t) - chunk.row0) : chunk.rows;
   }
 
   // Where slice i of stripe t starts in text_slices_.
@@ -124,20 +135,22 @@ class LogitGradients {
     const int64_t per_stripe = divide_up(cut_.stripe, shape_.mr);
     const int64_t last_columns = cut_.stripe_columns(cut_.stripes - 1);
     const int64_t panels = (cut_.stripes - 1) * per_stripe + divide_up(last_columns, shape_.mr);
-    parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = own_ ? chunk.row0 / cut_.stripe * per_stripe + chunk.row0 % cut_.stripe / shape_.mr : 0;
+    parallel_for(first, panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin / per_stripe; t * per_stripe < end; ++t) {
         const int64_t from = std::max(begin - t * per_stripe, int64_t(0)) * shape_.mr;
         const int64_t to = std::min((end - t * per_stripe) * shape_.mr, cut_.stripe_columns(t));
-        for (int64_t i = 0; from < to && i < slices_.count(); i += together)
+        const int64_t depth = rows_at(chunk, t), step = depth < chunk.rows ? 1 : together;
+        for (int64_t i = 0; from < to && i < slices_.count(); i += step)
           p_.engine.product_columns({.a = columns_of(a, t, from / shape_.mr * panel_words_),
                                      .slices = image_slices_.at(i * bytes),
                                      .panel = panel_words_,
-                                     .depth = divide_up(chunk.rows, shape_.group),
+                                     .depth = divide_up(depth, shape_.group),
                                      .rows = to - from,
-                                     .cols = std::min(together * shape_.nr, p_.d - i * shape_.nr),
+                                     .cols = std::min(step * shape_.nr, p_.d - i * shape_.nr),
                                      .c = texts_ + (t * cut_.stripe + from) * p_.d + i * shape_.nr,
                                      .c_stride = p_.d,
-                                     .first = chunk.row0 == 0});
+                                     .first = !own_ && chunk.row0 == 0});
       }
     });
   }
@@ -147,6 +160,7 @@ class LogitGradients {
   const Shape& shape_;
   const Slices<T> slices_;
   T *const images_, *const texts_;
+  const bool own_;
   // Words between stripes of dX's operand, between panels and between stripes of dY's.
   const int64_t rows_words_, panel_words_, columns_words_;
   Scratch by_rows_, by_columns_, image_slices_, text_slices_;

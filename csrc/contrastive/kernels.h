@@ -114,6 +114,50 @@ struct GradientBlock : LogitBlock<T> {
   T* column_sum;  // out [kStripe]
 };
 
+// What a pair is, the first that applies: the label; a *positive* or left out, by equal ids; left out, since t or the
+// guide's t is above a limit; a *negative*. Ids and limits of T, whole vectors of the columns'. Without ids no two are
+// equal; without limits they are infinite.
+template <class T>
+struct PairClasses {
+  const T *row_ids, *column_ids;
+  const T *row_limit, *column_limit;
+  const void *guide_images, *guide_texts;  // panels of T; null: no guide
+  int64_t guide_depth;
+  const T *guide_row_limit, *guide_column_limit;
+};
+
+enum PairClass : int { kNegative, kPositive, kClasses };
+
+// ForwardBlock with sums over each class. Where a side is compared with itself, only pairs above the diagonal count,
+// which begins at column `label`: (i, j) goes into the sums of row i and of column j.
+template <class T>
+struct ClassesForwardBlock : LogitBlock<T> {
+  Exponents<T> exponents;
+  PairClasses<T> classes;
+  T *row_sum[kClasses], *row_largest[kClasses];        // out [rows]
+  T *column_sum[kClasses], *column_largest[kClasses];  // out [kStripe]
+  T* label_t;                                          // out [rows]
+  KeptBlock<T> kept;                                   // out
+};
+
+template <class T>
+struct ClassWeights {
+  const T *weight, *reference, *log2;  // as in GradientBlock
+};
+
+// GradientBlock whose pairs have the weights of their class.
+template <class T>
+struct ClassesGradientBlock : LogitBlock<T> {
+  Exponents<T> exponents;
+  PairClasses<T> classes;
+  ClassWeights<T> rows_of[kClasses], columns_of[kClasses];
+  const T *label_t, *label_gradient;
+  KeptBlock<const T> kept;
+  GradientOutput out;
+  double* sum;
+  T *row_sum, *column_sum;
+};
+
 // The sigmoid loss of a block and its gradient in one pass. With l = scale t + bias:
 //   loss += softplus(l),  dS = sigmoid(l);  at the label softplus(-l) and -sigmoid(-l).
 template <class T>
@@ -155,6 +199,20 @@ struct SoftmaxKernels {
   void (*gradient)(const GradientBlock<T>&);
 };
 
+// kernels_classes.cpp: one kernel for each kind of classes.
+struct ClassesKind {
+  bool positive;  // equal ids are positives
+  bool own;       // a side with itself; never guided
+  bool guided;
+  int index() const { return int(positive) + (own ? 2 : guided ? 4 : 0); }
+};
+
+template <class T>
+struct ClassesKernels {
+  void (*classes_forward[6])(const ClassesForwardBlock<T>&);
+  void (*classes_gradient[6])(const ClassesGradientBlock<T>&);
+};
+
 // kernels_sigmoid.cpp
 template <class T>
 struct SigmoidKernels {
@@ -172,10 +230,11 @@ struct KernelSet {
 
 GAPKERN_DECLARE_FOR_EACH_ISA(const KernelSet<ProductKernels>& product_kernels();
                              const KernelSet<SoftmaxKernels>& softmax_kernels();
+                             const KernelSet<ClassesKernels>& classes_kernels();
                              const KernelSet<SigmoidKernels>& sigmoid_kernels())
 
 // All kernels of one arithmetic.
 template <class T>
-struct Engine : ProductKernels<T>, SoftmaxKernels<T>, SigmoidKernels<T> {};
+struct Engine : ProductKernels<T>, SoftmaxKernels<T>, ClassesKernels<T>, SigmoidKernels<T> {};
 
 }  // namespace gapkern::contrastive

@@ -2,15 +2,10 @@
 // tile of mr x stripe logits lives in the first-level cache and is never written out whole.
 #include "contrastive/gradient_tile.h"
 #include "contrastive/mask.h"
-#include "contrastive/tile.h"
+#include "contrastive/softmax_tile.h"
 
 namespace gapkern::contrastive {
 namespace {
-
-template <Range kRange, class T, class V>
-GAPKERN_INLINE V exponential(V t, const Exponents<T>& e) {
-  return exp2_of_product<kRange == Range::shifted>(t, e.k, e.k_low, kRange == Range::shifted ? e.shift : T(0));
-}
 
 // A known number of rows keeps their sums in registers.
 template <Range kRange, class T, int kKnown>
@@ -39,12 +34,6 @@ GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, in
     store(b.column_sum + j, column);
   }
   for (int r = 0; r < rows; ++r) b.row_sum[i0 + r] = sum<T>(row_sum[r]);
-}
-
-// The reference of exponents: the largest logit, or zero where there is none.
-template <class V>
-GAPKERN_INLINE V finite_reference(V largest, V lowest) {
-  return largest == lowest ? V{} : largest;
 }
 
 template <class T>
@@ -94,55 +83,6 @@ GAPKERN_INLINE void sum_exponentials(const ForwardBlock<T>& b, const T* tile, in
     sum_exponentials<kRange, T, 0>(b, tile, rows, i0);
 }
 
-// Copies by non-temporal stores, where there are any: the copy is read in the backward pass, from memory.
-template <class T>
-GAPKERN_INLINE void stream(T* to, const T* from, int64_t count) {
-#if GAPKERN_VECTOR_BYTES == 64
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && count % Vec<T>::size == 0) {
-    for (int64_t j = 0; j < count; j += Vec<T>::size)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), (__m512i)load(from + j));
-    return;
-  }
-#endif
-  std::memcpy(to, from, size_t(count) * sizeof(T));
-}
-
-#if defined(GAPKERN_ISA_avx512bf16)
-GAPKERN_INLINE void encode(const float* t, float per_unit, int64_t count, int16_t* codes) {
-  for (int64_t j = 0; j < count; j += 16) {
-    const __m256i code = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(load(t + j) * per_unit)));
-    if (count - j < 16)
-      std::memcpy(codes + j, &code, size_t(count - j) * sizeof *codes);
-    else if (reinterpret_cast<uintptr_t>(codes + j) % 32 == 0)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(codes + j), code);
-    else
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j), code);
-  }
-}
-
-GAPKERN_INLINE void decode(const int16_t* codes, float unit, int64_t count, float* t) {
-  for (int64_t j = 0; j < count; j += 16) {
-    __m256i code{};
-    if (count - j < 16)
-      std::memcpy(&code, codes + j, size_t(count - j) * sizeof *codes);
-    else
-      code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
-    __builtin_prefetch(codes + j + kRows * count);
-    store(t + j, (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(code)) * unit);
-  }
-}
-#endif
-
-template <class E>
-GAPKERN_INLINE void keep(const ForwardBlock<typename E::T>& b, const typename E::T* tile, int rows, int64_t i0) {
-  if (b.kept.t != nullptr)
-    for (int r = 0; r < rows; ++r) stream(b.kept.t + (i0 + r) * b.cols, tile + r * kStripe, b.cols);
-  if constexpr (E::group > 1)
-    if (b.kept.codes != nullptr)
-      for (int r = 0; r < rows; ++r)
-        encode(tile + r * kStripe, 1 / b.kept.unit, b.cols, b.kept.codes + (i0 + r) * b.cols);
-}
-
 template <class E>
 void forward(const ForwardBlock<typename E::T>& b) {
   using T = typename E::T;
@@ -159,7 +99,7 @@ void forward(const ForwardBlock<typename E::T>& b) {
       const int64_t label = b.label + i0 + r;
       if (label >= 0 && label < b.cols) b.label_t[i0 + r] = tile[r * kStripe + label];
     }
-    keep<E>(b, tile, rows, i0);
+    keep<E>(b.kept, b.cols, tile, rows, i0);
     if (range == Range::tracked)
       sum_exponentials_tracked(b, tile, rows, i0);
     else if (range == Range::shifted)
@@ -171,19 +111,6 @@ void forward(const ForwardBlock<typename E::T>& b) {
   _mm_sfence();  // orders the streaming stores before other threads' reads
 #endif
 }
-
-// The first `count` lanes of a vector: past the last row of an allocation nothing may be read.
-template <class T>
-GAPKERN_INLINE auto load_first(const T* p, int64_t count) {
-  T lanes[Vec<T>::size] = {};
-  std::memcpy(lanes, p, size_t(count) * sizeof(T));
-  return load(lanes);
-}
-
-// Of dS t and of dS.
-struct GradientSums {
-  double of_scale = 0, of_all = 0;
-};
 
 // Turns t, which lies in rows of `stride`, into a tile of dS.
 template <Range kRange, class T>
@@ -250,9 +177,7 @@ void gradient(const GradientBlock<typename E::T>& b) {
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
     if (b.kept.t == nullptr && b.kept.codes == nullptr) logit_tile<E>(b, i0, tile);
-    if constexpr (E::group > 1)
-      for (int r = 0; b.kept.codes != nullptr && r < rows; ++r)
-        decode(b.kept.codes + (i0 + r) * b.cols, b.kept.unit, b.cols, tile + r * kStripe);
+    decode<E>(b.kept, b.cols, tile, rows, i0);
     const T* const t = b.kept.t == nullptr ? tile : b.kept.t + i0 * b.cols;
     const int64_t stride = b.kept.t == nullptr ? kStripe : b.cols;
     const GradientSums sums = range == Range::tracked   ? logit_gradient<Range::tracked>(b, t, stride, tile, rows, i0)

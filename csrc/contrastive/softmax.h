@@ -54,10 +54,11 @@ struct Statistics {
   }
   double lse(int64_t i, double scale) const { return scale * reference[i] + log2[i] / kLog2e; }
 
+  // Sums of no terms, whose log2 is -inf, are.
   template <class T>
   bool within(const ExponentRange<T>& range) const {
     for (int64_t i = 0; i < count; ++i)
-      if (!range.holds(reference[i], log2[i])) return false;
+      if (log2[i] > -INFINITY && !range.holds(reference[i], log2[i])) return false;
     return true;
   }
 };

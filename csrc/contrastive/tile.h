@@ -145,14 +145,14 @@ GAPKERN_INLINE void distance_tile(const typename E::Word* a, const typename E::W
     tile_product<E, 1, kRows, Result::add, squares>(a + k * kRows, b + k * nr, part(k), tile, kStripe, kRows, nr);
 }
 
-// t of one row panel, which starts at row i0 of the block, against the stripe.
+// t of one row panel, which starts at row i0 of the block, against the stripe from column j0 on, a multiple of nr.
 template <class E>
-void logit_tile(const LogitBlock<typename E::T>& block, int64_t i0, typename E::T* tile) {
+void logit_tile(const LogitBlock<typename E::T>& block, int64_t i0, typename E::T* tile, int64_t j0 = 0) {
   constexpr int nr = kWidth<E>;
   const int64_t words = (block.depth + E::group - 1) / E::group;
   const auto* a = static_cast<const typename E::Word*>(block.images) + i0 * words;
-  const auto* b = static_cast<const typename E::Word*>(block.texts);
-  for (int64_t j = 0; j < block.cols; j += nr, b += nr * words) {
+  const auto* b = static_cast<const typename E::Word*>(block.texts) + j0 * words;
+  for (int64_t j = j0; j < block.cols; j += nr, b += nr * words) {
     if constexpr (E::group == 1)
       if (block.distances) {
         distance_tile<E>(a, b, words, tile + j);

@@ -77,6 +77,11 @@ class Candidates:
             options.update(row_ids=self.ids[row], col_ids=self.all_ids[col])
         return rows.masked_lse(x, self.scale if scale is None else scale, label=label, **options)
 
+    def against_itself(self, rows: Spread, which: int) -> Tensor:
+        """Log-sum-exps over the others of a side: 0 the queries, 1 the documents."""
+        ids = None if self.all_ids is None else self.all_ids[which]
+        return rows.against_itself(self.scale, ids=ids, limit=self.limit)[0]
+
     def count(self, side: str, x: Tensor, rows: Spread, row: int, col: int, label: str = "counted") -> None:
         """Adds a block with labels to the side's candidates."""
         negatives = len(rows) - 1
@@ -129,12 +134,10 @@ def log_sum_exps(
     if "d-q" in chosen:
         problem.count("d", d, problem.all_q, 1, 0)
     if "q-q" in chosen:
-        found = problem.block(q, problem.all_q, row_limit=limit, row=0, col=0, label="left_out")
-        of_queries.append(found.row_negative)
+        of_queries.append(problem.against_itself(problem.all_q, 0))
         problem.count("q", q, problem.all_q, 0, 0, "left_out")
     if "d-d" in chosen:
-        found = problem.block(d, problem.all_d, row_limit=limit, row=1, col=1, label="left_out")
-        of_documents.append(found.row_negative)
+        of_documents.append(problem.against_itself(problem.all_d, 1))
         problem.count("d", d, problem.all_d, 1, 1, "left_out")
     if hard is not None:
         of_queries.append(_own_hard(problem, hard, hardness if hardness_of != "in-batch" else 0.0))

@@ -96,7 +96,7 @@ def gist_loss(
     if negatives is not None and guide_negatives is not None:
         guide = guide_negatives.detach().to(work)
         rows = Spread(batch.feature(negatives), None)  # each rank's own
-        options = {"guide_x": guide_q, "guide_row_limit": limit}
+        options: dict[str, Any] = {"guide_x": guide_q, "guide_row_limit": limit}
         found.append(rows.masked_lse(q, scale, guide_y=guide, label="none", **options))
     losses = pairs.surprise(found[0].label, [classes.row_negative for classes in found])
     return batch.reduce(losses, weights, reduction, like)

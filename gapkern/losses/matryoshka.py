@@ -105,7 +105,7 @@ def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = N
     like, n = x, len(x) * world
     batch.enter("uniformity_loss", {"t": scale}, features=x)
     x, scale = batch.feature(x), batch.scalar(scale)
-    found = batch.spread(x).masked_lse(x, scale, similarity="sqeuclidean", label="left_out")
-    total = batch.merged(pairs.log_sum(found.row_negative[None], 1))
+    negative, _ = batch.spread(x).against_itself(scale, similarity="sqeuclidean")
+    total = batch.merged(pairs.log_sum(negative[None], 1))
     mean = total - torch.log(torch.full_like(total, float(n) * (n - 1)))
     return batch.reduce(mean, None, "mean", like)

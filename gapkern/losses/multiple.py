@@ -58,7 +58,8 @@ def multiple_positives_loss(
             )
     else:
         x, y, scale = batch.feature(images), batch.feature(texts), batch.scalar(scale)
-        losses = _both_ways(batch, x, y, scale, two_ids, positives, smoothing, similarity)
+        work_bytes = steps.work_bytes(memory) if torch.is_grad_enabled() else 0
+        losses = _both_ways(batch, x, y, scale, two_ids, positives, smoothing, similarity, work_bytes)
     return batch.reduce(steps.without_gradient(losses, bias), weights, reduction, images)
 
 
@@ -71,6 +72,7 @@ def _both_ways(
     positives: str,
     smoothing: float,
     similarity: str,
+    work_bytes: int,
 ) -> Tensor:
     n = len(x)
     all_y, all_x = batch.spread(y), batch.spread(x)
@@ -79,7 +81,7 @@ def _both_ways(
     if two_ids is not None:
         row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in two_ids))
         options = {"row_ids": row_ids[own], "col_ids": col_ids, "equal": "positive"}
-    found = all_y.masked_lse(x, scale, similarity=similarity, **options)
+    found = all_y.masked_lse(x, scale, similarity=similarity, work_bytes=work_bytes, **options)
     s = scale.reshape(()).double()
     total = torch.zeros_like(found.label)
     sides = (

@@ -12,6 +12,8 @@ from gapkern.ops import contrastive
 EXCHANGES = ("auto", "gather", "ring")
 # "auto" gathers while everyone's rows and their gradients, of the widest of the tensors, fit into this.
 GATHERED_BYTES = 2**31
+# A loss has several blocks of logits: each is kept for the backward pass where it fits in here, or not at all.
+BLOCK_BYTES = 64 * 2**20
 
 
 def by_ring(exchange: str, place: distributed.Shard | None, *tensors: Tensor | None) -> bool:
@@ -28,6 +30,14 @@ def by_ring(exchange: str, place: distributed.Shard | None, *tensors: Tensor | N
     if torch.compiler.is_compiling():
         return False
     return 2 * place.world * max(t.numel() * t.itemsize for t in tensors if t is not None) > GATHERED_BYTES
+
+
+def block_bytes(x: Tensor, columns: int | torch.SymInt) -> int:
+    """Bytes of work space for a block of logits, x's rows x columns: enough for all of it, or none."""
+    if not torch.is_grad_enabled():
+        return 0
+    needed = x.shape[0] * columns * (8 if x.dtype == torch.float64 else 4)
+    return BLOCK_BYTES if needed <= BLOCK_BYTES else 0
 
 
 class Spread:
@@ -73,6 +83,7 @@ class Spread:
         col_limit: Tensor | None = None,
         guide_y: Tensor | None = None,
         label: str = "counted",
+        work_bytes: int | None = None,
         **options: Any,
     ) -> contrastive.Classes:
         """`contrastive.masked_lse` of x (n, D) against the N rows.
@@ -82,6 +93,7 @@ class Spread:
             col_ids, col_limit: of all N rows.
             guide_y: of this rank's rows.
             label: row i of x belongs to row i of this rank's.
+            work_bytes: as there, where rows are on this process; None: `block_bytes`.
 
         Returns:
             Columns: the sums over this rank's x, (N,).
@@ -90,7 +102,11 @@ class Spread:
             if guide_y is not None and self.place is not None:
                 guide_y = distributed.stack(guide_y, self.place).flatten(0, 1)
             options |= {"col_ids": col_ids, "col_limit": col_limit, "guide_y": guide_y, "label": label}
-            return contrastive.masked_lse(x, self.everyone(), scale, label_offset=self.first, **options)
+            everyone = self.everyone()
+            if work_bytes is None:
+                work_bytes = block_bytes(x, everyone.shape[0])
+            options |= {"label_offset": self.first, "work_bytes": work_bytes}
+            return contrastive.masked_lse(x, everyone, scale, **options)
         assert self.place is not None
         rank = self.place.rank
 
@@ -110,6 +126,40 @@ class Spread:
         visitors = [self.mine] if guide_y is None else [self.mine, guide_y.detach()]
         job = ring.Visit(self.place, block, ("lse", "columns", "lse", "columns", "own"))
         return contrastive.Classes(*ring.visit(job, visitors, (x, scale)))
+
+    def against_itself(
+        self,
+        scale: Tensor,
+        *,
+        ids: Tensor | None = None,
+        equal: str = "left_out",
+        limit: Tensor | None = None,
+        similarity: str = "dot",
+    ) -> tuple[Tensor, Tensor]:
+        """Log-sum-exps of this rank's rows against all others: over negatives, and over positives.
+
+        Args:
+            ids: of all N rows.
+            limit: of this rank's.
+            scale, equal, similarity: as for `contrastive.masked_lse`.
+        """
+        if self.place is None:
+            columns = contrastive.self_columns(self.mine.shape[0])
+            return contrastive.self_lse(
+                self.mine,
+                scale,
+                ids=ids,
+                equal=equal,
+                limit=limit,
+                similarity=similarity,
+                work_bytes=block_bytes(self.mine, columns),
+            )
+        options: dict[str, Any] = {"row_limit": limit, "similarity": similarity, "label": "left_out"}
+        if ids is not None:
+            own = ids[self.first : self.first + self.mine.shape[0]]
+            options |= {"row_ids": own, "col_ids": ids, "equal": equal}
+        found = self.masked_lse(self.mine, scale, **options)
+        return found.row_negative, found.row_positive
 
     def class_sums(self, ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
         """For each of the ids `of`: the sum (., D) of the rows whose `ids` (N,) are equal, and their number."""
@@ -149,10 +199,14 @@ def dense(*ids: Tensor) -> tuple[Tensor, ...]:
 
 def class_sums(ids: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """For each of `rows`, ids of rows: the sum of y (M, D) over equal ids, and their number."""
-    ids, rows = dense(ids, rows)
+    ordered = ids.sort().values
+    place, own = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, rows)
+    there = ordered[own.clamp_max(len(ids) - 1)] == rows
+    own = torch.where(there, own, torch.full_like(own, len(ids)))  # the sum of nothing
     work = torch.float64 if y.dtype == torch.float64 else torch.float32
-    size = len(ids) + len(rows)
-    sums = torch.zeros(size, y.shape[1], dtype=work, device=y.device).index_add(0, ids, y.to(work))
-    counts = torch.zeros(size, dtype=torch.float64, device=y.device)
-    counts = counts.index_add(0, ids, counts.new_ones(len(ids)))
-    return sums[rows], counts[rows]
+    # Expanded, the zeros are written once, when the sums are.
+    nothing = torch.zeros(1, 1, dtype=work, device=y.device).expand(len(ids) + 1, y.shape[1])
+    sums = nothing.index_add(0, place, y.to(work))
+    counts = torch.zeros(len(ids) + 1, dtype=torch.float64, device=y.device)
+    counts = counts.index_add(0, place, counts.new_ones(len(ids)))
+    return sums.index_select(0, own), counts[own]

@@ -62,12 +62,12 @@ def supcon_loss(
     everyone = batch.spread(x)
     (all_ids,) = pairs.dense(batch.constant(ids))
     ids = all_ids[everyone.first : everyone.first + len(x)]
-    found = everyone.masked_lse(x, scale, row_ids=ids, col_ids=all_ids, equal="positive", label="left_out")
+    negative, positive = everyone.against_itself(scale, ids=all_ids, equal="positive")
     sums, counts = everyone.class_sums(all_ids, ids)
     others = counts - 1
     there = others > 0
-    positive = torch.where(there, found.row_positive, torch.zeros_like(found.row_positive))
-    losses = pairs.surprise(positive, [found.row_negative])
+    positive = torch.where(there, positive, torch.zeros_like(positive))
+    losses = pairs.surprise(positive, [negative])
     if positives == "in":
         losses = losses + torch.log(others.clamp_min(1))
     else:

@@ -35,12 +35,15 @@ def untouched(function):
     return call
 
 
-def rounded(operator):
-    """Under autocast only the embeddings take the lower precision: a rounded logit_scale would shift every logit."""
+def rounded(operator, embeddings: int = 2):
+    """Under autocast only the embeddings take the lower precision: a rounded logit_scale would shift every logit.
 
-    def call(x, y, *rest):
-        x, y = x.to(dtype_of(x)), y.to(dtype_of(y))
-        with disabled(x.device.type):
-            return operator(x, y, *rest)
+    They are the operator's first arguments, `embeddings` of them.
+    """
+
+    def call(*inputs):
+        lower = [x.to(dtype_of(x)) for x in inputs[:embeddings]]
+        with disabled(lower[0].device.type):
+            return operator(*lower, *inputs[embeddings:])
 
     return call

@@ -1,11 +1,13 @@
 """The contrastive losses' operators: log-sum-exps of logits that are never formed, and the summed sigmoid loss.
 
 `op` registers them; `dispatch` chooses between `chunked` and `sm90` on devices without kernels of their own; `masked`
-and `masked_sigmoid` have classes of pairs: labels, positives, negatives, and those left out.
+and `masked_sigmoid` have classes of pairs: labels, positives, negatives, and those left out; `itself` has them for a
+side with itself.
 """
 
+from gapkern.ops.contrastive.itself import self_columns, self_lse
 from gapkern.ops.contrastive.masked import Classes, masked_lse
 from gapkern.ops.contrastive.masked_sigmoid import masked_sigmoid_sum
 from gapkern.ops.contrastive.op import lse_pair, sigmoid_sum
 
-__all__ = ["Classes", "lse_pair", "masked_lse", "masked_sigmoid_sum", "sigmoid_sum"]
+__all__ = ["Classes", "lse_pair", "masked_lse", "masked_sigmoid_sum", "self_columns", "self_lse", "sigmoid_sum"]

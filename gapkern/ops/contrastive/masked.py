@@ -25,19 +25,7 @@ from gapkern.ops.products import matmul
 CHUNK_ELEMENTS = 2**20  # logits at a time, in several copies: 4 MiB each in float32
 CUDA_CHUNK_ELEMENTS = 2**25
 
-_library = torch.library.Library("gapkern", "FRAGMENT")
-_PAIR = (
-    "Tensor x, Tensor y, Tensor logit_scale, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,"
-    " Tensor guide_x, Tensor guide_y, Tensor guide_row_limit, Tensor guide_col_limit,"
-    " str similarity, int label_offset, str label, str equal, str precision"
-)
-_OF_CLASSES = "Tensor row_negative, Tensor col_negative, Tensor row_positive, Tensor col_positive"
-_GRADIENTS = ", ".join(f"Tensor grad_{n}" for n in ("row_negative", "col_negative", "row_positive", "col_positive"))
-_library.define(f"contrastive_masked_lse({_PAIR}) -> ({_OF_CLASSES}, Tensor label_logit)")
-_library.define(
-    f"contrastive_masked_lse_backward({_GRADIENTS}, Tensor grad_label_logit, {_OF_CLASSES}, {_PAIR}, bool[3] needs)"
-    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_logit_scale)"
-)
+_library = torch.library.Library("gapkern", "IMPL")
 
 
 class MaskedArguments(NamedTuple):
@@ -59,6 +47,7 @@ class MaskedArguments(NamedTuple):
     label: str  # "counted", "left_out" or "none"
     equal: str  # "positive" or "left_out"
     precision: str
+    work_bytes: int = 0
 
     def counts(self) -> tuple[int, int]:
         return self.x.shape[0], self.y.shape[0]
@@ -91,6 +80,7 @@ def masked_lse(
     similarity: str = "dot",
     label_offset: int = 0,
     label: str = "counted",
+    work_bytes: int = 0,
 ) -> Classes:
     """Row and column log-sum-exps of the logits, over negatives and over positives, and the labels' logits.
 
@@ -108,6 +98,7 @@ def masked_lse(
         similarity: "dot" or "sqeuclidean".
         label_offset: the label of row i is column i + label_offset, where there is one.
         label: "counted" by itself, "left_out" of everything, or "none": no pair is a label.
+        work_bytes: memory the forward pass may keep for the backward pass (on the CPU).
 
     Example:
         >>> x = torch.eye(3)
@@ -115,13 +106,7 @@ def masked_lse(
         >>> [round(v, 4) for v in found.row_negative.tolist()], found.label.tolist()
         ([0.6931, 0.6931, 0.6931], [2.0, 2.0, 2.0])
     """
-    none = x.new_empty(0)
-    integers = none.to(torch.int64)
-    matrix = none.reshape(0, 0)
-
-    def given(value: Tensor | None, absent: Tensor) -> Tensor:
-        return absent if value is None else value.detach()
-
+    none, integers, matrix = absent(x)
     return Classes(
         *torch.ops.gapkern.contrastive_masked_lse(
             x,
@@ -140,8 +125,19 @@ def masked_lse(
             label,
             equal,
             matmul_precision(x.device.type),
-        )
+            work_bytes,
+        )[:5]
     )
+
+
+def absent(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands for a vector, for ids and for a matrix that are not given."""
+    none = x.detach().new_empty(0)
+    return none, none.to(torch.int64), none.reshape(0, 0)
+
+
+def given(value: Tensor | None, absent: Tensor) -> Tensor:
+    return absent if value is None else value.detach()
 
 
 class _Masks:
@@ -214,7 +210,7 @@ def _similarities(logits: _Logits, rows: slice) -> Tensor:
     return products.mul_(2).sub_(row_norms[:, None]).sub_(col_norms).clamp_(max=0)
 
 
-def _forward(*inputs):
+def forward(*inputs):
     arguments = MaskedArguments(*inputs)
     logits = _logits_of(arguments)
     masks = _Masks(arguments, logits.dtype)
@@ -240,7 +236,8 @@ def _forward(*inputs):
         col_negative = torch.logaddexp(col_negative, s.logsumexp(0).double())
     there = label_t > -math.inf  # a negative scale leaves a missing label at -inf
     label_logit = torch.where(there, label_t * scale.double(), label_t)
-    return row_negative, col_negative, row_positive, col_positive, label_logit
+    none = empty[:0].clone()
+    return row_negative, col_negative, row_positive, col_positive, label_logit, none, none.clone(), none.clone()
 
 
 def _weights(s: Tensor, lse: Tensor, gradient: Tensor) -> Tensor:
@@ -248,8 +245,8 @@ def _weights(s: Tensor, lse: Tensor, gradient: Tensor) -> Tensor:
     return (s - lse.to(s.dtype)).exp_().mul_(gradient.to(s.dtype))
 
 
-def _backward_kernel(*inputs):
-    grads, lses, arguments, needs = inputs[:5], inputs[5:9], MaskedArguments(*inputs[9:-1]), inputs[-1]
+def backward(*inputs):
+    grads, lses, arguments, needs = inputs[:5], inputs[5:9], MaskedArguments(*inputs[12:-1]), inputs[-1]
     logits = _logits_of(arguments)
     masks = _Masks(arguments, logits.dtype)
     low = arguments.x.dtype if not logits.euclidean else logits.dtype
@@ -282,8 +279,21 @@ def _backward_kernel(*inputs):
     return dx.to(arguments.x.dtype), dy.to(arguments.y.dtype), of_scale.to(arguments.logit_scale.dtype)
 
 
-for _name, _kernel in (("masked_lse", _forward), ("masked_lse_backward", _backward_kernel)):
+for _name, _kernel in (("masked_lse", forward), ("masked_lse_backward", backward)):
     _library.impl(f"contrastive_{_name}", autocast.untouched(_kernel), "CompositeExplicitAutograd")
+
+
+def doubles(like: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(shape, dtype=torch.float64) for shape in shapes)
+
+
+def rows_kept(n: int | torch.SymInt, m: int | torch.SymInt, item: int, work_bytes: int) -> int | torch.SymInt:
+    if work_bytes <= 0:
+        return 0
+    # As an expression of the batch it would be compared with 0 and 1, which holds for some batches and not others.
+    if not (isinstance(n, int) and isinstance(m, int)):
+        return torch.library.get_ctx().new_dynamic_size()
+    return min(n, work_bytes // (m * item))
 
 
 @torch.library.register_fake("gapkern::contrastive_masked_lse", lib=_library)
@@ -291,12 +301,17 @@ def _(*inputs):
     arguments = MaskedArguments(*inputs)
     n, m = arguments.counts()
     labels = n if arguments.label == "counted" else 0
-    return tuple(arguments.x.new_empty((count,), dtype=torch.float64) for count in (n, m, n, m, labels))
+    classes = doubles(arguments.x, (n,), (m,), (n,), (m,), (labels,))
+    work = torch.float64 if arguments.x.dtype == torch.float64 else torch.float32
+    if arguments.x.device.type != "cpu":
+        return *classes, *doubles(arguments.x, (0,), (0,), (0,))
+    rows = rows_kept(n, m, work.itemsize, arguments.work_bytes)
+    return *classes, *doubles(arguments.x, (5, n), (4, m)), arguments.x.new_empty((rows, m), dtype=work)
 
 
 @torch.library.register_fake("gapkern::contrastive_masked_lse_backward", lib=_library)
 def _(*inputs):
-    arguments, needs = MaskedArguments(*inputs[9:-1]), inputs[-1]
+    arguments, needs = MaskedArguments(*inputs[12:-1]), inputs[-1]
     x, y = arguments.x, arguments.y
     return (
         x.new_empty(x.shape if needs[0] else (0,)),
@@ -306,20 +321,26 @@ def _(*inputs):
 
 
 def _save(ctx, inputs, output):
-    tensors, ctx.options = inputs[:11], inputs[11:]
-    ctx.save_for_backward(*tensors, *output)
+    tensors, ctx.options = inputs[:11], inputs[11:-1]
+    ctx.mark_non_differentiable(*output[5:])
+    ctx.save_for_backward(*tensors, *output[:4], *output[5:])
 
 
 def _backward(ctx, *grads):
     tensors, results = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
-    grads = tuple(torch.zeros_like(r) if g is None else g for g, r in zip(grads, results, strict=True))
+    x, _, logit_scale = tensors[:3]
+    label = x.shape[0] if ctx.options[2] == "counted" else 0
+    shapes = (*(r.shape for r in results[:4]), (label,))
+    grads = tuple(
+        x.new_zeros(shape, dtype=torch.float64) if g is None else g for g, shape in zip(grads[:5], shapes, strict=True)
+    )
     needs = list(ctx.needs_input_grad[:3])
-    found = torch.ops.gapkern.contrastive_masked_lse_backward(*grads, *results[:4], *tensors, *ctx.options, needs)
+    found = torch.ops.gapkern.contrastive_masked_lse_backward(*grads, *results, *tensors, *ctx.options, needs)
     dx, dy, ds = (g if needed else None for g, needed in zip(found, needs, strict=True))
-    return dx, dy, None if ds is None else ds.reshape(tensors[2].shape), *(None,) * 13
+    return dx, dy, None if ds is None else ds.reshape(logit_scale.shape), *(None,) * 14
 
 
-def _jvp(inputs, tangents):
+def jvp(inputs, tangents):
     arguments = MaskedArguments(*inputs)
     logits = _TangentLogits(inputs, tangents, arguments.similarity)
     masks = _Masks(arguments, logits.work)
@@ -356,10 +377,10 @@ def _jvp(inputs, tangents):
             padding = (own.start - before, rows.stop - own.stop)
             labels_of.append(torch.nn.functional.pad(masks.labels(ds, before), padding))
     label = torch.cat(labels_of) if labels_of else rows_of[0][0][:0]
-    return torch.cat(rows_of[0]), columns_of[0], torch.cat(rows_of[1]), columns_of[1], label
+    return torch.cat(rows_of[0]), columns_of[0], torch.cat(rows_of[1]), columns_of[1], label, None, None, None
 
 
-derivatives.register("contrastive_masked_lse", _backward, save=_save, jvp=_jvp)
+derivatives.register("contrastive_masked_lse", _backward, save=_save, jvp=jvp)
 derivatives.register("contrastive_masked_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
 
 for _key in ("AutocastCPU", "AutocastCUDA"):

@@ -1,0 +1,91 @@
+// What the softmax kernels do with a tile of logits: exponentials, and keeping it. Only for kernels_*.cpp.
+#pragma once
+#include "contrastive/tile.h"
+
+namespace gapkern::contrastive {
+namespace {
+
+template <Range kRange, class T, class V>
+GAPKERN_INLINE V exponential(V t, const Exponents<T>& e) {
+  return exp2_of_product<kRange == Range::shifted>(t, e.k, e.k_low, kRange == Range::shifted ? e.shift : T(0));
+}
+
+// The reference of exponents: the largest logit, or zero where there is none.
+template <class V>
+GAPKERN_INLINE V finite_reference(V largest, V lowest) {
+  return largest == lowest ? V{} : largest;
+}
+
+// Copies by non-temporal stores, where there are any: the copy is read in the backward pass, from memory.
+template <class T>
+GAPKERN_INLINE void stream(T* to, const T* from, int64_t count) {
+#if GAPKERN_VECTOR_BYTES == 64
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0 && count % Vec<T>::size == 0) {
+    for (int64_t j = 0; j < count; j += Vec<T>::size)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + j), (__m512i)load(from + j));
+    return;
+  }
+#endif
+  std::memcpy(to, from, size_t(count) * sizeof(T));
+}
+
+#if defined(GAPKERN_ISA_avx512bf16)
+GAPKERN_INLINE void encode(const float* t, float per_unit, int64_t count, int16_t* codes) {
+  for (int64_t j = 0; j < count; j += 16) {
+    const __m256i code = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(load(t + j) * per_unit)));
+    if (count - j < 16)
+      std::memcpy(codes + j, &code, size_t(count - j) * sizeof *codes);
+    else if (reinterpret_cast<uintptr_t>(codes + j) % 32 == 0)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(codes + j), code);
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j), code);
+  }
+}
+
+GAPKERN_INLINE void decode(const int16_t* codes, float unit, int64_t count, float* t) {
+  for (int64_t j = 0; j < count; j += 16) {
+    __m256i code{};
+    if (count - j < 16)
+      std::memcpy(&code, codes + j, size_t(count - j) * sizeof *codes);
+    else
+      code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
+    __builtin_prefetch(codes + j + kRows * count);
+    store(t + j, (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(code)) * unit);
+  }
+}
+#endif
+
+template <class E>
+GAPKERN_INLINE void keep(const KeptBlock<typename E::T>& kept, int64_t cols, const typename E::T* tile, int rows,
+                         int64_t i0) {
+  if (kept.t != nullptr)
+    for (int r = 0; r < rows; ++r) stream(kept.t + (i0 + r) * cols, tile + r * kStripe, cols);
+  if constexpr (E::group > 1)
+    if (kept.codes != nullptr)
+      for (int r = 0; r < rows; ++r) encode(tile + r * kStripe, 1 / kept.unit, cols, kept.codes + (i0 + r) * cols);
+}
+
+// Decodes the rows of a panel, where they are kept as codes.
+template <class E>
+GAPKERN_INLINE void decode(const KeptBlock<const typename E::T>& kept, int64_t cols, typename E::T* tile, int rows,
+                           int64_t i0) {
+  if constexpr (E::group > 1)
+    for (int r = 0; kept.codes != nullptr && r < rows; ++r)
+      decode(kept.codes + (i0 + r) * cols, kept.unit, cols, tile + r * kStripe);
+}
+
+// The first `count` lanes of a vector: past the last row of an allocation nothing may be read.
+template <class T>
+GAPKERN_INLINE auto load_first(const T* p, int64_t count) {
+  T lanes[Vec<T>::size] = {};
+  std::memcpy(lanes, p, size_t(count) * sizeof(T));
+  return load(lanes);
+}
+
+// Of dS t and of dS.
+struct GradientSums {
+  double of_scale = 0, of_all = 0;
+};
+
+}  // namespace
+}  // namespace gapkern::contrastive
