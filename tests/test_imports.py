@@ -34,7 +34,7 @@ LAYERS = (
     ("captions", "gap", "models"),
     ("dynamics", "embeddings", "robustness"),
     ("", "datasets", "theory"),
-    ("retrieval",),
+    ("integrations", "retrieval"),
     ("evaluation",),
     ("experiments", "selfcheck"),
     ("cli",),

@@ -1,0 +1,1 @@
+"""gapkern behind other libraries' interfaces; each module needs the library that it is named after."""
