@@ -43,7 +43,7 @@ class _Rows(torch.utils.data.Dataset[tuple[str, Any, str]]):
         try:
             signature, image = self.read(i)
         except (ValueError, OSError) as error:
-            return "unreadable", None, str(error).replace("\n", " ")
+            return getattr(error, "signature", "unreadable"), None, str(error).replace("\n", " ")
         return signature, self.preprocess(image), ""
 
 

@@ -1,7 +1,8 @@
 """Images on disk: which files are images, and what a file's bytes are as RGB.
 
-Decoded as open_clip and PIL do it, `Image.open(...).convert("RGB")`: EXIF orientation is not applied, transparency is
-dropped, the first frame is taken. Only modes that PIL clips to eight bits are scaled here by their range, or refused.
+Decoded as open_clip's training loader and PIL do it, `Image.open(...).convert("RGB")`: EXIF orientation is not applied,
+transparency is dropped, the first frame is taken. Only modes that PIL clips to eight bits are scaled here by their
+range, or refused.
 """
 
 import io
@@ -31,6 +32,12 @@ SUFFIXES = (
 )
 
 
+class Undecoded(ValueError):
+    """An image whose bytes are there, and no image; `signature` is what they sign."""
+
+    signature = ""
+
+
 def text(name: str) -> str:
     """A file's name as text: bytes that are not UTF-8 become escapes.
 
@@ -58,7 +65,7 @@ def decode(content: bytes, name: str) -> Any:
             return rgb(opened)
     except Exception as error:  # PIL's plugins raise anything on damaged files
         reason = str(error).replace("\n", " ")
-        raise ValueError(f"images: cannot read {name} ({_without_address(reason)})") from None
+        raise Undecoded(f"images: cannot read {name} ({_without_address(reason)})") from None
 
 
 def rgb(image: Any) -> Any:

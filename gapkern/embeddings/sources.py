@@ -68,7 +68,12 @@ class Images:
         if self.content is None:
             return self.identity, self.read(i)
         content = self.content(i)
-        return hashlib.sha256(content).hexdigest(), pictures.decode(content, self.names[i])
+        signature = hashlib.sha256(content).hexdigest()
+        try:
+            return signature, pictures.decode(content, self.names[i])
+        except pictures.Undecoded as error:
+            error.signature = signature
+            raise
 
     def fingerprint_of(self, rows: Sequence[int], signatures: Iterable[str] | None = None) -> str:
         """Changes with the names and the bytes of some rows, and with their order."""
