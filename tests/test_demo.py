@@ -5,6 +5,7 @@ import inspect
 import json
 
 import pytest
+import torch
 
 from gapkern.cli import main
 from gapkern.experiments import digits
@@ -200,3 +201,58 @@ def test_a_seed_repeats_every_number(tmp_path, capsys, undrawn):
     first = numbers("a", "5")
     assert first == numbers("b", "5")
     assert first["training"] != numbers("c", "6")["training"]
+
+
+@pytest.mark.open_clip
+def test_the_demo_trains_the_towers_that_open_clip_has():
+    """What is left out changes neither an embedding nor a gradient; AdamW's steps are those of all parameters."""
+    import open_clip
+
+    from gapkern.experiments import towers
+
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**digits.CONFIG).double()
+    model.attn_mask = model.attn_mask.double()
+    tokens = digits.captions(open_clip.SimpleTokenizer(context_length=digits.CONTEXT)).flatten(0, 1)[::9]
+    images = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    weights = [torch.randn(len(x), 128, dtype=torch.float64) for x in (images, tokens)]
+    assert towers.fits(model)
+
+    def gradients(features, parameters):
+        value = sum((w * x).sum() for w, x in zip(weights, features, strict=True))
+        return torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=True)
+
+    small = towers.Captions(model, tokens)
+    assert len(small.table) < 40
+    whole = [model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)]
+    with towers.first_token_alone(model):
+        less = [model.encode_image(images, normalize=True), small.encode()]
+    for mine, theirs in zip(less, whole, strict=True):
+        assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
+    others = small.parameters()[1:]
+    for mine, theirs in zip(gradients(less, others), gradients(whole, others), strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+    (table,) = gradients(whole, [model.token_embedding.weight])
+    used = tokens[:, : int(tokens.argmax(1).max()) + 1].unique()
+    (mine,) = gradients([less[0], small.encode()], [small.table])
+    assert torch.allclose(mine, table[used], rtol=1e-9, atol=1e-12)
+    assert torch.equal(model.encode_image(images), model.encode_image(images)), "the block is whole again"
+    assert "forward" not in vars(model.visual.transformer.resblocks[-1])
+
+
+@pytest.mark.open_clip
+def test_rows_of_the_table_without_a_caption_shrink_as_adamws(monkeypatch):
+    from gapkern import datasets
+    from gapkern.experiments import towers
+
+    data = datasets.scans(0)
+    small = digits.train(data, steps=2)
+    monkeypatch.setattr(towers, "fits", lambda model: False)
+    whole = digits.train(data, steps=2)
+    assert [entry["loss"] for entry in small.history] == pytest.approx([e["loss"] for e in whole.history], rel=1e-5)
+    used = digits.captions(small.tokenizer).unique()
+    rows = torch.ones(49408, dtype=torch.bool)
+    rows[used] = False
+    mine, theirs = (each.model.token_embedding.weight.detach()[rows] for each in (small, whole))
+    assert torch.allclose(mine, theirs, rtol=1e-6, atol=0)

@@ -1,5 +1,6 @@
 """A small image-text model of handwritten digits: scikit-learn's 1797 real scans, open_clip's model and tokenizer."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gapkern import _check, files
 from gapkern.datasets import DIGITS, Scans
+from gapkern.experiments import towers
 from gapkern.losses import ClipLoss
 
 TEMPLATES = (
@@ -80,7 +82,9 @@ def train(
         torch.manual_seed(seed)
         model = open_clip.model.CLIP(**CONFIG, init_logit_scale=math.log(scale))
     model.logit_scale.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+    small = towers.Captions(model, tokens.flatten(0, 1)) if towers.fits(model) else None
+    parameters = small.parameters() if small else model.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 2), pct_start=0.2)
     loss_function = ClipLoss()
     history = []
@@ -88,19 +92,24 @@ def train(
         rows = torch.randint(len(data.train_images), (BATCH,), generator=generator)
         templates = torch.randint(len(TEMPLATES), (BATCH,), generator=generator)
         digits = data.train_digits[rows]
-        images = model.encode_image(data.train_images[rows], normalize=True)
+        with towers.first_token_alone(model) if small else contextlib.nullcontext():
+            images = model.encode_image(data.train_images[rows], normalize=True)
         # There are 70 captions: each is encoded once, however often the batch holds it.
-        distinct = model.encode_text(tokens.flatten(0, 1), normalize=True)
+        distinct = small.encode() if small else model.encode_text(tokens.flatten(0, 1), normalize=True)
         texts = distinct.index_select(0, digits * len(TEMPLATES) + templates)
         loss = loss_function(images, texts, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
+        if small:
+            small.shrink(optimizer)
         optimizer.step()
         schedule.step()
         entry = {"step": step, "loss": loss.item(), **_in_batch(images.detach(), texts.detach(), digits)}
         history.append(entry)
         if on_step:
             on_step(entry)
+    if small:
+        small.settle()
     model.eval()
     return Trained(model, tokenizer, history)
 
