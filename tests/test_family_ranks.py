@@ -121,12 +121,23 @@ def refused_on_every_rank(rank, world):
         )
 
 
+def a_ring_of_one(rank, world):
+    x, alone = torch.eye(4), torch.distributed.new_group([0])
+    if rank == 0:
+        found = losses.info_nce_loss(x, x, 1.0, group=alone, exchange="ring")
+        assert_near(found, losses.info_nce_loss(x, x, 1.0), 1e-7)
+
+
 def a_ring_holds_three_ranks_rows(rank, world):
     """Whatever the number of ranks: the graph keeps none of the visitors."""
     from gapkern.losses import ring
 
-    alive, most = [], [0]
-    transfer = ring._Transfer.__init__
+    alive, parts, most = [], [], [0]
+    transfer, part_made = ring._Transfer.__init__, ring._Part.__init__
+
+    def remembered(self, *arguments):
+        part_made(self, *arguments)
+        parts.append(weakref.ref(self))
 
     def watched(self, tensors, place, tag):
         transfer(self, tensors, place, tag)
@@ -134,7 +145,7 @@ def a_ring_holds_three_ranks_rows(rank, world):
             alive.extend(weakref.ref(t) for t in self.received)
         most[0] = max(most[0], sum(t() is not None for t in alive))
 
-    ring._Transfer.__init__ = watched
+    ring._Transfer.__init__, ring._Part.__init__ = watched, remembered
     try:
         leaves, constants = whole_batch(world)
         x, y = (leaves[k][rank * ROWS : (rank + 1) * ROWS].clone().requires_grad_() for k in ("x", "y"))
@@ -148,11 +159,14 @@ def a_ring_holds_three_ranks_rows(rank, world):
             value = loss()
             assert sum(t() is not None for t in alive) == 0
             value.backward()
+            del value
+            assert parts
+            assert not any(part() for part in parts)  # no circles: at once, not when they are collected
             assert alive
             assert most[0] <= 2
             alive.clear()
     finally:
-        ring._Transfer.__init__ = transfer
+        ring._Transfer.__init__, ring._Part.__init__ = transfer, part_made
 
 
 def half_precision_travels(rank, world):
@@ -236,6 +250,7 @@ def test_losses_over_ranks(world):
         world,
         equal_to_one_process,
         refused_on_every_rank,
+        a_ring_of_one,
         a_ring_holds_three_ranks_rows,
         half_precision_travels,
         auto_goes_by_memory,

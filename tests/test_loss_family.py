@@ -154,6 +154,41 @@ def test_gradcheck(call, options):
     assert torch.autograd.gradcheck(function, [t[k].requires_grad_() for k in names])
 
 
+def test_gradcheck_of_prefixes_and_views():
+    t = tensors(4, 5)
+    names = ("x", "y", "s", "hard")
+
+    def prefixes(x, y, s, hard):
+        return losses.Matryoshka(losses.info_nce_loss, (5, 2), (1, 0.5))(x, y, s, hard_negatives=hard, margin=0.3)
+
+    leaves = [t[k].requires_grad_() for k in names]
+    assert torch.autograd.gradcheck(prefixes, leaves)
+    for options in ({}, {"decoupled": True, "ids": torch.tensor([0, 0, 1, 2])}):
+        call = functools.partial(losses.ntxent_loss, **options)
+        assert torch.autograd.gradcheck(call, leaves[:3])
+
+
+@pytest.mark.parametrize("hardness_of", ["in-batch", "hard", "all"])
+def test_gradcheck_of_hardness_with_its_part_held(hardness_of):
+    """The held part moves the value, and not the gradient: it is that of a loss whose logits have a constant added."""
+    t = tensors(4, 3)
+    options = {"hardness": 2.0, "hardness_of": hardness_of, "hard_negatives": t["hard"]}
+    own, hard = t["x"] @ t["y"].T, torch.einsum("nd,nkd->nk", t["x"], t["hard"])
+    held = [2.0 * v for v in (own - own.diagonal().diag(), hard)]
+    held = [h if hardness_of in ("all", kind) else 0 * h for h, kind in zip(held, ("in-batch", "hard"), strict=True)]
+
+    def constant(x, y, s):
+        logits = torch.cat([s * x @ y.T + held[0], s * torch.einsum("nd,nkd->nk", x, t["hard"]) + held[1]], 1)
+        return torch.nn.functional.cross_entropy(logits, torch.arange(4))
+
+    leaves = [t[k].requires_grad_() for k in ("x", "y", "s")]
+    assert torch.autograd.gradcheck(constant, leaves)
+    found, truth = losses.info_nce_loss(*leaves, **options), constant(*leaves)
+    assert_near(found.detach(), truth.detach(), 1e-12)
+    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(truth, leaves), strict=True):
+        assert_near(a, b, 1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("call", "options"), CASES)
 def test_half_precision(call, options, dtype):
@@ -333,6 +368,97 @@ IDS = torch.arange(6)
             "margin_strategy: expected one of",
         ),
         (lambda: losses.uniformity_loss(X[:1]), ValueError, "features: expected at least two rows, got 1"),
+        (lambda: losses.uniformity_loss(X, torch.ones(2)), ValueError, r"t: expected one element, got shape \(2,\)"),
+        (lambda: losses.uniformity_loss(IDS[:, None]), TypeError, "features: expected float32, float16"),
+        (
+            lambda: losses.contrastive_loss(X, X, 1.0, ids=IDS, similarity="x"),
+            ValueError,
+            "similarity: expected one of",
+        ),
+        (
+            lambda: losses.contrastive_loss(X, X, 1.0, ids=IDS, memory="all"),
+            ValueError,
+            "memory: expected one of 'auto'",
+        ),
+        (
+            lambda: losses.contrastive_loss(X, X, 1.0, ids=IDS, memory=-1),
+            ValueError,
+            "memory: expected an integer >= 0",
+        ),
+        (
+            lambda: losses.contrastive_loss(X, X, 1.0, torch.ones(3), ids=IDS),
+            ValueError,
+            r"logit_bias: expected one element, got shape \(3,\)",
+        ),
+        (lambda: losses.contrastive_loss(X, X, 1.0, weights=X), ValueError, r"weights: expected shape \(6,\), got"),
+        (lambda: losses.contrastive_loss(X, X, 1.0, weights=[1.0] * 6), TypeError, "weights: expected a"),
+        (
+            lambda: losses.sigmoid_loss(X, X, 1.0, 0.0, ids=IDS, positives="out"),
+            ValueError,
+            "positives: expected one of",
+        ),
+        (lambda: losses.sigmoid_loss(X, X[:, :2], 1.0, 0.0, ids=IDS), ValueError, "texts: expected D = 4 as in images"),
+        (
+            lambda: losses.sigmoid_loss(X, X.double(), 1.0, 0.0, ids=IDS),
+            TypeError,
+            "texts: expected torch.float32 as in",
+        ),
+        (lambda: losses.supcon_loss(X, IDS, 1.0, positives="x"), ValueError, "positives: expected one of 'out', 'in'"),
+        (lambda: losses.supcon_loss(X, IDS, 1.0, reduction="x"), ValueError, "reduction: expected one of 'mean'"),
+        (lambda: losses.supcon_loss(X, IDS[:2], 1.0), ValueError, r"labels: expected shape \(6,\), got \(2,\)"),
+        (
+            lambda: losses.supcon_loss(X, IDS, True + torch.ones(1, dtype=torch.complex64)),
+            TypeError,
+            "logit_scale: expected",
+        ),
+        (
+            lambda: losses.mil_nce_loss(X, X[:, None], 1.0, reduction="x"),
+            ValueError,
+            "reduction: expected one of 'mean'",
+        ),
+        (
+            lambda: losses.mil_nce_loss(X, X[:, None][:, :0], 1.0),
+            ValueError,
+            r"texts: expected shape \(6, K, 4\), got \(6, 0",
+        ),
+        (
+            lambda: losses.mil_nce_loss(X, X[:, None].double(), 1.0),
+            TypeError,
+            "texts: expected torch.float32 as in videos",
+        ),
+        (lambda: losses.gist_loss(X, X, 1.0, X, X, reduction="x"), ValueError, "reduction: expected one of 'mean'"),
+        (
+            lambda: losses.gist_loss(X, X, 1.0, X, X[:, :2]),
+            ValueError,
+            "guide_documents: expected D = 4 as in guide_queries",
+        ),
+        (lambda: losses.gist_loss(X, X, 1.0, X, X, margin=math.inf), ValueError, "margin: expected a finite number"),
+        (
+            lambda: losses.gist_loss(X, X, 1.0, X, X, negatives=X, guide_negatives=X[:2]),
+            ValueError,
+            "guide_negatives: expected 6 rows as in negatives",
+        ),
+        (
+            lambda: losses.gist_loss(X, X, 1.0, X, X, negatives=X, guide_negatives=X[:, :2]),
+            ValueError,
+            "guide_negatives: expected D = 4 as in guide_queries",
+        ),
+        (lambda: losses.ntxent_loss(X, X[:3], 1.0), ValueError, "documents: expected 6 rows as in queries"),
+        (
+            lambda: losses.Matryoshka(losses.info_nce_loss, (0,)),
+            ValueError,
+            "dims: expected an integer >= 1, got 0",
+        ),
+        (
+            lambda: losses.Matryoshka(losses.info_nce_loss, (2,), count=0),
+            ValueError,
+            "count: expected an integer >= 1, got 0",
+        ),
+        (
+            lambda: losses.info_nce_loss(X, X, 1.0, group="x"),
+            RuntimeError,
+            "group: torch.distributed is not initialised",
+        ),
         (lambda: losses.Matryoshka(losses.info_nce_loss, ()), ValueError, "dims: expected at least one width"),
         (
             lambda: losses.Matryoshka(losses.info_nce_loss, (5,))(X, X, 1.0),

@@ -91,52 +91,63 @@ class _Stand(torch.autograd.Function):
         return grad, None
 
 
-class _Part:
-    """The results for one rank's rows and their graph, in which those rows are not saved but found again."""
+class _Held:
+    """The visitors of the moment, which saved tensors of a graph stand for."""
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], owner: int, visitors: Sequence[Tensor]):
-        self.visitors: Sequence[Tensor] = visitors
-        self.function, self.owner = function, owner
+    def __init__(self) -> None:
+        self.visitors: Sequence[Tensor] = ()
 
-    def evaluate(self, leaves: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-        """The results, without a graph; `needs` of the visitors and the leaves says what has gradients."""
-        count = len(self.visitors)
-        self.stands, seen = [], []
-        with torch.enable_grad():
-            for visitor, need in zip(self.visitors, needs, strict=False):
-                if need:
-                    self.stands.append(visitor.new_zeros(()).expand(visitor.shape).requires_grad_())
-                    seen.append(_Stand.apply(self.stands[-1], visitor))
-                else:
-                    seen.append(visitor)
-            self.leaves = [t.detach().requires_grad_(need) for t, need in zip(leaves, needs[count:], strict=True)]
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-                self.results = self.function(self.owner, seen, *self.leaves)
-        self.visitors = ()
-        return tuple(t.detach() for t in self.results)
-
-    def _pack(self, t: Tensor) -> Any:
+    def pack(self, t: Tensor) -> Any:
         for i, visitor in enumerate(self.visitors):
             if t.data_ptr() == visitor.data_ptr() and t.shape == visitor.shape and t.dtype == visitor.dtype:
                 return i
         return t
 
-    def _unpack(self, kept: Any) -> Tensor:
+    def unpack(self, kept: Any) -> Tensor:
         found: Tensor = self.visitors[kept] if isinstance(kept, int) else kept
         return found
+
+
+class _Part:
+    """The results for one rank's rows and their graph, in which those rows are not saved but found again."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], owner: int):
+        self.function, self.owner = function, owner
+        # Apart from the graph: what it refers to must not refer to it.
+        self.held = _Held()
+
+    def evaluate(
+        self, visitors: Sequence[Tensor], leaves: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[Tensor, ...]:
+        """The results, without a graph; `needs` of the visitors and the leaves says what has gradients."""
+        self.stands, seen = [], []
+        self.held.visitors = visitors
+        with torch.enable_grad():
+            for visitor, need in zip(visitors, needs, strict=False):
+                if need:
+                    self.stands.append(visitor.new_zeros(()).expand(visitor.shape).requires_grad_())
+                    seen.append(_Stand.apply(self.stands[-1], visitor))
+                else:
+                    seen.append(visitor)
+            rest = needs[len(visitors) :]
+            self.leaves = [t.detach().requires_grad_(need) for t, need in zip(leaves, rest, strict=True)]
+            with torch.autograd.graph.saved_tensors_hooks(self.held.pack, self.held.unpack):
+                self.results = self.function(self.owner, seen, *self.leaves)
+        self.held.visitors = ()
+        return tuple(t.detach() for t in self.results)
 
     def gradients(
         self, visitors: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Those of the visitors and of the leaves, where there are any."""
-        self.visitors = visitors
+        self.held.visitors = visitors
         inputs = [*self.stands, *(t for t in self.leaves if t.requires_grad)]
         pairs = [(r, g) for r, g in zip(self.results, grads, strict=True) if g is not None and r.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if pairs:
             results, of_results = zip(*pairs, strict=True)
             found = torch.autograd.grad(results, inputs, of_results, retain_graph=True, allow_unused=True)
-        self.visitors = ()
+        self.held.visitors = ()
         filled = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
         return filled[: len(self.stands)], filled[len(self.stands) :]
 
@@ -160,8 +171,8 @@ class _Visited(torch.autograd.Function):
             transfer = None if step + 1 == place.world else _Transfer(visitors, place, ROWS)
             owner = _owner(place, step)
             if wanted and not job.again:
-                ctx.parts.append(_Part(job.function, owner, visitors))
-                found = ctx.parts[-1].evaluate(leaves, ctx.needs)
+                ctx.parts.append(_Part(job.function, owner))
+                found = ctx.parts[-1].evaluate(visitors, leaves, ctx.needs)
             else:
                 found = tuple(t.detach() for t in job.function(owner, visitors, *(t.detach() for t in leaves)))
             for k, merge in enumerate(job.merges):
@@ -186,8 +197,8 @@ class _Visited(torch.autograd.Function):
         for step in range(place.world):
             transfer = None if step + 1 == place.world else _Transfer(visitors, place, ROWS)
             if job.again:
-                part = _Part(job.function, _owner(place, step), visitors)
-                part.evaluate(tensors[count:], needs)
+                part = _Part(job.function, _owner(place, step))
+                part.evaluate(visitors, tensors[count:], needs)
             else:
                 part = ctx.parts[step]
             of_visitors, found = part.gradients(visitors, [_share(ctx, k, g, step) for k, g in enumerate(grads)])
