@@ -15,8 +15,8 @@ DIST ?= dist
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# What is installed without its requirements is no conflict.
-INSTALL := $(PIP) install --no-warn-conflicts
+# What is installed without its requirements is no conflict. Modules are compiled as they are imported: few of them are.
+INSTALL := $(PIP) install --no-warn-conflicts --no-compile
 
 # Where nvcc is found, CUTLASS's headers are installed for the Hopper kernels. The wheel's own requirements are heavy and
 # not needed to compile, so that it cannot be among pyproject.toml's.
@@ -31,7 +31,7 @@ SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(orig
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz sanitize lint mypy format bench docs build wheel clean distclean FORCE
+.PHONY: help demo test test-slow fuzz sanitize lint mypy format bench docs build prepared wheel clean distclean FORCE
 
 help:
 	@echo "make demo       train on handwritten digits, measure the modality gap, close it, write a report"
@@ -46,34 +46,36 @@ help:
 	@echo "make wheel      a wheel for this platform and every Python >= 3.10, and an sdist, in $(DIST)"
 	@echo "make clean      remove what was built; make distclean removes $(VENV) too"
 
-demo: $(STAMPS)/demo
+demo: build $(STAMPS)/packages-demo
 	$(BIN)/gapkern demo $(DEMO_ARGS)
 
-test: $(STAMPS)/test
+test: build $(STAMPS)/packages-test
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_ARGS)
 
-test-slow: $(STAMPS)/test
+test-slow: build $(STAMPS)/packages-test
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m slow $(TEST_ARGS)
 
-fuzz: $(STAMPS)/test
+fuzz: build $(STAMPS)/packages-test
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 	$(if $(FUZZ_ARGS),,$(BIN)/python -m tests.disasters)
 
-sanitize: $(STAMPS)/test
+sanitize: build $(STAMPS)/packages-test
 	$(BIN)/python tests/sanitize.py $(TEST_ARGS)
 
-bench: $(STAMPS)/test
+bench: build $(STAMPS)/packages-test
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
 
-docs: $(STAMPS)/docs
+docs: build $(STAMPS)/packages-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "docs: build/docs/index.html"
 
 build: $(STAMPS)/build
 
+prepared: build $(STAMPS)/packages-test
+
 # The objects are those of `make build`; setuptools' copy of the sources is made anew, since it keeps what is no more.
 # PyTorch's libraries stay outside: the process that loads ours has them. auditwheel names the oldest glibc that serves.
-wheel: $(STAMPS)/wheel
+wheel: build $(STAMPS)/packages-wheel
 	@rm -rf build/lib build/lib.* build/bdist.* build/wheel $(DIST)/gapkern-*
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
 	@mkdir -p $(DIST)
@@ -82,23 +84,22 @@ wheel: $(STAMPS)/wheel
 	@$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('$(DIST)')" >build/wheel/sdist.log
 	@ls -sh $(DIST)
 
-lint: $(STAMPS)/lint
+lint: build $(STAMPS)/packages-lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-mypy: $(STAMPS)/lint
+mypy: build $(STAMPS)/packages-lint
 	$(BIN)/mypy
 
-format: $(STAMPS)/lint
+format: build $(STAMPS)/packages-lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info gapkern/lib $(STAMPS)/build $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs \
-	       $(STAMPS)/wheel
+	rm -rf build dist *.egg-info gapkern/lib $(STAMPS)/build $(STAMPS)/packages-*
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find gapkern tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -113,10 +114,9 @@ $(STAMPS)/venv:
 
 # The build requirements are installed first and pip's build isolation is off: an isolated build would download
 # PyTorch a second time.
-$(STAMPS)/requirements: pyproject.toml $(STAMPS)/venv
+$(STAMPS)/requirements: pyproject.toml .ci/requirements.py $(STAMPS)/venv
 	@echo "Installing PyTorch and the build tools into $(VENV) (several GB the first time) ..."
-	@$(BIN)/python -c 'import re, ast; print(*ast.literal_eval(re.search(r"^requires = (\[.*\])", \
-	open("pyproject.toml").read(), re.M)[1]), sep="\n")' > $(STAMPS)/requirements.txt
+	@$(BIN)/python .ci/requirements.py > $(STAMPS)/requirements.txt
 	$(INSTALL) -r $(STAMPS)/requirements.txt
 	@touch $@
 
@@ -129,21 +129,19 @@ $(STAMPS)/settings: FORCE | $(STAMPS)/venv
 
 $(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings $(HEADERS)
 	@echo "Building the native libraries ..."
-	$(INSTALL) --no-build-isolation -e .
+	$(INSTALL) --no-build-isolation --no-deps -e .
 	@sed -n 's/^-- \(gapkern: \)/\1/p' build/cmake-*/build.log
 	@touch $@
 
 # Packages whose metrics and losses ours must equal. They ask for much that these do not import; what they do import, the
 # extra `test` has, and transformers and tokenizers, which belong together: 153 MB and 12 s in all.
-$(STAMPS)/test: WITHOUT_DEPENDENCIES := clip-benchmark==1.6.2 sentence-transformers==6.2.0 transformers==5.24.0 \
-                tokenizers==0.23.3 pytorch-metric-learning==2.9.0 lightly==1.6.0
+WITHOUT_DEPENDENCIES := clip-benchmark==1.6.2 sentence-transformers==6.2.0 transformers==5.24.0 tokenizers==0.23.3 \
+                        pytorch-metric-learning==2.9.0 lightly==1.6.0
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/docs $(STAMPS)/wheel: pyproject.toml | $(STAMPS)/build
-	@echo "Installing what 'make $(@F)' needs ..."
-	$(INSTALL) --no-build-isolation -e '.[$(@F)]'
-	$(if $(WITHOUT_DEPENDENCIES),$(INSTALL) --no-deps $(WITHOUT_DEPENDENCIES))
-	@touch $@
-
-$(STAMPS)/lint: pyproject.toml | $(STAMPS)/build
-	$(INSTALL) --no-build-isolation -e '.[lint]'
+# Beside a build, where make runs two jobs: no package is in both.
+$(STAMPS)/packages-%: pyproject.toml .ci/requirements.py | $(STAMPS)/requirements $(HEADERS)
+	@echo "Installing what 'make $*' needs ..."
+	@$(BIN)/python .ci/requirements.py $* > $(STAMPS)/$*.txt
+	$(INSTALL) -r $(STAMPS)/$*.txt
+	$(if $(filter test,$*),$(INSTALL) --no-deps $(WITHOUT_DEPENDENCIES))
 	@touch $@
