@@ -196,6 +196,21 @@ def projection() -> str:
     return f"{_table(header, rows)}\n\nNoise of total variance {result['variance']:g}; {result['date']}."
 
 
+def reduced() -> str:
+    """Indexes of the hull's k columns in place of D."""
+    rows = []
+    for case in harness.load("projection")["reduced"]:
+        speed = [f"{float(f'{v:.2g}'):,.0f}" for v in case["queries_per_second"]]
+        size = [f"{v:.0f}" for v in case["bytes_per_vector"]]
+        gallery = f"{case['G']:,} x {case['D']}"
+        cells = [" → ".join(size), " → ".join(speed)]
+        rows.append(
+            [case["data"], case["metric"], gallery, f"{case['components']}", f"{case['identical']:.2%}", *cells]
+        )
+    header = ["embeddings", "metric", "gallery", "k", "of the first 10 neighbours kept", "bytes a row", "queries/s"]
+    return _table(header, rows)
+
+
 def _recalls(case: dict[str, Any], side: str, kind: str) -> list[str]:
     """Recall by move of one kind of index, and the projection's at the others' speed where it can be traded."""
     by_move = {row["move"]: row for row in case["rows"] if (row["asks"], row["kind"]) == (side, kind)}
@@ -235,7 +250,7 @@ def indexes() -> str:
 PAGES = {
     "README.md": {"demo": demo, "speed": speed},
     "docs/benchmarks.md": {"contrastive": contrastive, "memory": memory, "others": others, "quantisers": quantisers},
-    "docs/projection.md": {"projection": projection, "indexes": indexes},
+    "docs/projection.md": {"projection": projection, "reduced": reduced, "indexes": indexes},
 }
 DEMO = ("report.json", "pca.png", "robustness.png", "projection.png")
 

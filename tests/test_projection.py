@@ -314,3 +314,25 @@ def test_real_embeddings_keep_every_neighbour_and_gain(real_data, name, asked, s
     found = [robustness(queries, gallery, noise, metric=metric, shift=s) for s in (None, shift, projection)]
     assert [r.robustness for r in found] == pytest.approx(expected, abs=0.006 if metric == "ip" else 0.0011)
     assert math.isclose(found[0].agreement, found[0].robustness)
+
+
+def test_auto_keeps_as_many_neighbours_as_it_is_asked_to(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(600, 40, generator=generator) * torch.linspace(1, 0.2, 40)
+    queries = gallery[:150] + 0.05 * torch.randn(150, 40, generator=generator)
+
+    def kept(projection, k):
+        sides = queries.double(), projection.transform_queries(queries).double()
+        before, after = (torch.cdist(side, gallery.double()).argsort(1)[:, :k] for side in sides)
+        return float((before[:, :, None] == after[:, None]).any(2).double().mean())
+
+    one, ten = (Projection(neighbours=n).fit(gallery, queries) for n in (1, 10))
+    assert one.n_components_ < ten.n_components_
+    assert kept(one, 1) == pytest.approx(one.agreement_)
+    assert one.agreement_ >= 0.99
+    assert kept(ten, 10) == pytest.approx(ten.agreement_)
+    assert ten.agreement_ >= 0.99 > kept(one, 10)
+    ten.save(tmp_path / "p.safetensors")
+    assert Projection.load(tmp_path / "p.safetensors").get_params() == ten.get_params()
+    with pytest.raises(ValueError, match="neighbours: expected an integer >= 1"):
+        Projection(neighbours=0).fit(gallery, queries)

@@ -181,6 +181,32 @@ def test_quantisers_gain_under_both_metrics(metric):
     assert [row["agreement"] for row in alone.rows] == [1.0, pytest.approx(1.0, abs=0.01)]
 
 
+@pytest.mark.faiss
+@pytest.mark.filterwarnings("ignore:.*FAISS")
+def test_codes_about_centres_are_compared_with_queries_about_them():
+    """By inner product RaBitQ's first neighbours are those of repair's centred projection, other codes' are not."""
+    from gapkern._search import best
+    from gapkern.retrieval import GapIndex, compare_quantisers
+
+    gallery, queries, _ = pairs(rows=120, dims=256, spread=0.2)
+    gallery, queries = gallery + 1, queries + 1
+    plain = Projection("exact", "ip").fit(gallery, queries)
+    centred = Projection("exact", "ip", centred=True).fit(gallery, queries)
+    torch.testing.assert_close(
+        plain.about_mean().transform_queries(queries), centred.transform_queries(queries), rtol=0, atol=1e-6
+    )
+    assert centred.about_mean() is centred
+    assert Projection("exact").fit(gallery).about_mean().metric == "l2"
+    found = {}
+    for name, shift in (("plain", plain), ("centred", centred)):
+        result = compare_quantisers(queries, gallery, ["SQ4", "RaBitQ"], shift=shift, metric="ip")
+        found[name] = {row["factory"]: row["agreement"] for row in result.rows if row["shift"]}
+        index = GapIndex("RaBitQ", "ip", shift, d=256).train(gallery).add(gallery)
+        first = index.search(queries, 1)[1][:, 0]
+        found[name]["alone"] = float((first == best(queries, gallery, "ip")).double().mean())
+    assert found["plain"]["RaBitQ"] == found["centred"]["RaBitQ"] == found["centred"]["alone"] > found["plain"]["alone"]
+
+
 def test_a_sweep_without_and_with_a_projection(tmp_path):
     gallery, queries, near = pairs(spread=0.2)
     noise = Gaussian(0.05, "per_coordinate")

@@ -211,6 +211,9 @@ def test_the_embeddings_of_autofaiss_are_found_in_the_order_of_its_ids(run, tmp_
     assert found["recall_after"] > found["recall_before"]
     out = run("index", "repair", "knn.index", "--queries", "q.npy")[1:]
     assert "embeddings: embeddings" in "".join(out)
+    (tmp_path / "embeddings").rename(tmp_path / "elsewhere")
+    named = strict(run("index", "repair", ".", "--queries", "q.npy", "--embeddings", "elsewhere", "--json")[1])
+    assert {**named, "inputs": {}} == {**found, "inputs": {}}
 
 
 def test_the_embeddings_of_clip_retrieval_are_those_of_the_side(run, tmp_path):

@@ -59,10 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.embeddings:
         paths["embeddings"] = arguments.embeddings
     model, _ = common.model(None, **paths)
-    given: dict[str, Any] = {name: files.load_embeddings(path, name=name) for name, path in paths.items()}
     found, projection = repair(
         arguments.existing,
-        **given,
+        files.load_embeddings(arguments.queries, name="queries"),
+        embeddings=arguments.embeddings,
         n_components=arguments.components,
         agreement=arguments.agreement,
         k=arguments.k,

@@ -20,7 +20,7 @@ from torch import Tensor
 from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._rows import unit, with_float64
-from gapkern._search import METRICS, best
+from gapkern._search import METRICS, best, search
 from gapkern.gap import saved
 from gapkern.gap.moments import batches, numerical_rank, principal
 from gapkern.gap.twosided import Side, TwoSided, components_of_variance, fewest, wanted_components
@@ -49,7 +49,7 @@ class Projection(TwoSided[Fit]):
 
     Args:
         n_components: k: an int; a fraction of the gallery's variance in (0, 1); "exact", its whole hull; or "auto", the
-            fewest for which at least `agreement` of the fitted queries keep their nearest neighbour. A gallery of more
+            fewest for which the fitted queries keep at least `agreement` of their first `neighbours`. A gallery of more
             rows than dimensions has the whole space as its hull, and then only k < D does anything.
         metric: what the gallery is searched by: "l2", "ip" (largest inner product) or "cosine", for which the hull is
             that of the rows scaled to unit length.
@@ -61,11 +61,13 @@ class Projection(TwoSided[Fit]):
         centred: for inner products and cosine, y' = mu + V V^T (y - mu) there too: the point nearest to the gallery's
             mean that keeps the order. For codes of rows about their mean (RaBitQ), whose scores err by <y' - mu, e>
             where others err by <y', e>. Not with `reduce`.
+        neighbours: for n_components="auto", how many of a query's first rows `agreement` is about. With 1, the default,
+            no other row is protected: what is searched for ten wants 10.
 
     Attributes:
         mean_ (D,): mu.  basis_ (D, k): V.  n_components_: the k in use.  n_features_in_: D.
         offset_: mean distance of the fitted queries to the hull, which is removed; nan where none were given.
-        agreement_: share of the fitted queries whose nearest neighbour stays. Beyond 16384 rows a side, it and "auto"
+        agreement_: share of the fitted queries' first `neighbours` that stay. Beyond 16384 rows a side, it and "auto"
             go by that many drawn evenly from all.
 
     Raises:
@@ -91,6 +93,7 @@ class Projection(TwoSided[Fit]):
         reduce: bool = False,
         model: str | None = None,
         centred: bool = False,
+        neighbours: int = 1,
     ) -> None:
         self.n_components = n_components
         self.metric = metric
@@ -98,6 +101,7 @@ class Projection(TwoSided[Fit]):
         self.reduce = reduce
         self.model = model
         self.centred = centred
+        self.neighbours = neighbours
 
     def check_parameters(self) -> "Projection":
         """Raises what `fit` would raise of the parameters. Returns self."""
@@ -109,6 +113,7 @@ class Projection(TwoSided[Fit]):
             raise TypeError(f"centred: expected True or False, got {type(self.centred).__name__}")
         if self.centred and self.reduce:
             raise ValueError("centred: expected False with reduce=True, which leaves nothing outside of the hull")
+        _check.integer("neighbours", self.neighbours, low=1)
         return self
 
     @isolated
@@ -124,7 +129,7 @@ class Projection(TwoSided[Fit]):
         return self._learn(Side.none(rows.shape[1]), Side.none(rows.shape[1]), rows, others)
 
     def _request(self) -> tuple[Any, ...]:
-        return *super()._request(), str(self.metric), bool(self.centred)
+        return *super()._request(), str(self.metric), bool(self.centred), int(self.neighbours)
 
     def _prepared(self, name: str, x: Tensor) -> Tensor:
         if self.metric != "cosine" or name != "gallery":
@@ -170,7 +175,7 @@ class Projection(TwoSided[Fit]):
 
     @property
     def agreement_(self) -> float:
-        """Share of the fitted queries whose nearest neighbour stays."""
+        """Share of the fitted queries' first `neighbours` that stay."""
         return self._fit().agreement
 
     def transform(self, gallery: _X, *, model: str | None = None) -> _X:
@@ -211,6 +216,25 @@ class Projection(TwoSided[Fit]):
         y = self._checked("queries", queries, len(fit.mean), model)
         return _offsets(y, fit)
 
+    def about_mean(self) -> "Projection":
+        """The same hull with `centred=True`, for codes of rows about their mean; itself by L2, or where it reduces.
+
+        `agreement_` is that of the fit. On the whole hull ("exact") both keep every neighbour.
+
+        Example:
+            >>> gallery = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+            >>> projection = Projection("exact", "ip").fit(gallery).about_mean()
+            >>> [round(v, 6) for v in projection.transform_queries(torch.tensor([[2.0, 0.9, 0.3]]))[0].tolist()]
+            [0.0, 0.8, 0.2]
+        """
+        self.check_parameters()
+        fit = self._fit("about_mean")
+        if self.metric == "l2" or self.reduce or self.centred:
+            return self
+        other = Projection(**{**self.get_params(), "centred": True})
+        other._found, other._asked = fit, self._asked
+        return other
+
     def save(self, path: str | os.PathLike[str], *, made_from: Mapping[str, Any] | None = None) -> None:
         """Writes a safetensors file; a file of that name is replaced only once the new one is complete.
 
@@ -226,6 +250,7 @@ class Projection(TwoSided[Fit]):
             "reduce": bool(self.reduce),
             "model": None if self.model is None else str(self.model),
             "centred": bool(self.centred),
+            "neighbours": int(self.neighbours),
             "offset_": fit.offset,
             "agreement_": fit.agreement,
         }
@@ -242,6 +267,7 @@ class Projection(TwoSided[Fit]):
         with saved.blame(path):
             names = ("n_components", "metric", "agreement", "reduce", "model")
             parameters = {name: facts[name] for name in names} | {"centred": facts.get("centred", False)}
+            parameters["neighbours"] = facts.get("neighbours", 1)
             projection = Projection(**parameters).check_parameters()
             mean, basis = (_check.finite(name, tensors[name]) for name in ("mean", "basis"))
             if basis.dim() != 2 or mean.shape != basis.shape[:1] or {mean.dtype, basis.dtype} != {torch.float64}:
@@ -252,26 +278,33 @@ class Projection(TwoSided[Fit]):
         return projection
 
 
-def _fit(gallery: Side, queries: Side, wanted: int | float | str, agreement: float, metric: str, centred: bool) -> Fit:
-    mean, basis = gallery.moments.mean, _basis(gallery, queries, wanted, agreement, metric, centred)
+def _fit(
+    gallery: Side,
+    queries: Side,
+    wanted: int | float | str,
+    agreement: float,
+    metric: str,
+    centred: bool,
+    neighbours: int,
+) -> Fit:
+    mean = gallery.moments.mean
     if not queries.moments.count:
-        return Fit(mean, basis, torch.nan, torch.nan)
-    found = Fit(mean, basis, 0.0, 0.0)
+        return Fit(mean, _basis(gallery, wanted, agreement, None), torch.nan, torch.nan)
     y = queries.sample.rows
-    kept = _keeper(gallery.sample.rows, y, metric, centred)(found)
-    return Fit(mean, basis, float(_offsets(y, found).mean()), kept)
+    keeps = _keeper(gallery.sample.rows, y, metric, centred, neighbours)
+    found = Fit(mean, _basis(gallery, wanted, agreement, keeps), 0.0, 0.0)
+    return Fit(mean, found.basis, float(_offsets(y, found).mean()), keeps(found))
 
 
-def _basis(
-    gallery: Side, queries: Side, wanted: int | float | str, agreement: float, metric: str, centred: bool
-) -> Tensor:
+def _basis(gallery: Side, wanted: int | float | str, agreement: float, keeps: Callable[[Fit], float] | None) -> Tensor:
     """V."""
     if wanted == "exact":
         return gallery.hull()
     values, vectors = principal(gallery.moments.gram)
     rank = numerical_rank(values)
     if isinstance(wanted, str):
-        keeps, mean = _keeper(gallery.sample.rows, queries.sample.rows, metric, centred), gallery.moments.mean
+        assert keeps is not None
+        mean = gallery.moments.mean
         k = fewest(lambda k: keeps(Fit(mean, vectors[:, :k], 0, 0)) >= agreement, rank)
     elif isinstance(wanted, float):
         k = min(rank, components_of_variance(values, wanted))
@@ -280,20 +313,25 @@ def _basis(
     return gallery.hull() if k == rank else vectors[:, :k].contiguous()
 
 
-def _keeper(gallery: Tensor, queries: Tensor, metric: str, centred: bool) -> Callable[[Fit], float]:
-    """The share of the queries whose best row of the gallery is the same after a projection."""
+def _keeper(gallery: Tensor, queries: Tensor, metric: str, centred: bool, neighbours: int) -> Callable[[Fit], float]:
+    """The share of the queries' best rows of the gallery that are among the best after a projection."""
     by = "l2" if metric == "l2" else "ip"  # the rows of a cosine have unit length here
     mapped = "l2" if centred else metric
-    before = best(queries, gallery, by)
+    count = min(neighbours, len(gallery))
+
+    def first(y: Tensor) -> Tensor:
+        return best(y, gallery, by)[:, None] if count == 1 else search(y, gallery, count, metric=by)[1]
+
+    before = first(queries)
 
     def keeps(fit: Fit) -> float:
         if fit.basis.shape[1]:
-            after = best(_mapped(queries, fit, mapped, False, torch.float64), gallery, by)
+            after = first(_mapped(queries, fit, mapped, False, torch.float64))
         elif mapped == "l2":
-            after = best(fit.mean[None], gallery, by).expand(len(queries))
+            after = first(fit.mean[None]).expand(len(queries), -1)
         else:
-            after = torch.zeros_like(before)  # every score is 0
-        return float((after == before).double().mean())
+            after = torch.arange(count).expand(len(queries), -1)  # every score is 0
+        return float(sum((after == column[:, None]).any(1).double().mean() for column in before.T) / count)
 
     return keeps
 

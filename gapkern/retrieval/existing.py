@@ -82,10 +82,11 @@ def repair(
         existing: FAISS's file of an index by L2 or inner product, a folder with one, as autofaiss and clip-retrieval
             write them, or one of `GapIndex.save`.
         queries: (Q, D), 4 or more.
-        embeddings: (G, D), the rows that were indexed, in the order of their ids; by default those in `embeddings`,
+        embeddings: (G, D), the rows that were indexed, in the order of their ids, or a file or folder of them, whose
+            shards are taken in autofaiss's order too where that is what was indexed; by default those in `embeddings`,
             `img_emb` or `text_emb` beside the index that are of its size and that its codes stand for, or what the
             index decodes to.
-        n_components, agreement, model: as for `Projection`.
+        n_components, agreement, model: as for `Projection`, whose "auto" keeps `agreement` of the exact k neighbours.
         k: neighbours that are compared.
         parameters: FAISS's search parameters, as "nprobe=16".
 
@@ -105,7 +106,8 @@ def repair(
     k = _check.integer("k", k, low=1, high=index.ntotal)
     rows, ids, source = foreign.rows(index, embeddings, path)
     centred = metric == "ip" and families.about_centres(index)
-    projection = Projection(n_components, metric, agreement, model=model, centred=centred).fit(rows, y[::2])
+    projection = Projection(n_components, metric, agreement, model=model, centred=centred, neighbours=k)
+    projection.fit(rows, y[::2])
     held = y[1::2]
     true = ids[search(held, rows, k, metric=metric)[1]]
     projected = projection.transform_queries(held)

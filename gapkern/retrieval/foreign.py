@@ -143,24 +143,28 @@ def rows(index: Any, embeddings: Any, path: Path) -> tuple[Tensor, Tensor, str]:
     """Rows (G, D), their ids (G,), and where the rows are from: "embeddings", "index" or "codes".
 
     Args:
-        embeddings: (G, D) in the order of the ids; None looks for them beside `path`, then in the index.
+        embeddings: (G, D) in the order of the ids, or a file or folder of them; None looks for them beside `path`, then
+            in the index.
 
     Raises:
         ValueError: embeddings of another shape or of other rows; none, and an index that FAISS does not decode.
     """
     names = ids(index)
     if embeddings is not None:
-        given = _check.finite("embeddings", _check.matrix("embeddings", embeddings, rows="G")).detach().cpu()
-        if given.shape != (index.ntotal, index.d):
-            raise ValueError(
-                f"embeddings: expected shape ({index.ntotal}, {index.d}) as {path} holds, got {tuple(given.shape)}"
-            )
-        if (share := owned(index, given, names)) < OWN:
-            raise ValueError(
-                f"embeddings: expected the rows that are in {path}, in the order of their ids, got others: "
-                f"{share:.0%} of some codes are nearer to their own row than to another"
-            )
-        return given, torch.from_numpy(np.sort(names)), "embeddings"
+        share = 0.0
+        for rows in _read(embeddings) if isinstance(embeddings, str | os.PathLike) else (embeddings,):
+            given = _check.finite("embeddings", _check.matrix("embeddings", rows, rows="G")).detach().cpu()
+            if given.shape != (index.ntotal, index.d):
+                raise ValueError(
+                    f"embeddings: expected shape ({index.ntotal}, {index.d}) as {path} holds, got {tuple(given.shape)}"
+                )
+            share = max(share, owned(index, given, names))
+            if share >= OWN:
+                return given, torch.from_numpy(np.sort(names)), "embeddings"
+        raise ValueError(
+            f"embeddings: expected the rows that are in {path}, in the order of their ids, got others: "
+            f"{share:.0%} of some codes are nearer to their own row than to another"
+        )
     holds = _holds_rows(index)
     if not holds and (found := beside(index, path, names)) is not None:
         return found, torch.from_numpy(np.sort(names)), "embeddings"
@@ -191,12 +195,10 @@ def beside(index: Any, path: Path, names: np.ndarray) -> Tensor | None:
         try:
             if files.size(folder) != (index.ntotal, index.d):
                 continue
-            parts = files.shards(folder)
+            files.shards(folder)
         except ValueError:
             continue
-        # autofaiss reads files in the order of their names as texts, 10 before 2.
-        for order in (parts, sorted(parts)) if sorted(parts) != parts else (parts,):
-            matrix = torch.cat([files.load_embeddings(part) for part in order])
+        for matrix in _read(folder):
             if bool(matrix.isfinite().all()) and owned(index, matrix, names) >= OWN:
                 found.append((folder, matrix))
                 break
@@ -207,6 +209,13 @@ def beside(index: Any, path: Path, names: np.ndarray) -> Tensor | None:
         return None
     layout.note(f"embeddings: {found[0][0]}")
     return found[0][1]
+
+
+def _read(place: str | os.PathLike[str]) -> Iterator[Tensor]:
+    """The rows of a file or folder; of a folder's shards also in autofaiss's order, names as texts, 10 before 2."""
+    yield files.load_embeddings(place, name="embeddings")
+    if Path(place).is_dir() and sorted(parts := files.shards(Path(place))) != parts:
+        yield torch.cat([files.load_embeddings(part) for part in sorted(parts)])
 
 
 def _folders(path: Path) -> Iterator[Path]:

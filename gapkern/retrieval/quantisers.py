@@ -16,6 +16,7 @@ from torch import Tensor
 from gapkern import _check, files
 from gapkern._rows import unit
 from gapkern.gap import MeanShift, Projection, transforms
+from gapkern.retrieval import families
 from gapkern.retrieval._faiss import rotations
 from gapkern.retrieval.index import GapIndex
 from gapkern.retrieval.recalls import pairs, places
@@ -107,7 +108,8 @@ def compare_quantisers(
         gallery: (G, D).
         factories: FAISS factory strings (default: `usual`: Flat, SQ8, SQ4, PQ, IVF-PQ, OPQ, RaBitQ).
         shift: a fitted shift or projection (default: one fitted here, `MeanShift()` for "l2" and
-            `Projection(metric="ip")` for "ip").
+            `Projection(metric="ip")` for "ip"). Indexes whose codes are about centres (RaBitQ) take a projection by
+            inner product `about_mean`, as `repair` does.
         metric: "l2" or "ip", as for `GapIndex`.
         positives: as for `recall`.
         k: neighbours that are looked at.
@@ -152,7 +154,10 @@ def compare_quantisers(
     for number, factory in enumerate(factories):
         for moved in (None, shift):
             try:
-                index = _learned(GapIndex(factory, metric, moved, d=gallery.shape[1]), learned).add(gallery)
+                index = GapIndex(factory, metric, d=gallery.shape[1])
+                if moved is not None:
+                    index = GapIndex(factory, metric, _fitting(moved, index), d=gallery.shape[1])
+                _learned(index, learned).add(gallery)
             except ValueError as error:
                 left_out[factory] = str(error)
                 break
@@ -161,6 +166,12 @@ def compare_quantisers(
     if not rows:
         raise ValueError(f"factories: expected one that can be built here, got {left_out}")
     return QuantiserResult(rows, left_out, transforms.closed(shift, queries), len(gallery), len(queries), k)
+
+
+def _fitting(shift: MeanShift | Projection, index: GapIndex) -> MeanShift | Projection:
+    """The move that an index's codes gain most from."""
+    about = isinstance(shift, Projection) and families.about_centres(index.faiss_index)
+    return shift.about_mean() if isinstance(shift, Projection) and about else shift
 
 
 def _learned(index: GapIndex, sample: Tensor) -> GapIndex:
