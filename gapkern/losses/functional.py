@@ -59,7 +59,7 @@ def contrastive_loss(
             around, O(n D), while their products are formed, and their gradients after them; results differ by rounding.
             "auto" gathers while all texts and their gradients fit into 2 GiB, and always under `torch.compile`.
         ids: (N,) integers, or a pair of such for images and texts: all pairs of equal ids are positives, and row i's
-            own text always is one (UniCL, Yang et al. 2022, Eq. 3-4; captions of one image).
+            own text always is one (UniCL, Yang et al. 2022; captions of one image).
         positives: with ids, "out", the mean over positives outside of the logarithm (SupCon, Khosla et al. 2020,
             Eq. 2), or "in", inside of it (Eq. 3).
         label_smoothing: eps: the target is 1 - eps on the positives and eps spread evenly over all N.

@@ -29,7 +29,7 @@ def gist_loss(
     group: Any = None,
     exchange: str = "auto",
 ) -> Tensor:
-    """InfoNCE whose false negatives a guide finds (GISTEmbed, Solatorio 2024, Eq. 3-4).
+    """InfoNCE whose false negatives a guide finds (GISTEmbed, Solatorio 2024).
 
     Pair i's candidates are all documents and negatives for its query, with `contrast_queries` the other queries, and
     with `contrast_documents` the other documents for its document, where the guide's similarity of the two is at most

@@ -52,7 +52,7 @@ def info_nce_loss(
         extra_negatives: (E, D), candidates of every query: a queue, or more documents. On ranks: each its own.
         directions: the candidates of pair i: "q-d" t(q_i, d_j), "d-q" t(d_i, q_j), "q-q" t(q_i, q_j) and "d-d"
             t(d_i, d_j), the last two with j != i.
-        partition: "joint", one softmax over all of them (GTE, Li et al. 2023, Eq. 2-3: the pair itself is counted in
+        partition: "joint", one softmax over all of them (GTE, Li et al. 2023: the pair itself is counted in
             "q-d" and in "d-q"); "separate", one over the query's candidates and one over the document's, averaged.
         ids: (N,) integers, or a pair of such for queries and documents: candidates of equal ids are duplicates, and
             left out.
@@ -61,7 +61,7 @@ def info_nce_loss(
         label_smoothing: eps; the target is 1 - eps at the label and eps spread evenly over i's candidates, presumed
             false negatives among them, duplicates not.
         debias: tau+ in [0, 1), a number or (N,): the probability that a negative is a positive (Chuang et al. 2020,
-            Eq. 8 with M = 1; the estimate is at least e^-s).
+            with one positive sample; the estimate is at least e^-s).
         hardness: alpha >= 0; logits of negatives in "q-d" have alpha t added, without its gradient (Lan et al. 2025,
             Eq. 5).
         hardness_of: which of them: "in-batch", "hard" (each query's own hard negatives), or "all".

@@ -74,7 +74,7 @@ class Matryoshka(torch.nn.Module):
 
 
 def uniformity_loss(features: Tensor, t: Tensor | float = 2.0, *, group: Any = None, exchange: str = "auto") -> Tensor:
-    """log of the mean of exp(-t ||x_i - x_j||^2) over pairs i != j (Wang and Isola 2020, Eq. 8), in linear memory.
+    """log of the mean of exp(-t ||x_i - x_j||^2) over pairs i != j (Wang and Isola 2020), in linear memory.
 
     Args:
         features: (N, D), N >= 2, float32, float16, bfloat16 or float64.
