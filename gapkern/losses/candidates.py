@@ -51,9 +51,9 @@ class Candidates:
         self.first = batch.first(q)
         self.all_d = batch.spread(d)
         self.all_q = batch.spread(q)
-        self.own_t = pairs.own_products(q, d)
-        self.label = scale.reshape(()).double() * self.own_t
-        self.limit = None if margin is None else self.own_t.detach() + margin
+        self.own_t = pairs.own_products(q.detach(), d.detach())
+        self.label: Tensor | None = None  # of the block of queries and documents
+        self.limit = None if margin is None else self.own_t + margin
         self.ids: tuple[Tensor, ...] | None = None
         self.all_ids: tuple[Tensor, ...] | None = None
         if two_ids is not None:
@@ -118,6 +118,13 @@ def log_sum_exps(
     col_limit = batch.constant(limit) if limit is not None and "d-q" in chosen else None
     both = {"q-d", "d-q"} <= chosen
     row_limit = limit if "q-d" in chosen else None
+    # Derivatives are formed in reverse: those of the block with the most memory first.
+    if "q-q" in chosen:
+        of_queries.append(problem.against_itself(problem.all_q, 0))
+        problem.count("q", q, problem.all_q, 0, 0, "left_out")
+    if "d-d" in chosen:
+        of_documents.append(problem.against_itself(problem.all_d, 1))
+        problem.count("d", d, problem.all_d, 1, 1, "left_out")
     if "q-d" in chosen:
         x, rows, scale = _raised(q, problem.all_d, problem.scale, hardness if raised else 0.0)
         options: dict[str, Any] = {"row_limit": row_limit, "col_limit": col_limit if both else None, "row": 0, "col": 1}
@@ -131,14 +138,12 @@ def log_sum_exps(
     else:
         found = problem.block(q, problem.all_d, col_limit=col_limit, row=0, col=1)
         of_documents.append(batch.columns(found.col_negative, d))
+    if raised and not apart and "q-d" in chosen:
+        problem.label = problem.scale.reshape(()).double() * pairs.own_products(q, d)
+    else:
+        problem.label = found.label
     if "d-q" in chosen:
         problem.count("d", d, problem.all_q, 1, 0)
-    if "q-q" in chosen:
-        of_queries.append(problem.against_itself(problem.all_q, 0))
-        problem.count("q", q, problem.all_q, 0, 0, "left_out")
-    if "d-d" in chosen:
-        of_documents.append(problem.against_itself(problem.all_d, 1))
-        problem.count("d", d, problem.all_d, 1, 1, "left_out")
     if hard is not None:
         of_queries.append(_own_hard(problem, hard, hardness if hardness_of != "in-batch" else 0.0))
         if share:

@@ -115,6 +115,7 @@ def info_nce_loss(
         problem.count_candidates = True
     query_terms, document_terms = log_sum_exps(problem, hard, share_hard_negatives, extra, hardness, hardness_of)
     label = problem.label
+    assert label is not None
     parts: list[tuple[list[Tensor], int, list[Block]]] = []
     if partition == "joint":
         counted = 0 if decoupled else len(chosen & {"q-d", "d-q"})

@@ -81,33 +81,35 @@ def _both_ways(
     if two_ids is not None:
         row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in two_ids))
         options = {"row_ids": row_ids[own], "col_ids": col_ids, "equal": "positive"}
-    found = all_y.masked_lse(x, scale, similarity=similarity, work_bytes=work_bytes, **options)
     s = scale.reshape(()).double()
+    # Means over positives come before the log-sum-exps: derivatives are formed in reverse, and theirs first, while they
+    # have the memory alone.
+    rests, means = [], []
+    for mine, others, side in (x, all_y, 0), (y, all_x, 1):
+        if two_ids is None:
+            continue
+        mine_ids, other_ids = (row_ids[own], col_ids) if side == 0 else (col_ids[own], row_ids)
+        label_counts = (other_ids[own] == mine_ids).double()  # whether the label is among the equal ids
+        rests.append(others.class_counts(other_ids, mine_ids) - label_counts)
+        if positives == "out":
+            means.append(_sum_over_equals(mine, others, other_ids, mine_ids, label_counts, rests[-1], similarity))
+    found = all_y.masked_lse(x, scale, similarity=similarity, work_bytes=work_bytes, **options)
     total = torch.zeros_like(found.label)
     sides = (
-        (x, y, all_y, found.row_negative, found.row_positive, 0),
-        (y, x, all_x, batch.columns(found.col_negative, y), batch.columns(found.col_positive, y), 1),
+        (x, all_y, found.row_negative, found.row_positive, 0),
+        (y, all_x, batch.columns(found.col_negative, y), batch.columns(found.col_positive, y), 1),
     )
-    for mine, partner, others, negative, positive, side in sides:
+    for mine, others, negative, positive, side in sides:
         mean = found.label
         if two_ids is None:
             total = total + pairs.surprise(found.label, [negative])
         else:
-            mine_ids, other_ids = (row_ids[own], col_ids) if side == 0 else (col_ids[own], row_ids)
-            together = torch.logaddexp(found.label, positive)
+            rest, together = rests[side], torch.logaddexp(found.label, positive)
             total = total + pairs.surprise(together, [negative])
-            sums, counts = others.class_sums(other_ids, mine_ids)
-            partner_counts = (other_ids[own] == mine_ids).double()  # whether the label is among the equal ids
-            rest = counts - partner_counts
-            sums = sums - partner.to(sums.dtype) * partner_counts[:, None].to(sums.dtype)
             if positives == "in":
                 total = total + torch.log1p(rest)
             else:
-                squares = torch.zeros((), dtype=torch.float64, device=x.device)
-                if similarity == "sqeuclidean":
-                    squares, _ = others.map(_norms).class_sums(other_ids, mine_ids)
-                    squares = squares[:, 0] - _norms(partner)[:, 0] * partner_counts
-                mean = (found.label + s * _sum_t(mine, sums, rest, squares, similarity)) / (1 + rest)
+                mean = (found.label + s * means[side]) / (1 + rest)
                 # One positive alone: both are its logit.
                 total = total + torch.where(rest > 0, together - mean, torch.zeros_like(mean))
         if smoothing:
@@ -117,6 +119,18 @@ def _both_ways(
             everything = _sum_t(mine, sums, number, squares, similarity) / len(others)
             total = total + smoothing * (mean - s * everything)
     return total / 2
+
+
+def _sum_over_equals(
+    x: Tensor, others: spread.Spread, ids: Tensor, of: Tensor, among: Tensor, rest: Tensor, similarity: str
+) -> Tensor:
+    """(n,) sums of t over the rows of equal ids but the label, `rest` of them."""
+    if similarity == "dot":
+        return others.products_with_sums(x, ids, of, among)
+    products = others.products_with_sums(x.double(), ids, of, among)  # norms nearly cancel it
+    squares, _ = others.map(_norms).class_sums(ids, of)
+    squares = squares[:, 0] - _norms(others.mine)[:, 0] * among
+    return 2 * products - rest * _norms(x)[:, 0] - squares
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern.losses import distributed
+from gapkern.losses.equals import class_sums
 from gapkern.losses.inputs import check_pairs, embeddings, scalar
-from gapkern.losses.spread import Spread, by_ring, class_sums, dense
+from gapkern.losses.spread import Spread, by_ring, dense
 from gapkern.losses.steps import IN_A_RING, in_float, wanted
 from gapkern.ops import autocast
 

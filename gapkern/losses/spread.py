@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern.losses import distributed, ring
+from gapkern.losses.equals import class_counts, class_sums, places, products_with_sums
 from gapkern.ops import contrastive
 
 EXCHANGES = ("auto", "gather", "ring")
@@ -173,6 +174,18 @@ class Spread:
         total, count = ring.visit(ring.Visit(self.place, block, ("sum", "sum")), [self.mine], ())
         return total, count
 
+    def class_counts(self, ids: Tensor, of: Tensor) -> Tensor:
+        """For each of the ids `of`: how many of `ids` (N,) are equal, in float64."""
+        return class_counts(*places(ids, of))
+
+    def products_with_sums(self, x: Tensor, ids: Tensor, of: Tensor, among: Tensor) -> Tensor:
+        """(n,) float64: the sum of <x_i, row_j> where `ids` (N,) are `of_i`, but `among_i` times row i."""
+        if not self.travels:
+            return products_with_sums(x, self.everyone(), ids, of, among, self.first)
+        sums, _ = self.class_sums(ids, of)
+        sums = sums - self.mine.to(sums.dtype) * among[:, None].to(sums.dtype)
+        return (x.to(sums.dtype) * sums).sum(1, dtype=torch.float64)
+
     def total(self) -> Tensor:
         """(D,) the sum of all rows, in float32 at least."""
         work = torch.float64 if self.mine.dtype == torch.float64 else torch.float32
@@ -195,18 +208,3 @@ def dense(*ids: Tensor) -> tuple[Tensor, ...]:
     """
     ordered = torch.cat(ids).sort().values
     return tuple(torch.searchsorted(ordered, part) for part in ids)
-
-
-def class_sums(ids: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of `rows`, ids of rows: the sum of y (M, D) over equal ids, and their number."""
-    ordered = ids.sort().values
-    place, own = torch.searchsorted(ordered, ids), torch.searchsorted(ordered, rows)
-    there = ordered[own.clamp_max(len(ids) - 1)] == rows
-    own = torch.where(there, own, torch.full_like(own, len(ids)))  # the sum of nothing
-    work = torch.float64 if y.dtype == torch.float64 else torch.float32
-    # Expanded, the zeros are written once, when the sums are.
-    nothing = torch.zeros(1, 1, dtype=work, device=y.device).expand(len(ids) + 1, y.shape[1])
-    sums = nothing.index_add(0, place, y.to(work))
-    counts = torch.zeros(len(ids) + 1, dtype=torch.float64, device=y.device)
-    counts = counts.index_add(0, place, counts.new_ones(len(ids)))
-    return sums.index_select(0, own), counts[own]

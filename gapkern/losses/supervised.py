@@ -62,16 +62,17 @@ def supcon_loss(
     everyone = batch.spread(x)
     (all_ids,) = pairs.dense(batch.constant(ids))
     ids = all_ids[everyone.first : everyone.first + len(x)]
-    negative, positive = everyone.against_itself(scale, ids=all_ids, equal="positive")
-    sums, counts = everyone.class_sums(all_ids, ids)
-    others = counts - 1
+    others = everyone.class_counts(all_ids, ids) - 1
     there = others > 0
+    # Before the log-sum-exps: derivatives are formed in reverse, and theirs first, while they have the memory alone.
+    if positives == "out":
+        t = everyone.products_with_sums(x, all_ids, ids, torch.ones_like(others)) / others.clamp_min(1)
+    negative, positive = everyone.against_itself(scale, ids=all_ids, equal="positive")
     positive = torch.where(there, positive, torch.zeros_like(positive))
     losses = pairs.surprise(positive, [negative])
     if positives == "in":
         losses = losses + torch.log(others.clamp_min(1))
     else:
-        t = pairs.own_products(x, sums - x.to(sums.dtype)) / others.clamp_min(1)
         losses = losses + torch.where(others > 1, positive - scale.reshape(()).double() * t, torch.zeros_like(t))
     losses = torch.where(there, losses, torch.zeros_like(losses))
     weights = there.double() if weights is None else weights * there
