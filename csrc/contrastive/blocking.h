@@ -39,13 +39,13 @@ struct Blocking {
   int64_t block;                 // rows
   int64_t chunk, forward_chunk;  // rows at most
 
-  Blocking(const Shape& shape, int64_t n, int64_t m, int64_t d) : n(n), m(m) {
+  Blocking(const Shape& shape, int64_t n, int64_t m, int64_t d, int64_t chunk_bytes) : n(n), m(m) {
     stripes = divide_up(m, m <= kNarrowUpTo ? kNarrowStripe : kStripe);
     stripe = round_up(divide_up(m, stripes), shape.nr);
     stripes = divide_up(m, stripe);
     block = shape.mr >= 12 ? shape.mr * 8 : shape.mr * 16;
     const int64_t all = round_up(n, shape.mr * 2), row_bytes = divide_up(d, shape.group) * shape.word;
-    const int64_t fitting = kChunkBytes / (stripes * (kStripe + 16) * 4) / block;
+    const int64_t fitting = chunk_bytes / (stripes * (kStripe + 16) * 4) / block;
     chunk = std::min(all, block * std::clamp<int64_t>(fitting, 1, 2 * kTogether));
     forward_chunk = std::max(chunk, std::min(all, kPackedBytes / row_bytes / block * block));
   }

@@ -10,6 +10,15 @@
 namespace gapkern::contrastive {
 namespace {
 
+// Of a side with itself half the chunk's products are left, and half its memory.
+int64_t chunk_bytes(const ClassesOptions& o) { return o.own ? kChunkBytes / 2 : kChunkBytes; }
+
+// From here on pages cost nothing beside the products, and what is held in between would count: a loss has several
+// blocks of logits.
+void release_where_large(const Arguments& a) {
+  if (a.n() * a.m() >= int64_t(1) << 26) empty_cache();
+}
+
 int64_t item_bytes(const Arguments& a) { return a.type == ScalarType::Double ? 8 : 4; }
 
 void check_count(const char* name, const Tensor& given, int64_t count) {
@@ -83,7 +92,7 @@ struct ClassesOutputs {
 
 template <class T>
 void forward(const Arguments& a, const ClassesOptions& given, ClassesOutputs& out) {
-  Problem<T> p(a);
+  Problem<T> p(a, chunk_bytes(given));
   if (p.range.wants_double()) return forward<double>(a.in_double(), given, out);
   const ClassesOptions o = in_type<T>(a, given);
   const Classes<T> classes(p, o);
@@ -105,6 +114,7 @@ void forward(const Arguments& a, const ClassesOptions& given, ClassesOutputs& ou
 
 void forward(const Arguments& a, const ClassesOptions& o, ClassesOutputs& out) {
   a.type == ScalarType::Double ? forward<double>(a, o, out) : forward<float>(a, o, out);
+  release_where_large(a);
 }
 
 struct ClassesSaved {
@@ -119,7 +129,7 @@ struct ClassesGradients {
 template <class T>
 ClassesGradients backward(const Arguments& a, const ClassesOptions& given, const ClassesSaved& saved,
                           const std::vector<bool>& needs) {
-  Problem<T> p(a);
+  Problem<T> p(a, chunk_bytes(given));
   if (p.range.wants_double()) return backward<double>(a.in_double(), given, saved, needs);
   const ClassesOptions o = in_type<T>(a, given);
   const Classes<T> classes(p, o);
@@ -147,7 +157,10 @@ ClassesGradients backward(const Arguments& a, const ClassesOptions& given, const
 
 ClassesGradients backward(const Arguments& a, const ClassesOptions& o, const ClassesSaved& saved,
                           const std::vector<bool>& needs) {
-  return a.type == ScalarType::Double ? backward<double>(a, o, saved, needs) : backward<float>(a, o, saved, needs);
+  ClassesGradients found =
+      a.type == ScalarType::Double ? backward<double>(a, o, saved, needs) : backward<float>(a, o, saved, needs);
+  release_where_large(a);
+  return found;
 }
 
 Tensor in_double(const Tensor& t) { return as_type(t, ScalarType::Double); }

@@ -11,7 +11,7 @@ namespace gapkern::contrastive {
 
 template <class T>
 struct Problem {
-  explicit Problem(const Arguments& a)
+  explicit Problem(const Arguments& a, int64_t chunk_bytes = kChunkBytes)
       : engine(engine_for<T>(a)),
         images(as_type(a.images, a.type)),
         texts(as_type(a.texts, a.type)),
@@ -25,7 +25,7 @@ struct Problem {
         distances(a.similarity == Similarity::sqeuclidean),
         centre(distances ? mean_of_texts() : std::vector<T>()),
         largest_t(measure()),
-        blocking(engine.shape, n, m, d),
+        blocking(engine.shape, n, m, d, chunk_bytes),
         range(a.scale, a.similarity, largest_t, bf16_products()) {}
 
   bool bf16_products() const { return engine.shape.group > 1; }
