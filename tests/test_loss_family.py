@@ -346,11 +346,6 @@ IDS = torch.arange(6)
             ValueError,
             "label_smoothing: expected 0 with positives='in'",
         ),
-        (
-            lambda: losses.contrastive_loss(X, X, 1.0, ids=IDS, memory="keep"),
-            ValueError,
-            "memory: expected 'auto', 'recompute' or a number with ids or label_smoothing, got 'keep'",
-        ),
         (lambda: losses.contrastive_loss(X, X, 1.0, exchange="x"), ValueError, "exchange: expected one of 'auto'"),
         (
             lambda: losses.sigmoid_loss(X, X, 1.0, 0.0, positives="mean"),

@@ -49,8 +49,8 @@ def contrastive_loss(
         similarity: "dot", or "sqeuclidean" for S = -s ||x_i - y_j||^2.
         reduction: "mean", "sum", or "none" for one loss per pair, shape (N,).
         memory: "recompute" keeps nothing N x N for the backward pass, "keep" keeps the logits and saves a quarter of
-            the arithmetic, a number allows that many bytes, "auto" keeps up to 256 MiB. With ids or label smoothing
-            nothing is kept, and "keep" is refused.
+            the arithmetic, a number allows that many bytes, "auto" keeps up to 256 MiB.
+            On CUDA nothing is kept with ids or label smoothing.
         group: a torch.distributed group, a one-dimensional DeviceMesh, or True for the default group, over whose ranks
             the batch is spread; images and texts are this rank's pairs, as many on every rank. The value ("none": of
             this rank's pairs) and the gradients are those of the whole batch on one process. Each rank forms its rows

@@ -41,8 +41,6 @@ def multiple_positives_loss(
             raise ValueError("label_smoothing: expected 0 with positives='in', whose target is no distribution")
         weights = pairs.check_weights(weights, images)
         two_ids = pairs.pair_of_ids(ids, images, texts)
-        if memory == "keep" and (smoothing or two_ids is not None):
-            raise ValueError("memory: expected 'auto', 'recompute' or a number with ids or label_smoothing, got 'keep'")
     except (TypeError, ValueError) as error:
         batch.refuse(error)
         raise
