@@ -6,7 +6,7 @@ from bench import harness
 from bench.harness import Case, Contender
 from gapkern.reference import perturb as reference
 
-ROWS = {"quick": 5_000, "full": 50_000}
+ROWS = {"quick": 5_000, "full": 50_000, "avx2": 50_000}
 
 
 def cases(mode: str):

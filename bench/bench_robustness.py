@@ -12,7 +12,7 @@ from gapkern._search import best
 from gapkern.reference.robustness import winning_probability_inner
 from gapkern.robustness import robustness
 
-SIZES = {"quick": (1000, 200), "full": (10_000, 1000)}
+SIZES = {"quick": (1000, 200), "full": (10_000, 1000), "avx2": (10_000, 1000)}
 DIMS, TRIALS, VARIANCE = 512, 100, 1e-4
 INNER = {"groups of ten": 1e-3, "equally far": 1e-4}  # variances at which about half of the neighbours survive
 CHECKED = 25  # queries integrated by SciPy

@@ -20,6 +20,14 @@ from gapkern import files
 from gapkern.experiments import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_cpu_clock = time.perf_counter
+
+
+def use_processor_time() -> None:
+    """From now on calls on the CPU are timed as processor time of one thread, which other work disturbs less."""
+    global _cpu_clock
+    _cpu_clock = time.process_time
+    torch.set_num_threads(1)
 
 
 @dataclass
@@ -61,9 +69,9 @@ def stopwatch(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]
     if device == "cpu":
 
         def on_the_cpu(call):
-            started = time.perf_counter()
+            started = _cpu_clock()
             call()
-            spent = time.perf_counter() - started
+            spent = _cpu_clock() - started
             return lambda: spent
 
         return on_the_cpu
@@ -162,6 +170,17 @@ def time_case(
     return {**case.parameters, "baseline": case.baseline, "traffic": case.traffic, "results": results}
 
 
+def limit_inductor(isa: str) -> None:
+    """torch.compile's code for the CPU in vectors of an instruction set's width; fails where ours are others."""
+    import torch._inductor.config
+
+    from gapkern import _load
+
+    torch._inductor.config.cpp.simdlen = {"avx2": 256}[isa]
+    if (_load.active_isa(), torch.backends.cpu.get_cpu_capability()) != (isa, isa.upper()):
+        raise SystemExit(f"bench: {isa} was asked for, {_load.active_isa()} runs; is the processor without it?")
+
+
 def commit() -> str | None:
     """The commit that is measured, marked where files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -189,6 +208,7 @@ def facts(name: str) -> dict[str, Any]:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
+        "clock": "processor time of one thread" if _cpu_clock is time.process_time else "time",
         "env": environment.describe(),
     }
 

@@ -1,10 +1,11 @@
 """`make bench`: times the kernels, prints tables of ratios, writes bench/results/*.json and plots.
 
-python bench/run.py [--quick] [--only indexes projection robustness ...] [--no-write]
+python bench/run.py [--quick] [--only indexes projection robustness ...] [--isa avx2] [--processor-time] [--no-write]
 """
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -13,26 +14,49 @@ sys.path.insert(0, str(ROOT))
 
 BENCHMARKS = ("contrastive", "indexes", "meanshift", "perturb", "projection", "quantisers", "retrieval", "robustness")
 TABLES = ("indexes", "projection")  # without a plot
+# A processor without AVX-512, for everybody: our kernels, ATen's, MKL's, oneDNN's; Inductor's by `simdlen`.
+LIMITS = {
+    "avx2": {
+        "GAPKERN_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+}
+WITH_ISA = ("contrastive", "meanshift", "perturb", "robustness")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute, nothing written")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, metavar="NAME")
+    parser.add_argument(
+        "--isa", choices=LIMITS, help=f"no better instruction set, for PyTorch too; of {', '.join(WITH_ISA)}"
+    )
+    parser.add_argument("--processor-time", action="store_true", help="one thread, and its processor time")
     parser.add_argument("--no-write", action="store_true", help="leave bench/results as it is")
     arguments = parser.parse_args()
+    if arguments.isa:
+        os.environ.update(LIMITS[arguments.isa])  # read as libraries are loaded
 
     from bench import harness, plots
 
+    if arguments.isa:
+        harness.limit_inductor(arguments.isa)
+    if arguments.processor_time:
+        harness.use_processor_time()
     for name in arguments.only:
+        if arguments.isa and name not in WITH_ISA:
+            continue
         print(f"\n{name}")
         module = importlib.import_module(f"bench.bench_{name}")
-        result = module.run("quick" if arguments.quick else "full")
+        result = module.run("quick" if arguments.quick else arguments.isa or "full")
         if not arguments.quick and not arguments.no_write:
-            path = harness.write(result)
-            if name not in TABLES:
+            path = harness.write(result, f"{name}-{arguments.isa}" if arguments.isa else None)
+            plotted = name not in TABLES and not arguments.isa
+            if plotted:
                 plots.draw(result, path.with_suffix(".png"))
-            print(f"written: {path.relative_to(ROOT)}{'' if name in TABLES else ' and its plot'}")
+            print(f"written: {path.relative_to(ROOT)}{' and its plot' if plotted else ''}")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _machine(result: dict[str, Any]) -> str:
-    env = result["env"]
+    env, clock = result["env"], result.get("clock", "time")
+    cores = f"{result['cores']} cores" if clock == "time" else clock
     return (
-        f"{env['processor']}, {result['cores']} cores, {env['kernels']['libgapkern_cpu']}, "
+        f"{env['processor']}, {cores}, {env['kernels']['libgapkern_cpu']}, "
         f"torch {env['versions']['torch']}, medians, {result['date']}."
     )
 
@@ -105,7 +106,40 @@ def speed() -> str:
         rows.append([f"{case['N']:,}", f"{base:,.0f} ms", *times, *mib])
     times = ["open_clip", "**gapkern**", "kept", "bfloat16"]
     header = ["batch", *times, "memory: open_clip", "**gapkern**", "kept"]
-    return f"{_table(header, rows)}\n\n{_machine(result)}"
+    return f"{_table(header, rows)}\n\n{_machine(result)} {_largest_with_avx2()}"
+
+
+def _largest_with_avx2() -> str:
+    result = harness.load("contrastive-avx2")
+    case = max((c for c in result["cases"] if c["similarity"] == "dot"), key=lambda c: c["N"])
+    taken = {name: r["median"] for name, r in case["results"].items()}
+    ours, kept = (taken["open_clip"] / taken[name] for name in ("gapkern, recompute", "gapkern, keep"))
+    return (
+        f"With AVX2 at most, PyTorch too, it is {ours:.1f}x and kept {kept:.1f}x at {case['N']:,} "
+        f"({result['env']['processor']}, {result['clock']})."
+    )
+
+
+def avx2() -> str:
+    """The loss where neither our kernels nor PyTorch's may use more than AVX2."""
+    result = harness.load("contrastive-avx2")
+    names = {
+        "open_clip": "open_clip, ms",
+        "eager, one logit matrix": "eager, one matrix",
+        "torch.compile": "torch.compile",
+        "gapkern, recompute": "**recompute**",
+        "gapkern, keep": "**keep**",
+        "limit: 4 bare products": "4 products",
+        "limit: 3 bare products": "3 products",
+    }
+    rows = []
+    for case in result["cases"]:
+        if case["similarity"] != "dot":
+            continue
+        base = case["results"]["open_clip"]["median"]
+        cells = [f"{base / case['results'][name]['median']:.2f}x" for name in list(names)[1:]]
+        rows.append([str(case["N"]), f"{1e3 * base:.1f}" if base < 1 else f"{1e3 * base:.0f}", *cells])
+    return f"{_table(['batch', *names.values()], rows)}\n\n{_machine(result)}\n\n{_distances(result['cases'])}"
 
 
 def _distances(cases: list[dict[str, Any]]) -> str:
@@ -249,7 +283,13 @@ def indexes() -> str:
 
 PAGES = {
     "README.md": {"demo": demo, "speed": speed},
-    "docs/benchmarks.md": {"contrastive": contrastive, "memory": memory, "others": others, "quantisers": quantisers},
+    "docs/benchmarks.md": {
+        "contrastive": contrastive,
+        "avx2": avx2,
+        "memory": memory,
+        "others": others,
+        "quantisers": quantisers,
+    },
     "docs/projection.md": {"projection": projection, "reduced": reduced, "indexes": indexes},
 }
 DEMO = ("report.json", "pca.png", "robustness.png", "projection.png")

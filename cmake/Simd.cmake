@@ -7,6 +7,10 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(GAPKERN_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(GAPKERN_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512)
   set(GAPKERN_FLAGS_avx512bf16 ${GAPKERN_FLAGS_avx512} -mavx512bf16)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
+  set(GAPKERN_ISAS neon neonbf16) # what every such processor has, and bfmmla besides
+  set(GAPKERN_FLAGS_neon "")
+  set(GAPKERN_FLAGS_neonbf16 -march=armv8.2-a+bf16)
 endif()
 
 function(gapkern_simd_source target source)

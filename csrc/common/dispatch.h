@@ -14,6 +14,9 @@
    : ::gapkern::active_isa() == ::gapkern::Isa::avx512   ? avx512::accessor()     \
    : ::gapkern::active_isa() == ::gapkern::Isa::avx2     ? avx2::accessor()       \
                                                          : portable::accessor())
+#elif defined(__aarch64__)
+#define GAPKERN_FOR_ACTIVE_ISA(accessor) \
+  (::gapkern::active_isa() == ::gapkern::Isa::neonbf16 ? neonbf16::accessor() : neon::accessor())
 #else
 #define GAPKERN_FOR_ACTIVE_ISA(accessor) portable::accessor()
 #endif

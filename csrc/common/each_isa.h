@@ -14,4 +14,10 @@
   }                                               \
   namespace avx512bf16 {                          \
   declaration;                                    \
+  }                                               \
+  namespace neon {                                \
+  declaration;                                    \
+  }                                               \
+  namespace neonbf16 {                            \
+  declaration;                                    \
   }

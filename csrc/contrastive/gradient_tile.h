@@ -39,6 +39,25 @@ GAPKERN_INLINE void store_gradient(Bf16Products, const GradientOutput& out, cons
     }
   }
 }
+#elif defined(GAPKERN_ISA_neonbf16)
+GAPKERN_INLINE void store_gradient(Bf16Products, const GradientOutput& out, const float* tile, int rows, int64_t cols,
+                                   int64_t i0) {
+  auto* across = static_cast<uint32_t*>(out.by_rows) + i0 * row_stride(2);
+  for (int r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < cols; j += 8) {
+      const float* t = tile + r * kStripe + j;
+      vst1q_u32(across + r * row_stride(2) + j / 2, Bf16Products::along(load(t), load(t + 4)));
+    }
+  static_assert(kStripe % kRows == 0 && kRows % 4 == 0, "panels are whole, of whole vectors");
+  for (int64_t j = 0; j < cols; j += kRows) {
+    auto* down = static_cast<uint32_t*>(out.by_columns) + j / kRows * out.panel + i0 / 2 * kRows;
+    for (int r = 0; r < rows; r += 2, down += kRows)
+      for (int v = 0; v < kRows; v += 4) {
+        const float* t = tile + r * kStripe + j + v;
+        Bf16Products::pack(load(t), r + 1 < rows ? load(t + kStripe) : f32v{}, down + v);
+      }
+  }
+}
 #endif
 
 }  // namespace

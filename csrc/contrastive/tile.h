@@ -6,20 +6,31 @@
 
 #if GAPKERN_VECTOR_BYTES == 64
 #include <immintrin.h>
+#elif defined(GAPKERN_ISA_neonbf16)
+#include "contrastive/bf16_neon.h"
+#endif
+
+// This instruction set has products of bfloat16: Bf16Products.
+#if defined(GAPKERN_ISA_avx512bf16) || defined(GAPKERN_ISA_neonbf16)
+#define GAPKERN_BF16_PRODUCTS
 #endif
 
 namespace gapkern::contrastive {
 namespace {
 
-// mr x 2 accumulators, two operand vectors and one broadcast fill the register file.
+// mr x 2 accumulators, two operand vectors and one broadcast fill the register file; on 32 registers of 16 bytes fewer
+// do, but they must divide the stripe, and bfmmla takes pairs of rows.
 #if GAPKERN_VECTOR_BYTES == 64
 constexpr int kRows = 14;
+#elif defined(__aarch64__)
+constexpr int kRows = 8;
 #else
 constexpr int kRows = 6;
 #endif
 constexpr int kVectors = 2;
 
-// One arithmetic: how rows become packed words, and the multiply-add of a broadcast word and a vector.
+// One arithmetic: how rows become packed words, and the multiply-add of a broadcast word and a vector, or with
+// `whole_tiles` that of a whole tile.
 template <class Real>
 struct Plain {
   using T = Real;
@@ -27,6 +38,7 @@ struct Plain {
   using V = typename Vec<T>::type;
   using Operand = V;
   static constexpr int group = 1;
+  static constexpr bool whole_tiles = false;
   GAPKERN_INLINE Operand operand(const Word* p) { return load(p); }
   GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) { return c + a * b; }
   GAPKERN_INLINE V subtract_square(V c, Word a, Operand b) {
@@ -54,6 +66,7 @@ struct Bf16Products {
   using V = f32v;
   using Operand = __m512i;
   static constexpr int group = 2;
+  static constexpr bool whole_tiles = false;
   GAPKERN_INLINE Operand operand(const Word* p) { return _mm512_loadu_si512(p); }
   GAPKERN_INLINE V multiply_add(V c, Word a, Operand b) {
     return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
@@ -94,22 +107,25 @@ GAPKERN_INLINE void tile_product(const typename E::Word* a, const typename E::Wo
       c[r][v] = V{};
       if (kResult == Result::add) __builtin_prefetch(out + r * out_stride + v * lanes, 1);
     }
-  for (int64_t k = 0; k < depth; ++k) {
-    const typename E::Operand b0 = E::operand(b), b1 = E::operand(b + lanes);
+  if constexpr (E::whole_tiles)
+    E::template multiply_tile<kRowStep, kDepthStep>(a, b, depth, c);
+  else
+    for (int64_t k = 0; k < depth; ++k) {
+      const typename E::Operand b0 = E::operand(b), b1 = E::operand(b + lanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const typename E::Word ar = a[r * kRowStep];
-      if constexpr (kTerm == Term::product) {
-        c[r][0] = E::multiply_add(c[r][0], ar, b0);
-        c[r][1] = E::multiply_add(c[r][1], ar, b1);
-      } else {
-        c[r][0] = E::subtract_square(c[r][0], ar, b0);
-        c[r][1] = E::subtract_square(c[r][1], ar, b1);
+      for (int r = 0; r < kRows; ++r) {
+        const typename E::Word ar = a[r * kRowStep];
+        if constexpr (kTerm == Term::product) {
+          c[r][0] = E::multiply_add(c[r][0], ar, b0);
+          c[r][1] = E::multiply_add(c[r][1], ar, b1);
+        } else {
+          c[r][0] = E::subtract_square(c[r][0], ar, b0);
+          c[r][1] = E::subtract_square(c[r][1], ar, b1);
+        }
       }
+      a += kDepthStep;
+      b += kVectors * lanes;
     }
-    a += kDepthStep;
-    b += kVectors * lanes;
-  }
   if (rows == kRows && cols == kVectors * lanes) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
@@ -165,7 +181,7 @@ void logit_tile(const LogitBlock<typename E::T>& block, int64_t i0, typename E::
 // The kernels that `of(E{})` gives for each arithmetic E of this instruction set.
 template <template <class> class Kernels, class F>
 constexpr KernelSet<Kernels> kernel_set(const F& of) {
-#if defined(GAPKERN_ISA_avx512bf16)
+#if defined(GAPKERN_BF16_PRODUCTS)
   return {of(Plain<float>{}), of(Plain<double>{}), true, of(Bf16Products{})};
 #else
   return {of(Plain<float>{}), of(Plain<double>{}), false, {}};

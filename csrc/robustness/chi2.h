@@ -17,6 +17,8 @@
 #include "common/vec.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #define GAPKERN_LANES GAPKERN_ISA
 #else
@@ -41,6 +43,8 @@ GAPKERN_INLINE f32v root(f32v x) {
   return f32v(_mm512_sqrt_ps(__m512(x)));
 #elif GAPKERN_VECTOR_BYTES == 32
   return f32v(_mm256_sqrt_ps(__m256(x)));
+#elif defined(__aarch64__)
+  return f32v(vsqrtq_f32(float32x4_t(x)));
 #else
   for (int i = 0; i < Vec<float>::size; ++i) x[i] = std::sqrt(x[i]);
   return x;
@@ -52,6 +56,8 @@ GAPKERN_INLINE f64v root(f64v x) {
   return f64v(_mm512_sqrt_pd(__m512d(x)));
 #elif GAPKERN_VECTOR_BYTES == 32
   return f64v(_mm256_sqrt_pd(__m256d(x)));
+#elif defined(__aarch64__)
+  return f64v(vsqrtq_f64(float64x2_t(x)));
 #else
   for (int i = 0; i < Vec<double>::size; ++i) x[i] = std::sqrt(x[i]);
   return x;
