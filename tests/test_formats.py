@@ -405,6 +405,13 @@ def test_labels_are_read_from_columns_and_joined_by_key(tmp_path):
     assert torch.equal(load(f"{tmp_path / 'l.parquet'}[label]", rows, 4, "classes"), wanted)
     stored = Side(str(npy(tmp_path / "x.npy", matrix)), ROWS, "images")
     assert torch.equal(load(f"{path}[n]", stored, ROWS, "classes"), torch.arange(ROWS))
+    (tmp_path / "several").mkdir()
+    for i, low in enumerate((0, 9)):
+        pq.write_table(
+            pq.read_table(tmp_path / "l.parquet").slice(low, 9 if i == 0 else 99), tmp_path / f"several/{i}.parquet"
+        )
+    for text in (f"{tmp_path}/several", f"{tmp_path}/several[label]"):
+        assert torch.equal(load(text, rows, 4, "classes"), wanted)
     with pytest.raises(ValueError, match="labels: expected a column label or labels"):
         load(str(path), rows, 4, "classes")
 

@@ -85,7 +85,7 @@ def load(
     if text == "paired" or (text.isascii() and text.isdecimal()):
         return _in_order(text, rows, count, what, name, to, fewer)
     values, named = _read(text, name)
-    if named is not None and files.is_table(text) and rows.keys() is None:
+    if named is not None and _is_tables(text) and rows.keys() is None:
         named = None  # as they are stored
     found = _array(values, names, name) if named is None else _by_key(values, named, rows, names, name)
     if found.shape != (rows.count,):
@@ -102,11 +102,18 @@ def load(
     return in_range(name, found, count, what)
 
 
+def _is_tables(text: str) -> bool:
+    return files.is_table(text) or layout.is_folder(text)
+
+
 def made_from(text: str | None) -> dict[str, Any]:
     """What a result says of the labels that it was made from: the file's hash, or the word or number that was given."""
     if text is None:
         return {}
     file = layout.parted(text)[0]
+    if layout.is_folder(text):
+        shards = [layout.parted(shard)[0] for shard in files.shards(text, name="labels")]
+        return {"labels": {"sha256": [files.digest(shard) for shard in shards]}}
     there = os.path.isfile(file) or (files.is_table(file) and os.path.isdir(file))
     return {"labels": {"sha256": [files.digest(file)]} if there else text}
 
@@ -198,6 +205,8 @@ def _read(text: str, name: str) -> tuple[Any, list[str] | None]:
     """A file's values, and the keys of the rows they are of, where it has them."""
     path, _, key = text[:-1].rpartition("[") if text.endswith("]") else (text, "", "")
     suffix = os.path.splitext(path)[1].lower()
+    if layout.is_folder(path) and files.is_table((shards := files.shards(path, name=name))[0]):
+        return _table(shards, key, name)
     if not os.path.isfile(path) and not files.is_table(path):
         raise ValueError(f"{name}: cannot read {text}: expected a file, a number or 'paired'")
     if suffix in (".npy", ".safetensors"):
@@ -214,7 +223,7 @@ def _read(text: str, name: str) -> tuple[Any, list[str] | None]:
     if suffix in (".csv", ".tsv"):
         return _csv(path, "\t" if suffix == ".tsv" else ",", name)
     if files.is_table(path):
-        return _table(path, key, name)
+        return _table([path], key, name)
     if suffix in (".txt", ".labels", ".cls", ""):
         return _numbers(read_lines(name, path)), None
     raise ValueError(
@@ -256,14 +265,17 @@ def _npz(path: str, key: str, name: str) -> Tensor:
         raise ValueError(f"{name}: expected a .npz file of integers, got {path}: {error}") from None
 
 
-def _table(path: str, key: str, name: str) -> tuple[list[Any], list[str] | None]:
+def _table(shards: Sequence[str], key: str, name: str) -> tuple[list[Any], list[str] | None]:
+    path = shards[0]
     there = files.columns(path, name=name)
     value = key or next((column for column in VALUES if column in there), None)
     if value is None:
         raise ValueError(f"{name}: expected a column {' or '.join(VALUES[:4])} in {path}, got {', '.join(there)}")
     of = next((column for column in KEYS if column in there and column != value), None)
-    found = files.column(path, value, name=name)
-    return found, None if of is None else [str(each) for each in files.column(path, of, name=name)]
+    found = [each for shard in shards for each in files.column(shard, value, name=name)]
+    if of is None:
+        return found, None
+    return found, [str(each) for shard in shards for each in files.column(shard, of, name=name)]
 
 
 def _csv(path: str, delimiter: str, name: str) -> tuple[list[Any], list[str] | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gapkern import _check, datasets, files
 from gapkern._lock import locked
 from gapkern.experiments import demo_report, digits, environment, figures, three
+from gapkern.experiments import report as pages
 from gapkern.gap import MeanShift, Projection, gap_metrics
 from gapkern.perturb import Gaussian, Perturbation, Quantize, Replace
 from gapkern.robustness import SweepResult, robustness, sweep
@@ -96,9 +97,10 @@ def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progres
 
     drawings = _figures(images, gallery, labels, shift, trained.history, result, template_rows)
     drawings["projection"] = partial(figures.over_noise, *_lines(moves), clean=clean.clean_accuracy)
-    for name, draw in drawings.items():
-        with files.replacing(folder / f"{name}.png") as temporary:
-            draw().savefig(temporary, dpi=150)
+    # The file and the page's wide image are one: a figure takes as long as a training step.
+    drawn = {name: (pages.png(draw(), dpi=150), pages.png(draw(tall=True))) for name, draw in drawings.items()}
+    for name, (wide, _) in drawn.items():
+        files.write(folder / f"{name}.png", partial(_put, wide))
     report = {
         "dataset": "digits",
         "model": "open_clip CLIP (D = 128)",
@@ -118,9 +120,13 @@ def _run(folder: Path, seed: int, steps: int, export: bool, on_progress: Progres
         "seconds": {"training": trained_after, "all": time.perf_counter() - started},
     }
     files.write_json(folder / "report.json", report)
-    page = demo_report.render(report, drawings)
+    page = demo_report.render(report, drawn)
     files.write(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     return report
+
+
+def _put(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _save(path: Path, **tensors: Tensor) -> None:

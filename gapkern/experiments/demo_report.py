@@ -1,6 +1,5 @@
 """The demo's page: what was done, what came out, how to do it on one's own embeddings."""
 
-from collections.abc import Callable
 from typing import Any
 
 from gapkern.experiments import report as html
@@ -35,7 +34,7 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> str:
+def render(report: dict[str, Any], figures: dict[str, tuple[bytes, bytes]]) -> str:
     """The page as a string of HTML."""
     head = headline(report)
     before, after = head["before"], head["after"]
@@ -62,15 +61,15 @@ def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> st
             _how(settings),
             html.section(
                 "The gap",
-                html.figure(
-                    figures["pca"],
+                html.picture(
+                    *figures["pca"],
                     "Images (dots) and class prompts (stars), one colour per digit, in the "
                     "plane of their two leading principal components, each modality with the same weight. "
                     "Training leaves the two modalities apart; the shift moves the prompts across without "
                     "changing any distance among them.",
                 ),
-                html.figure(
-                    figures["training"],
+                html.picture(
+                    *figures["training"],
                     "Loss and gap norm during training. The loss converges with the gap "
                     "still open: it stops feeling the gap once each modality is constant along it.",
                 ),
@@ -90,14 +89,14 @@ def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> st
                     "nearest prompt once every prompt has its own Gaussian noise. It is computed as an "
                     "integral, not sampled."
                 ),
-                html.figure(
-                    figures["robustness"],
+                html.picture(
+                    *figures["robustness"],
                     "Noise of fixed variance per coordinate. Robustness rises until the "
                     "means meet (α = 1) and falls again behind; accuracy under noise follows; clean accuracy "
                     "stays.",
                 ),
-                html.figure(
-                    figures["robustness_total"], "The variances of the paper, as total energy of the noise vector."
+                html.picture(
+                    *figures["robustness_total"], "The variances of the paper, as total energy of the noise vector."
                 ),
                 _table(report),
             ),
@@ -107,13 +106,13 @@ def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> st
                     "The prompts quantised to a few levels between the smallest and largest value of all "
                     "coordinates. At 32 and more bins little is lost on these ten prompts."
                 ),
-                html.figure(figures["quantize"], "Global range. Robustness and accuracy over α."),
+                html.picture(*figures["quantize"], "Global range. Robustness and accuracy over α."),
             ),
             html.section(
                 "Other words for the same classes",
                 html.paragraph(_template_sentence(report["templates"])),
-                html.figure(
-                    figures["templates"],
+                html.picture(
+                    *figures["templates"],
                     "Accuracy with another caption template in the place of "
                     f"“{report['templates'][0]['template']}”. The shift is that of the first template.",
                 ),
@@ -121,8 +120,8 @@ def render(report: dict[str, Any], figures: dict[str, Callable[..., Any]]) -> st
             html.section(
                 "Beyond the paper: projecting the images",
                 html.paragraph(_projection_sentence(report)),
-                html.figure(
-                    figures["projection"],
+                html.picture(
+                    *figures["projection"],
                     "Noise on every prompt, by its variance per coordinate: with the gap as trained, with the gap "
                     "closed by the shift, and with each image projected on the prompts' hull. Without noise all three "
                     "find the same prompts.",

@@ -45,10 +45,10 @@ def numbers(entries: Iterable[tuple[str, str]]) -> str:
     return f'<div class="numbers">{cells}</div>'
 
 
-def png(drawing: Any) -> bytes:
+def png(drawing: Any, dpi: int = 130) -> bytes:
     """A matplotlib Figure as a PNG file."""
     buffer = io.BytesIO()
-    drawing.savefig(buffer, format="png", dpi=130)
+    drawing.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
