@@ -1,8 +1,11 @@
 """Models of transformers and sentence-transformers, a few weights each: what their own libraries make of the same."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,6 +261,26 @@ def test_the_way_from_a_model_to_an_index_and_a_report(folder, name, tmp_path, m
     assert status == 0, error
     record = json.loads(next((tmp_path / "direct").glob("*.json")).read_text())
     assert (record["model_id"], record["pretrained"]) == (model.id, "none")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_write_what_one_does(folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i, picture in enumerate(pictures(12)):
+        picture.save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "texts.txt").write_text("\n".join(f"word {i} {'a' * i}" for i in range(12)) + "\n")
+    written = []
+    for ranks in (1, 2):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        line += ["-m", "gapkern", "embed", "--model", f"hf:{folder('siglip2')}", "--images", str(tmp_path / "images")]
+        line += ["--texts", str(tmp_path / "texts.txt"), "--out", str(tmp_path / str(ranks)), "--shard-rows", "4"]
+        line += ["--batch-size", "3", "--num-workers", "0"]
+        subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        whole = sorted(path for path in (tmp_path / str(ranks)).rglob("*") if path.is_file())
+        written.append({path.relative_to(tmp_path / str(ranks)): path.read_bytes() for path in whole})
+    assert written[0] == written[1]
+    assert json.loads((tmp_path / "2" / "text_emb" / "manifest.json").read_text())["context"] == 64
 
 
 def test_open_clip_counts_what_it_cuts():
