@@ -50,7 +50,7 @@ def _take(path: Path, flags: int = 0) -> int | None:
             if error.errno == errno.EWOULDBLOCK:
                 _release(descriptor)
                 return None
-            # A file system without locks keeps nobody out.
+            # The file system has no locks: go on without one.
         # Another may have removed or renamed the file between the two calls: the lock is on no name then.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):

@@ -106,5 +106,5 @@ def shown(
 
 
 def _print(line: str, stream: TextIO) -> None:
-    with contextlib.suppress(OSError):  # whoever read it has left; the work goes on
+    with contextlib.suppress(OSError):  # a closed pipe does not stop the work
         print(line, file=stream, flush=True)

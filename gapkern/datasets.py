@@ -23,6 +23,7 @@ from gapkern.prompts import read_json
 Image = Any  # PIL.Image.Image
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCANS_TO_TRAIN = 1200
+TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gapkern._logs import quiet
 from gapkern._threads import one_thread
 from gapkern.dynamics import descend, evaluate, isotropic_gaussians, measure, tight_clusters
 from gapkern.evaluation import classification, mixed_retrieval, multiple_choice, retrieval, templates
-from gapkern.evaluation.tasks import Settings
+from gapkern.evaluation.settings import Settings
 from gapkern.gap import BASELINES, MixedShift, fuse, gap_structure
 from gapkern.perturb import perturb
 from gapkern.ranks import Rows

@@ -8,7 +8,7 @@ from gapkern import Gaussian, MeanShift, Projection, sweep
 from gapkern.cli import main
 from gapkern.embeddings import Embeddings, described, write_folder
 from gapkern.evaluation import classification, retrieval
-from gapkern.evaluation.tasks import Settings
+from gapkern.evaluation.settings import Settings
 from gapkern.gap import transforms
 from gapkern.ranks import Rows
 from gapkern.robustness import robustness

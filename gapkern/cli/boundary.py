@@ -161,7 +161,7 @@ def guarded(name: str, work: Callable[[], Any], debug: bool = False) -> int:
 
 
 def flushed(name: str) -> int:
-    """Hands over what was printed: 0, or 2 where it cannot be written. A reader that has left has had enough: 0."""
+    """Flushes the output: 0, also into a closed pipe (`| head`); 2 where it cannot be written."""
     stream = answer.stream()
     try:
         sys.stdout.flush()
@@ -169,7 +169,7 @@ def flushed(name: str) -> int:
         return 0
     except (OSError, ValueError) as error:
         if isinstance(error, OSError):
-            # Else the interpreter would try once more at its end.
+            # The interpreter flushes again at exit, and would report the error a second time.
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
         if isinstance(error, BrokenPipeError | ValueError):

@@ -10,10 +10,10 @@ from typing import Any
 from gapkern import _progress
 from gapkern.cli import common
 
-TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
-
 
 def add(verbs: Any) -> None:
+    from gapkern import datasets
+
     parser = verbs.add_parser(
         "eval",
         help="zero-shot classification, retrieval, multiple choice; with and without the shift and perturbations",
@@ -56,7 +56,7 @@ def add(verbs: Any) -> None:
         default=[],
         help="open_clip's tag, or a local checkpoint; none for local-dir: and hf-hub:",
     )
-    parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: by the data set")
+    parser.add_argument("--task", choices=("auto", *datasets.TASKS), default="auto", help="default: by the data set")
     parser.add_argument("--recall_k", type=int, nargs="+", default=[5], help="k of recall@k (default: 5)")
     parser.add_argument("--custom_template_file", help="JSON: templates with {c}, a list or by data set")
     parser.add_argument(
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> Any:
     from gapkern.cli.moves import components
-    from gapkern.evaluation.tasks import Settings
+    from gapkern.evaluation.settings import Settings
     from gapkern.gap import transforms
 
     shift, label = arguments.shift, arguments.shift
@@ -142,7 +142,6 @@ def _settings(arguments: argparse.Namespace) -> Any:
 def _runs(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """Data set, model and the rest of what names each run."""
     from gapkern import datasets
-    from gapkern.evaluation.tasks import TASKS
 
     stored = arguments.images is not None or arguments.texts is not None
     if stored and (arguments.images is None or arguments.texts is None):
@@ -164,7 +163,7 @@ def _runs(arguments: argparse.Namespace) -> list[dict[str, str]]:
             datasets.check(dataset)
         task = arguments.task
         if task == "auto":
-            task = datasets.DATASETS[dataset][0] if dataset in datasets.DATASETS else TASKS[0]
+            task = datasets.DATASETS[dataset][0] if dataset in datasets.DATASETS else datasets.TASKS[0]
         result.append(
             {"dataset": dataset, "model": model, "pretrained": pretrained, "language": arguments.language, "task": task}
         )

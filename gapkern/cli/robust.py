@@ -118,7 +118,7 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     inputs |= loader.made_from(arguments.labels)
     inputs["shift"] = transforms.facts(shift) | {"fitted_here": not (arguments.shift or arguments.project)}
     if out is not None:
-        # Last: results that a kill left without it are nobody's.
+        # Written last: where it is, the results beside it are complete.
         (out / INPUTS).unlink(missing_ok=True)
         result.to_json(out / "robustness.json")
         result.to_csv(out / "robustness.csv")

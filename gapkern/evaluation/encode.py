@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from gapkern import _check, datasets, prompts
+from gapkern.datasets import TASKS
 from gapkern.embeddings import keys, loading
 from gapkern.evaluation.inputs import integers, whole
-from gapkern.evaluation.tasks import TASKS
 from gapkern.models import Model, zero_shot_classifier
 from gapkern.ranks import Ranks, Rows
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from gapkern import _check, datasets, embeddings, files, layout, prompts
+from gapkern.datasets import TASKS
 from gapkern.embeddings import Embeddings, keys, provenance, sides
 from gapkern.embeddings import labels as loader
 from gapkern.embeddings.labels import Side, array
 from gapkern.embeddings.provenance import agreed
-from gapkern.evaluation.tasks import TASKS, Outcome, Settings, classification, multiple_choice, retrieval
+from gapkern.evaluation.settings import Outcome, Settings
+from gapkern.evaluation.tasks import classification, multiple_choice, retrieval
 from gapkern.evaluation.tasks import templates as template_robustness
 from gapkern.models import zero_shot_classifier
 from gapkern.ranks import Ranks, Rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gapkern import files, layout
-from gapkern.evaluation.tasks import Outcome
+from gapkern.evaluation.settings import Outcome
 from gapkern.perturb import title
 
 REQUIRED = ("dataset", "model", "pretrained", "task", "metrics", "language")

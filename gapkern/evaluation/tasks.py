@@ -5,8 +5,7 @@ order of cosines. A perturbation falls on the gallery, after the shift. Metrics 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,126 +15,12 @@ from gapkern import _check
 from gapkern._ambient import isolated
 from gapkern._search import costs
 from gapkern.embeddings.labels import in_range
-from gapkern.evaluation.sharded import compared, fit, normalized, perturbed, topk
-from gapkern.gap import MeanShift, Projection, transforms
+from gapkern.evaluation.settings import DEFAULTS, Measured, Metrics, Outcome, Settings
+from gapkern.evaluation.sharded import compared, normalized, perturbed, topk
+from gapkern.gap import MeanShift, Projection
 from gapkern.models import zero_shot_classifier
-from gapkern.perturb import Perturbation, check
+from gapkern.perturb import Perturbation
 from gapkern.ranks import Ranks, Rows
-
-TASKS = ("zeroshot_classification", "zeroshot_retrieval", "multiple_choice", "template_robustness")
-Metrics = dict[str, float]
-Measured = tuple[Metrics, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One setting's numbers.
-
-    Attributes:
-        transform: {"name": "none"}, or what was shifted and by how much.
-        perturbation: None, or `Perturbation.describe()` and the seeds.
-        metrics: means over seeds.
-        per_seed: the metrics of each seed, where more than one was drawn.
-        details: what does not fit into a table: each template's accuracy.
-    """
-
-    transform: dict[str, Any]
-    perturbation: dict[str, Any] | None
-    metrics: Metrics
-    per_seed: list[Metrics] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What each task is measured under.
-
-    Args:
-        shift: None; a fitted `MeanShift` or `Projection` (its gallery: the texts); or components to fit a shift with
-            here, such as "auto" or "exact". Everything is measured without it too, and by a projection's metric.
-        perturbations: of the gallery; everything is measured without any too.
-        seeds: of random perturbations, whose metrics are averaged.
-        label: what a record calls the shift.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type or out of range.
-    """
-
-    shift: MeanShift | Projection | str | int | float | None = None
-    perturbations: Sequence[Perturbation] = ()
-    seeds: Sequence[int] = (0,)
-    label: str | None = None
-
-    def __post_init__(self) -> None:
-        for perturbation in self.perturbations:
-            check(perturbation)
-        if not self.seeds:
-            raise ValueError("seeds: expected at least one, got none")
-        for seed in self.seeds:
-            _check.integer("seeds", seed, low=0, high=2**63 - 1)
-        if isinstance(self.shift, MeanShift | Projection):
-            transforms.check("shift", self.shift)
-        elif self.shift is not None:
-            MeanShift(n_components=self.shift).check_parameters()  # says what is wrong with them
-
-    @property
-    def metric(self) -> str:
-        """What is nearest: by "l2" unless a projection is of another metric."""
-        return str(self.shift.metric) if isinstance(self.shift, Projection) else "l2"
-
-    def fitted(self, gallery: Rows, queries: Rows, ranks: Ranks) -> MeanShift | Projection:
-        if isinstance(self.shift, MeanShift | Projection):
-            return self.shift
-        assert self.shift is not None
-        return fit(self.shift, gallery, queries, ranks)
-
-    def describe(self, shifts: dict[str, Any]) -> dict[str, Any]:
-        """What a record says of the shifts, by direction."""
-        if not shifts:
-            return {"name": "none"} | ({} if self.metric == "l2" else {"metric": self.metric})
-        if isinstance(self.shift, Projection):
-            return {
-                **transforms.facts(self.shift),
-                "shift": self.label or "file",
-                "offset": self.shift.offset_,
-                "agreement": self.shift.agreement_,
-            }
-        facts = [
-            {
-                "components": s.n_components_,
-                "orthogonality": s.orthogonality_,
-                "agreement": s.agreement_,
-                "gap_norm": float(s.gap_vector_.norm()),
-            }
-            for s in shifts.values()
-        ]
-        first = next(iter(shifts.values()))
-        label = self.label or ("file" if isinstance(self.shift, MeanShift) else str(self.shift))
-        head = {
-            "name": "mean_shift",
-            "shift": label,
-            "alpha": first.alpha,
-            "moves": first.moves,
-            "normalize": first.normalize,
-        }
-        return head | (facts[0] if len(facts) == 1 else dict(zip(shifts, facts, strict=True)))
-
-    def outcomes(self, shifts: dict[str, Any], measure: Callable[..., Measured]) -> list[Outcome]:
-        """`measure(shifts, perturbation, seed)` for every setting, without shift first."""
-        result = []
-        for current in [{}, shifts] if shifts else [{}]:
-            for perturbation in (None, *self.perturbations):
-                random = perturbation is not None and perturbation.random
-                seeds = list(self.seeds) if random else [self.seeds[0]]
-                measured = [measure(current, perturbation, seed) for seed in seeds]
-                each = [metrics for metrics, _ in measured]
-                described = None
-                if perturbation is not None:
-                    described = perturbation.describe() | ({"seeds": seeds} if random else {})
-                means = {key: math.fsum(m[key] for m in each) / len(each) for key in each[0]}
-                per_seed = each if len(each) > 1 else []
-                result.append(Outcome(self.describe(current), described, means, per_seed, measured[0][1]))
-        return result
 
 
 def _texts_to(shift: MeanShift | Projection | None, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +39,7 @@ def _ratio(hits: Tensor, total: int) -> float:
 
 @isolated
 def classification(
-    images: Rows, labels: Tensor, classes: Tensor, settings: Settings = Settings(), ranks: Ranks | None = None
+    images: Rows, labels: Tensor, classes: Tensor, settings: Settings = DEFAULTS, ranks: Ranks | None = None
 ) -> list[Outcome]:
     """Zero-shot classification: each image's nearest class vector.
 
@@ -216,7 +101,7 @@ def templates(
     labels: Tensor,
     prompts: Tensor,
     names: Sequence[str],
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     ranks: Ranks | None = None,
 ) -> list[Outcome]:
     """How much classification depends on the words: the accuracy with each template alone.
@@ -268,7 +153,7 @@ def retrieval(
     texts: Rows,
     image_of: Tensor,
     ks: Sequence[int] = (5,),
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     ranks: Ranks | None = None,
 ) -> list[Outcome]:
     """Image-text retrieval with any number of captions per image: a hit where any positive is among the k nearest.
@@ -341,7 +226,7 @@ def multiple_choice(
     choices: Rows,
     question_of: Tensor,
     answers: Tensor,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     ranks: Ranks | None = None,
 ) -> list[Outcome]:
     """Multiple choice: of each question's texts the one nearest to its image; the first of equal ones.

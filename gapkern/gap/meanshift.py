@@ -36,6 +36,10 @@ class Fit:
 
     __eq__ = same_fields
 
+    @property
+    def dims(self) -> int:
+        return len(self.shift_vector)
+
 
 class MeanShift(TwoSided[Fit]):
     """Closes the modality gap by moving one modality along the gap, outside the gallery's principal subspace (Eq. 11).
@@ -124,29 +128,9 @@ class MeanShift(TwoSided[Fit]):
         return self._fit().shift_vector
 
     @property
-    def n_components_(self) -> int:
-        """The k in use."""
-        return self._fit().n_components
-
-    @property
-    def n_features_in_(self) -> int:
-        """D."""
-        return len(self._fit().shift_vector)
-
-    @property
-    def n_features_out_(self) -> int:
-        """D."""
-        return self.n_features_in_
-
-    @property
     def orthogonality_(self) -> float:
         """||g'|| / ||g||."""
         return self._fit().orthogonality
-
-    @property
-    def agreement_(self) -> float:
-        """Share of the fitted queries whose nearest neighbour is the same at alpha = 1."""
-        return self._fit().agreement
 
     def _apply(self, name: str, x: _X, sign: float, model: str | None) -> _X:
         self.check_parameters()

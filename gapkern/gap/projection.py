@@ -39,6 +39,14 @@ class Fit:
     offset: float
     agreement: float
 
+    @property
+    def dims(self) -> int:
+        return len(self.mean)
+
+    @property
+    def n_components(self) -> int:
+        return self.basis.shape[1]
+
 
 class Projection(TwoSided[Fit]):
     """Moves every query to the nearest point of the gallery's affine hull, or of its first k principal directions.
@@ -154,16 +162,6 @@ class Projection(TwoSided[Fit]):
         return self._fit().basis
 
     @property
-    def n_components_(self) -> int:
-        """The k in use."""
-        return self._fit().basis.shape[1]
-
-    @property
-    def n_features_in_(self) -> int:
-        """D."""
-        return self._fit().basis.shape[0]
-
-    @property
     def n_features_out_(self) -> int:
         """The width of what is transformed: D, or k where `reduce`."""
         return self.n_components_ if self.reduce else self.n_features_in_
@@ -172,11 +170,6 @@ class Projection(TwoSided[Fit]):
     def offset_(self) -> float:
         """Mean distance of the fitted queries to the hull."""
         return self._fit().offset
-
-    @property
-    def agreement_(self) -> float:
-        """Share of the fitted queries' first `neighbours` that stay."""
-        return self._fit().agreement
 
     def transform(self, gallery: _X, *, model: str | None = None) -> _X:
         """The gallery as it is; (G, k) in the input's dtype where `reduce`."""

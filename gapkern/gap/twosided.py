@@ -3,7 +3,7 @@
 import numbers
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gapkern.gap.together import gather
 __all__ = ["Side", "TwoSided", "components_of_variance", "fewest", "wanted_components"]
 
 SAMPLE = 2**14  # rows of each side by which neighbours are judged
-F = TypeVar("F")
+F = TypeVar("F", bound="Found")
 _T = TypeVar("_T", bound="TwoSided[Any]")
 
 
@@ -59,6 +59,17 @@ class Side:
     def hull(self) -> Tensor:
         """Orthonormal basis (D, rank) of the affine hull's directions."""
         return hull(self.moments, self.sample.rows)
+
+
+class Found(Protocol):
+    """What every fit has found: the width D, the k in use, and the share of neighbours kept."""
+
+    @property
+    def dims(self) -> int: ...
+    @property
+    def n_components(self) -> int: ...
+    @property
+    def agreement(self) -> float: ...
 
 
 class TwoSided(Estimator, Generic[F]):
@@ -193,6 +204,26 @@ class TwoSided(Estimator, Generic[F]):
             assert self._asked is not None
             self._found = isolated(self._work_out)(*self._sides, *self._asked)
         return self._found
+
+    @property
+    def n_components_(self) -> int:
+        """The k in use."""
+        return int(self._fit().n_components)
+
+    @property
+    def n_features_in_(self) -> int:
+        """D."""
+        return int(self._fit().dims)
+
+    @property
+    def n_features_out_(self) -> int:
+        """The width of what is transformed."""
+        return self.n_features_in_
+
+    @property
+    def agreement_(self) -> float:
+        """Share of the fitted queries' first neighbours that stay (of a mean shift: at alpha = 1)."""
+        return float(self._fit().agreement)
 
     def samples(self) -> tuple[Tensor, Tensor]:
         """Up to 16384 gallery rows and query rows, drawn evenly from all that were seen."""

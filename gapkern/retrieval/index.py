@@ -14,9 +14,10 @@ from gapkern._ambient import isolated
 from gapkern.gap import MeanShift, Projection, transforms
 from gapkern.retrieval import families, foreign, intake, lookup, saving, store, stored
 from gapkern.retrieval._faiss import errors, faiss, no_gpu, train
+from gapkern.retrieval.described import Described
 
 
-class GapIndex:
+class GapIndex(Described):
     """A gallery to search, under any FAISS factory string; embeddings are stored as float32 or as its codes.
 
     Args:
@@ -87,69 +88,6 @@ class GapIndex:
             raise ValueError(f"d: expected D = {widths['shift']} as the shift, got {d}")
         for width in set(widths.values()):
             self._make(width)
-
-    def __repr__(self) -> str:
-        return (
-            f"GapIndex(factory={self.factory!r}, metric={self.metric!r}, shift={self.shift!r}): "
-            f"{self.ntotal} vectors, D = {self.d}"
-        )
-
-    @property
-    def ntotal(self) -> int:
-        """Number of vectors."""
-        return int(self._index.ntotal) if self._index is not None else 0
-
-    def __len__(self) -> int:
-        return self.ntotal
-
-    @property
-    def d(self) -> int | None:
-        """Width of the rows that are given, known once it was, or once something was trained or added.
-
-        A projection that reduces them has FAISS's index hold its k columns: `faiss_index.d`.
-        """
-        if self.shift is not None:
-            return self.shift.n_features_in_
-        return int(self._index.d) if self._index is not None else None
-
-    # As manifests have them.
-    count, dims = ntotal, d
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether vectors can be added."""
-        return self._index is not None and bool(self._index.is_trained)
-
-    @property
-    def metric_type(self) -> int:
-        """FAISS's number of the metric."""
-        return int(faiss().METRIC_L2 if self.metric == "l2" else faiss().METRIC_INNER_PRODUCT)
-
-    @property
-    def exact(self) -> bool:
-        """Whether every distance is compared: a Flat index."""
-        return self._index is not None and families.flat_of(self._index) is not None
-
-    @property
-    def nlist(self) -> int:
-        """Number of inverted lists, 0 where there are none."""
-        ivf = None if self._index is None else faiss().try_extract_index_ivf(self._index)
-        return int(ivf.nlist) if ivf is not None else 0
-
-    @property
-    def faiss_index(self) -> Any:
-        """FAISS's own index, once `d` is known: an IDMap, or an inverted file, which keeps ids itself."""
-        return self._index
-
-    @property
-    def bytes_per_vector(self) -> float:
-        """Size of a stored vector's code, without its id and what all share; with its links where there is a graph."""
-        if not self.ntotal:
-            raise ValueError("GapIndex: expected vectors to measure, got none; call add first")
-        try:
-            return float(self._index.sa_code_size())
-        except RuntimeError:  # graphs have no code apart from the whole
-            return len(faiss().serialize_index(self._index)) / self.ntotal - 8
 
     def _make(self, d: int) -> None:
         stored = d if self.shift is None else self.shift.n_features_out_

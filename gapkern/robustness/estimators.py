@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gapkern import _check, _progress
 from gapkern._ambient import isolated
-from gapkern._search import CHUNK, METRICS, best, lowest
+from gapkern._search import CHUNK, best, lowest
 from gapkern.gap import MeanShift, Projection
-from gapkern.perturb import Gaussian, Perturbation, check, title
+from gapkern.perturb import Gaussian, Perturbation, title
 from gapkern.robustness.laws import Distances, InnerProducts, Law
 from gapkern.robustness.result import RobustnessResult
-from gapkern.robustness.task import Task, gini
+from gapkern.robustness.task import Setting, Task, gini
 
 __all__ = ["METHODS", "robustness"]
 
@@ -111,7 +111,7 @@ def _sample(task: Task, trials: int, seed: int, tick: Tick) -> tuple[Tensor, flo
     """Draws the perturbation literally; one noisy gallery per trial, shared by all queries."""
     tally = _Tally(task, trials)
     for trial in range(trials):
-        found = best(*task.perturbed(seed, trial), task.metric, exact=not task.perturbation.random)
+        found = best(*task.perturbed(seed, trial), task.setting.metric, exact=not task.setting.perturbation.random)
         tally.add(found[None], 0, trial)
         tick(len(task.queries) / trials)
     return tally.finish()
@@ -164,39 +164,19 @@ def robustness(
         ('exact', 1.0, 0.931)
     """
     started = time.perf_counter()
-    check(perturbation)
+    setting = Setting(perturbation, labels, gallery_labels, shift, metric, on, when)
     _check.choice("method", method, METHODS)
-    _check.choice("on", on, ("gallery", "queries"))
-    _check.choice("when", when, ("after", "before"))
     trials = _check.integer("trials", trials, low=1, high=2**32)
     seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
-    _check.choice("metric", metric, METRICS)
-    if shift is not None and not isinstance(shift, MeanShift | Projection):
-        raise TypeError(f"shift: expected a MeanShift or a Projection, got {type(shift).__name__}")
-    # Noise that is scaled with its row, by the shift or by cosine, follows another law.
-    rescaled = metric == "cosine" or (
-        when == "before" and isinstance(shift, MeanShift) and shift.normalize and shift.moves == "gallery"
-    )
-    integrable = isinstance(perturbation, Gaussian) and on == "gallery" and not rescaled
-    if method in ("exact", "projected") and not integrable:
+    if method in ("exact", "projected") and not setting.integrable:
         raise ValueError(
             f"method: {method!r} is for Gaussian noise on the gallery, got {title(perturbation.describe())!r} on the "
-            f"{on}{' before it is normalised' if rescaled else ''}; use 'sample' or 'auto'"
+            f"{on}{' before it is normalised' if setting.rescaled else ''}; use 'sample' or 'auto'"
         )
     if method == "auto":
-        method = "exact" if integrable else "sample"
+        method = "exact" if setting.integrable else "sample"
     search = method != "exact" or not perturbation.random
-    task = Task.of(
-        queries,
-        gallery,
-        perturbation,
-        labels=labels,
-        gallery_labels=gallery_labels,
-        shift=shift,
-        on=on,
-        when=when,
-        metric=metric,
-    )
+    task = Task.of(queries, gallery, setting)
     if search:
         task.search()
     with _ticks(progress, title(perturbation.describe()), len(task.queries)) as tick:
@@ -226,9 +206,9 @@ def robustness(
 def _drawn_or_integrated(method: str, task: Task, trials: int, seed: int, tick: Tick) -> tuple[Tensor, float]:
     if method == "sample":
         return _sample(task, trials, seed, tick)
-    assert isinstance(task.perturbation, Gaussian)
-    variance = task.perturbation.per_coordinate(task.noisy_dims)
-    law = (InnerProducts if task.metric == "ip" else Distances)(task.queries, task.gallery, variance)
+    assert isinstance(task.setting.perturbation, Gaussian)
+    variance = task.setting.perturbation.per_coordinate(task.noisy_dims)
+    law = (InnerProducts if task.setting.metric == "ip" else Distances)(task.queries, task.gallery, variance)
     return (_exact if method == "exact" else _projected)(task, law, trials, seed, tick)
 
 

@@ -9,11 +9,48 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern._rows import squarable
-from gapkern._search import best
+from gapkern._search import METRICS, best
 from gapkern.gap import MeanShift, Projection
-from gapkern.perturb import Gaussian, Perturbation, Uniform
+from gapkern.perturb import Gaussian, Perturbation, Uniform, check
 
-__all__ = ["Task", "gini"]
+__all__ = ["Setting", "Task", "gini"]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What `robustness` measures under, by the names of its arguments; checked.
+
+    Raises:
+        TypeError, ValueError: as `robustness`.
+    """
+
+    perturbation: Perturbation
+    labels: Any = None
+    gallery_labels: Any = None
+    shift: MeanShift | Projection | None = None
+    metric: str = "l2"
+    on: str = "gallery"
+    when: str = "after"
+
+    def __post_init__(self) -> None:
+        check(self.perturbation)
+        _check.choice("on", self.on, ("gallery", "queries"))
+        _check.choice("when", self.when, ("after", "before"))
+        _check.choice("metric", self.metric, METRICS)
+        if self.shift is not None and not isinstance(self.shift, MeanShift | Projection):
+            raise TypeError(f"shift: expected a MeanShift or a Projection, got {type(self.shift).__name__}")
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether noise is scaled with its row, by the shift or by cosine: then it follows another law."""
+        if self.when == "before" and isinstance(self.shift, MeanShift) and self.shift.moves == "gallery":
+            return self.metric == "cosine" or self.shift.normalize
+        return self.metric == "cosine"
+
+    @property
+    def integrable(self) -> bool:
+        """Whether winning probabilities are integrals: of Gaussian noise on the gallery."""
+        return isinstance(self.perturbation, Gaussian) and self.on == "gallery" and not self.rescaled
 
 
 @dataclass(eq=False)
@@ -28,36 +65,20 @@ class Task:
         labels: (Q,) class of each query, or None.
         classes: (G,) class of each gallery row.
         rivals: (Q,) see `RobustnessResult`.
-        metric: what is searched by.
     """
 
     queries: Tensor
     gallery: Tensor
     start: Tensor
-    perturbation: Perturbation
-    shift: MeanShift | Projection | None
-    on: str
-    when: str
+    setting: Setting
     stays: Tensor
     agrees: Tensor
     labels: Tensor | None
     classes: Tensor
     rivals: Tensor
-    metric: str
 
     @staticmethod
-    def of(
-        queries: Tensor | np.ndarray,
-        gallery: Tensor | np.ndarray,
-        perturbation: Perturbation,
-        *,
-        labels: Any = None,
-        gallery_labels: Any = None,
-        shift: MeanShift | Projection | None = None,
-        on: str = "gallery",
-        when: str = "after",
-        metric: str = "l2",
-    ) -> "Task":
+    def of(queries: Tensor | np.ndarray, gallery: Tensor | np.ndarray, setting: Setting) -> "Task":
         """Checks everything and applies the shift; where there is one, the neighbours without it are searched.
 
         Raises:
@@ -69,42 +90,39 @@ class Task:
         device = x.device if x.is_cuda else torch.device("cpu")
         y = squarable("queries", _check.finite("queries", y)).detach().to(device)
         x = squarable("gallery", _check.finite("gallery", x)).detach().to(device)
-        base = perturbation.base(x if on == "gallery" else y)
-        if on == "queries" and base is not y:
+        base = setting.perturbation.base(x if setting.on == "gallery" else y)
+        if setting.on == "queries" and base is not y:
             raise ValueError("on: expected 'gallery' for Replace, got 'queries'")
-        targets, classes = _classes(labels, gallery_labels, len(y), len(x), device)
+        targets, classes = _classes(setting.labels, setting.gallery_labels, len(y), len(x), device)
+        shift = setting.shift
         moved_queries, moved = (y, x) if shift is None else (shift.transform_queries(y), shift.transform(x))
-        if shift is not None and when == "after":
-            base = shift.transform(base) if on == "gallery" else shift.transform_queries(base)
+        if shift is not None and setting.when == "after":
+            base = shift.transform(base) if setting.on == "gallery" else shift.transform_queries(base)
         none = torch.full((len(y),), -1, device=device)
         stays = none.clone()
         return Task(
             queries=moved_queries,
             gallery=moved,
             start=base.to(torch.float64 if x.dtype == torch.float64 else torch.float32),
-            perturbation=perturbation,
-            shift=shift,
-            on=on,
-            when=when,
+            setting=setting,
             stays=stays,
-            agrees=stays if shift is None else best(y, x, metric),
+            agrees=stays if shift is None else best(y, x, setting.metric),
             labels=targets,
             classes=classes,
             rivals=none,
-            metric=metric,
         )
 
     def search(self) -> None:
         """Finds the neighbours after the shift; an estimator that has all distances at hand finds them itself."""
-        self.stays[:] = best(self.queries, self.gallery, self.metric)
+        self.stays[:] = best(self.queries, self.gallery, self.setting.metric)
 
     def perturbed(self, seed: int, trial: int) -> tuple[Tensor, Tensor]:
         """Queries and gallery of one trial."""
-        noisy, shift = self._noisy(seed, trial), self.shift
-        if shift is not None and self.when == "before" and not self._fused:
-            noisy = shift.transform(noisy) if self.on == "gallery" else shift.transform_queries(noisy)
+        noisy, shift = self._noisy(seed, trial), self.setting.shift
+        if shift is not None and self.setting.when == "before" and not self._fused:
+            noisy = shift.transform(noisy) if self.setting.on == "gallery" else shift.transform_queries(noisy)
         work = self.start.dtype
-        return (self.queries.to(work), noisy) if self.on == "gallery" else (noisy, self.gallery.to(work))
+        return (self.queries.to(work), noisy) if self.setting.on == "gallery" else (noisy, self.gallery.to(work))
 
     @property
     def noisy_dims(self) -> int:
@@ -114,19 +132,19 @@ class Task:
     @property
     def _fused(self) -> bool:
         """Whether noise and the shift after it are one pass over the rows."""
-        moves = isinstance(self.shift, MeanShift) and self.shift.moves == self.on
-        return moves and self.when == "before" and isinstance(self.perturbation, Gaussian | Uniform)
+        moves = isinstance(self.setting.shift, MeanShift) and self.setting.shift.moves == self.setting.on
+        return moves and self.setting.when == "before" and isinstance(self.setting.perturbation, Gaussian | Uniform)
 
     def _noisy(self, seed: int, trial: int) -> Tensor:
-        perturbation, start, shift = self.perturbation, self.start, self.shift
+        perturbation, start, shift = self.setting.perturbation, self.start, self.setting.shift
         if not self._fused:
             return perturbation.apply(start, seed, trial)
         assert isinstance(shift, MeanShift)
         assert isinstance(perturbation, Gaussian | Uniform)
-        by = (shift.alpha if self.on == "gallery" else -shift.alpha) * shift.shift_vector_
+        by = (shift.alpha if self.setting.on == "gallery" else -shift.alpha) * shift.shift_vector_
         std = perturbation.per_coordinate(start.shape[1]) ** 0.5
         noisy: Tensor = torch.ops.gapkern.perturb_noisy_gallery(
-            start, by.to(start.device), perturbation.name, std, seed, trial, 0, bool(shift.normalize), self.when
+            start, by.to(start.device), perturbation.name, std, seed, trial, 0, bool(shift.normalize), self.setting.when
         )
         return noisy
 
