@@ -229,6 +229,36 @@ x.grad = y.grad = None
 """
 
 
+_FAMILY_SETUP = """
+import torch
+from gapkern import losses
+n, d = {n}, 512
+torch.manual_seed(0)
+x, y = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
+labels, ids = torch.arange(n) % 64, torch.arange(n) // 2
+four = ("q-d", "d-q", "q-q", "d-d")
+loss = lambda n: {loss}
+loss(600).backward()
+x.grad = y.grad = None
+"""
+_FAMILY = {
+    "info_nce, four directions, a margin": (2, "losses.info_nce_loss(x[:n], y[:n], 20.0, directions=four, margin=0.1)"),
+    "supcon, 64 classes": (1, "losses.supcon_loss(x[:n], labels[:n], 10.0)"),
+    "clip, two positives a row": (2, "losses.contrastive_loss(x[:n], y[:n], 10.0, ids=ids[:n], memory='recompute')"),
+}
+
+
+def family_memory(mode: str) -> dict:
+    """MiB above inputs and gradients of the family's losses, forward and backward, each in a process of its own."""
+    n = 16384 if mode == "full" else 4096
+    row: dict = {"N": n, "D": 512}
+    for name, (sides, loss) in _FAMILY.items():
+        peak = peak_memory(f"loss({n}).backward()", setup=_FAMILY_SETUP.format(n=n, loss=loss))
+        row[name] = max(0.0, peak - sides * n * 512 * 4 / 2**20)
+    print("peak memory, MiB: " + ", ".join(f"{k} {v:.0f}" if k not in "ND" else f"{k}={v}" for k, v in row.items()))
+    return row
+
+
 def memory(mode: str) -> list[dict]:
     """MiB above inputs and gradients, forward and backward, each in a process of its own."""
     gradients = 2 * 512 * 4 / 2**20  # of one pair
@@ -254,4 +284,5 @@ def run(mode: str) -> dict:
     result = harness.run("contrastive", cases(mode), seconds=2.0 if mode == "quick" else 3.0)
     if mode != "avx2":
         result["peak_memory_mib"] = memory(mode)
+        result["family_peak_memory_mib"] = family_memory(mode)
     return result
