@@ -177,6 +177,10 @@ int aoti_torch_delete_tensor_object(Tensor* t) {
   delete t;
   return kOk;
 }
+int aoti_torch_new_uninitialized_tensor(Tensor** out) {
+  *out = new Tensor{nullptr, kFloat, {0}, nullptr, nullptr, 1};
+  return kOk;
+}
 int aoti_torch_new_tensor_handle(Tensor* t, Tensor** out) {
   ++t->references;
   *out = t;
