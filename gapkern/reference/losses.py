@@ -304,14 +304,14 @@ def gist_loss(
     guide_q: Tensor,
     guide_d: Tensor,
     *,
-    negatives: Tensor | None = None,
-    guide_negatives: Tensor | None = None,
     margin: float = 0.0,
     margin_strategy: str = "absolute",
-    contrast_queries: bool = True,
-    contrast_documents: bool = True,
     weights: Tensor | None = None,
     reduction: str = "mean",
+    negatives: Tensor | None = None,
+    guide_negatives: Tensor | None = None,
+    contrast_queries: bool = True,
+    contrast_documents: bool = True,
 ) -> Tensor:
     """GISTEmbed's loss.
 
