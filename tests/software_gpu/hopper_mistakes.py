@@ -1,6 +1,6 @@
 """Mistakes in what Hopper's kernels do asynchronously: fences, barriers, copies, products; and in their fragments."""
 
-from .planting import GONE, KEPT, SUMS, kept, of, sums
+from .planting import GONE, GRADIENTS, KEPT, SIGMOIDS, SUMS, gradient, kept, of, separate, sigmoid, sums
 
 _TRY_WAIT = r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[%r\d+\], )(%r\d+)(, %r\d+;)"
 _OTHER_PARITY = r"{ .reg .b32 t; xor.b32 t, \2, 1; \1t\3 }"
@@ -251,6 +251,62 @@ def _mistakes():
         KEPT,
         (r"(stmatrix[^{]*\{)(%r\d+), (%r\d+)", r"\1\3, \2", 3),
         problem=kept,
+    )
+    yield of(
+        "a group's turn that one warp more must end",
+        "deadlock",
+        SUMS,
+        (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>5", 8),
+        problem=sums,
+    )
+    yield of(
+        "a label's column in blocks of sixteen",
+        "wrong result",
+        SUMS,
+        (r"shr\.u32 (%r\d+), (%r\d+), 3;", r"shr.u32 \1, \2, 4;"),
+        problem=sums,
+    )
+    yield of(
+        "lanes of other columns added",
+        "wrong result",
+        SUMS,
+        (r"(shfl\.sync\.bfly\.b32 %r\d+\|%p\d+, %r\d+, )%r\d+(, )", r"\g<1>8\2", 11),
+        problem=sums,
+    )
+    yield of(
+        "separate weights only where every lane has one",
+        "wrong result",
+        GRADIENTS,
+        (r"vote\.sync\.any\.pred (%p\d+), (%p\d+), (%r\d+);", r"vote.sync.all.pred \1, \2, \3;", 1),
+        problem=separate,
+    )
+    yield of(
+        "the weight of the row after",
+        "wrong result",
+        GRADIENTS,
+        (r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]", 0),
+        problem=gradient,
+    )
+    yield of(
+        "the weights of the columns after",
+        "wrong result",
+        GRADIENTS,
+        (r"(ld\.global\.nc\.v2\.f32 \{[^}]*\}, \[%rd\d+)(\+?\d*)\]", r"\1+8]", 3),
+        problem=gradient,
+    )
+    yield of(
+        "a row of stores swizzled as another's",
+        ("race", "wrong result"),
+        KEPT,
+        (r"and\.b32 (%r\d+), (%r\d+), 7;", r"and.b32 \1, \2, 3;"),
+        problem=kept,
+    )
+    yield of(
+        "a label that one column does not know",
+        "wrong result",
+        SIGMOIDS,
+        (r"setp\.eq\.s32 (%p\d+), (%r\d+), 8;", r"setp.eq.s32 \1, \2, 10;", 0),
+        problem=sigmoid,
     )
 
 

@@ -13,8 +13,11 @@ from .planting import (
     bits,
     chunk,
     column_sum,
+    exact,
+    gradient,
     nearest,
     of,
+    single_pair,
     statistics,
     sums,
 )
@@ -219,6 +222,52 @@ def _mistakes():
         "choose_shift",
         (r"bar\.sync 0;", GONE, 0),
         problem=statistics,
+    )
+    for name, which in (("rivals are counted", 1), ("a list of rivals is read", 3)):
+        yield of(
+            f"no barrier before {name}",
+            ("race", "uninitialised"),
+            "stays_nearestIf",
+            (r"bar\.sync 0;", GONE, which),
+            problem=exact,
+        )
+    yield of(
+        "a sum that misses a tile's part",
+        "wrong result",
+        "sum_parts",
+        (r"ld\.global\.f32 (%f\d+), \[%rd\d+\];", r"mov.f32 \1, 0f00000000;", 0),
+        problem=gradient,
+    )
+    yield of(
+        "the smaller norm for the larger", "wrong result", "choose_shift", (r"setp\.gt", "setp.lt"), problem=gradient
+    )
+    yield of(
+        "weights' padding unwritten",
+        ("uninitialised", "wrong result"),
+        "form_weights",
+        (r"st\.global\.u32 [^;]*;", GONE, 0),
+        problem=gradient,
+    )
+    yield of(
+        "a repaired sum that has its label",
+        "wrong result",
+        "repair_lseINS_8BFloat16",
+        (r"setp\.eq\.s64 (%p\d+), (%rd\d+), %rd\d+;", r"setp.eq.s64 \1, \2, -7;"),
+        problem=single_pair,
+    )
+    yield of(
+        "the gradient of another row's label",
+        ("out of bounds", "wrong result"),
+        "set_labelsINS_8BFloat16",
+        (r"ld\.global\.f64 (%fd\d+), \[(%rd\d+)\];", r"ld.global.f64 \1, [\2+8];"),
+        problem=gradient,
+    )
+    yield of(
+        "a product of half the lanes",
+        "wrong result",
+        "label_productsINS_8BFloat16",
+        (r"(shfl\.sync\.bfly\.b32 [^;]*, )(%r\d+|16)(, )", r"\g<1>1\3", 0),
+        problem=gradient,
     )
 
 

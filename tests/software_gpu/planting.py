@@ -8,6 +8,7 @@ from . import problems
 from .device import Device, quiet
 
 SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_tEv", "4SumsINS_10bfloat16_tES", "GradientsINS_10bfloat16_t"
+SIGMOIDS = "SigmoidINS_10bfloat16_t"
 COLUMN_SUM, SHIFTED, NEAREST = "sum_rowsIfLi4E", "apply_rowsIfLi4ELb1E", "nearest_tilesIfLb1E"
 LSE_TILES, BITS = "lse_tilesIfLb1E", "WriteBits"
 
@@ -30,6 +31,26 @@ def kept(device):
     control, to = torch.tensor([5.0, -3.0]), torch.zeros(300, 304, dtype=torch.bfloat16)
     device.call("contrastive_sm90_sums", x, y, control, to, 0)
     problems.assert_near(to[:, :300], exponentials(x, y), 4e-3)
+
+
+def gradient(device):
+    problems.gradient_elements(device, 140, 300, 72, torch.bfloat16, False)
+
+
+def separate(device):
+    problems.gradient_elements(device, 140, 300, 72, torch.bfloat16, False, True)
+
+
+def single_pair(device):
+    problems.softmax_statistics(device, 1, 1, 8, torch.bfloat16)
+
+
+def sigmoid(device):
+    problems.sigmoid_elements(device, 140, 300, 72, torch.bfloat16)
+
+
+def exact(device):
+    problems.exact(device, 900, 16, torch.float32)
 
 
 def column_sum(device):
