@@ -93,11 +93,14 @@ GAPKERN_HD float log1p_ratio(float e) {
 struct SigmoidTerms {
   float loss, gradient;
 };
-GAPKERN_HD SigmoidTerms sigmoid_terms(float acc, float scale, float bias, bool at_label) {
-  const float s = fmaf(scale, acc, bias), u = at_label ? s : -s;
-  const float e = exp2_fast(-1.44269504f * (u < 0 ? -u : u));
-  const float reciprocal = reciprocal_fast(1 + e), sigmoid = u < 0 ? reciprocal : e * reciprocal;  // of -u
-  return {fmaf(e, log1p_ratio(e), u < 0 ? -u : 0.f), at_label ? -sigmoid : sigmoid};
+GAPKERN_HD SigmoidTerms sigmoid_of_other(float acc, float scale, float bias) {
+  const float s = fmaf(scale, acc, bias), e = exp2_fast(-1.44269504f * fabsf(s));
+  const float reciprocal = reciprocal_fast(1 + e);
+  return {fmaf(e, log1p_ratio(e), s > 0 ? s : 0.f), s > 0 ? reciprocal : e * reciprocal};
+}
+GAPKERN_HD SigmoidTerms sigmoid_of_label(float acc, float scale, float bias) {
+  const SigmoidTerms terms = sigmoid_of_other(acc, -scale, -bias);
+  return {terms.loss, -terms.gradient};
 }
 
 // What lies beyond the matrices has the accumulator 0; set to this its exponential is zero, and its sigmoid loss.

@@ -42,10 +42,7 @@ struct Place {
         row(m * kTileM + warp * kWarpTileRows + lane / 4),
         column(n * kTileN + lane % 4 * 2) {}
   CUTLASS_DEVICE int group() const { return warp / kGroupWarps; }
-  // Votes, for branches that the compiler knows to be uniform.
-  CUTLASS_DEVICE bool at_an_edge() const {
-    return __any_sync(kLanes, (tile_row + 1) * kTileM > rows || (tile_column + 1) * kTileN > columns);
-  }
+  // A vote, for a branch that the compiler knows to be uniform.
   CUTLASS_DEVICE bool inside() const {
     return __any_sync(kLanes, tile_row * kTileM < rows && tile_column * kTileN < columns);
   }

@@ -235,7 +235,8 @@ void sigmoid(const std::string& name, double tolerance, const Embeddings<T>& p, 
       for (int64_t i = 0; i < p.rows; ++i)
         for (int64_t j = 0; j < p.columns; ++j) {
           const float acc = float(p.t(i, j)), label = float(i + offset), column = float(j);
-          const SigmoidTerms terms = sigmoid_terms(acc, p.scale[0], bias, label == column);
+          const SigmoidTerms terms =
+              label == column ? sigmoid_of_label(acc, p.scale[0], bias) : sigmoid_of_other(acc, p.scale[0], bias);
           from_wide(terms.gradient, &ds[i * p.columns + j]);
           part[j / kTileN * down * kTileM + i] += which == 0   ? terms.loss
                                                   : which == 1 ? terms.gradient
@@ -286,7 +287,7 @@ void numbers() {
                     exponential(excluded(1e-37f), nonzero(1e-37f), 0) == 0 && nonzero(-0.5f) == -0.5f,
                 "beyond the matrices", "exponentials");
   for (const float s : {0.f, 10.f, -10.f}) {
-    const SigmoidTerms terms = sigmoid_terms(excluded(nonzero(s)), nonzero(s), 5, false);
+    const SigmoidTerms terms = sigmoid_of_other(excluded(nonzero(s)), nonzero(s), 5);
     check::report(terms.loss == 0 && terms.gradient == 0, "beyond the matrices", "the sigmoid loss");
   }
   check::report(log2_sum(8, 4, -2) == 5 && std::isnan(log2_sum(0x1p127, 4, 0)) && std::isnan(log2_sum(INFINITY, 4, 0)),
