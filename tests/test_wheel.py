@@ -43,7 +43,7 @@ def dist(tmp_path_factory):
     """The folder that `make wheel` fills, from the objects of this checkout. Its packages are installed already."""
     folder = tmp_path_factory.mktemp("dist")
     venv = Path(sys.prefix)
-    known = [f"--assume-old={venv}/stamps/wheel"]
+    known = [f"--assume-old={venv}/stamps/{name}" for name in ("build", "packages-wheel")]
     done = subprocess.run(
         ["make", *known, "wheel", f"VENV={venv}", f"DIST={folder}"], cwd=ROOT, capture_output=True, text=True
     )
