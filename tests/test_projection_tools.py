@@ -452,3 +452,17 @@ def test_models_embeddings_keep_their_neighbours_and_survive_more_noise(real_dat
             assert measured[1] >= found[1]
         else:
             assert measured == pytest.approx(ip, abs=0.01)
+
+
+def test_auto_keeps_as_many_neighbours_as_the_command_asks(run):
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(600, 40, generator=generator) * torch.linspace(1, 0.2, 40)
+    queries = gallery[:150] + 0.05 * torch.randn(150, 40, generator=generator)
+    for name, x in {"g": gallery, "q": queries}.items():
+        np.save(f"{name}.npy", x.numpy())
+    line = ("project", "fit", "g.npy", "q.npy", "--components", "auto", "--neighbours", 10, "--out")
+    assert run(*line, "ten.safetensors")[0] == 0
+    found, expected = Projection.load("ten.safetensors"), Projection(neighbours=10).fit(gallery, queries)
+    assert (found.neighbours, found.n_components_) == (10, expected.n_components_)
+    assert found.n_components_ > Projection().fit(gallery, queries).n_components_
+    assert "neighbours: expected" in run(*line, "x", "--neighbours", 0)[2]

@@ -33,6 +33,13 @@ def add(verbs: Any) -> None:
         action="store_true",
         help="by inner product and cosine, keep queries near the gallery's mean: for RaBitQ's codes",
     )
+    fit.add_argument(
+        "--neighbours",
+        type=int,
+        default=1,
+        metavar="K",
+        help="for --components auto: how many of a query's first rows --agreement is about (default: %(default)s)",
+    )
     moves.add_fit(fit)
     fit.set_defaults(run=run_fit)
 
@@ -48,7 +55,13 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
     model, said = moves.fitting(arguments)
     projection = Projection(
-        arguments.components, arguments.metric, arguments.agreement, arguments.reduce, model, arguments.centred
+        arguments.components,
+        arguments.metric,
+        arguments.agreement,
+        arguments.reduce,
+        model,
+        arguments.centred,
+        arguments.neighbours,
     ).check_parameters()
     moves.learn(projection, arguments)
     made_from = {side: provenance.made_from(getattr(arguments, side), name=side) for side in ("gallery", "queries")}
@@ -61,6 +74,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
         "metric": projection.metric,
         "reduce": projection.reduce,
         "centred": projection.centred,
+        "neighbours": projection.neighbours,
         "model": model,
         "inputs": made_from,
     }
