@@ -319,8 +319,8 @@ _ON_AN_INSTRUCTION_SET = """
 import sys, torch
 sys.path.insert(0, {root!r})
 from tests import test_masked_lse as here
-from gapkern import _core
-assert _core.active_isa() == "{isa}", _core.active_isa()
+from gapkern._load import active_isa
+assert active_isa() == "{isa}", active_isa()
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for chosen in ((), ("ids", "limit")):
         here.test_a_side_with_itself(dtype, 300, 11, chosen)
@@ -341,10 +341,10 @@ print("ok")
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_agrees_with_the_definition(isa):
-    from gapkern import _core
+    from gapkern._load import active_isa
 
     order = ["portable", "avx2", "avx512", "avx512bf16"]
-    if order.index(isa) > order.index(_core.active_isa()):
+    if order.index(isa) > order.index(active_isa()):
         pytest.skip(f"this processor has no {isa}")
     run = warm.run(_ON_AN_INSTRUCTION_SET.format(isa=isa, root=str(ROOT)), env={**os.environ, "GAPKERN_ISA": isa})
     assert run.stdout == "ok\n", run.stderr

@@ -50,13 +50,13 @@ def pairs(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_next_step_finds_the_memory_of_the_kept_logits():
     first, then, moved = printed("""
 counts, places = [], []
-for _ in range(2):
+for _ in range(5):
     before = faults()
     result = forward(4096)
     counts.append(faults() - before)
     places.append(result[5].data_ptr())
     del result
-print(*counts, places[1] - places[0])
+print(counts[0], min(counts[1:]), max(places) - min(places))  # pages of a fork's parent are copied in between
 """)
     assert moved == 0
     assert first > 32  # of 2 MiB each, at least

@@ -72,7 +72,7 @@ class Job:
             pending = [i for i in mine if self.spans[i] and not self._finished(i)]
             computed = self._compute(pending, sum(len(self.spans[i]) for i in mine))
             computed = int(self._with_others(self.ranks.sum, torch.tensor([computed])))
-            self._settle()
+            self._settle(self._with_others(self.ranks.first, self._skips()))
             if self.ranks.rank == 0:
                 self._finish()
             self._with_others(self.ranks.agree, "out", "written")
@@ -326,10 +326,14 @@ class Job:
             found = None if batch.images is None else self.model.encode_images(batch.images, normalize=normalize).cpu()
             yield found, batch.signatures, batch.problems
 
-    def _settle(self) -> None:
-        """What was skipped on any rank, once all are done."""
-        notes = [self._note(shard) for shard, rows in enumerate(self.spans) if rows]
-        self.skipped = {key: why for note in notes if note for key, why in note["skipped"].items()}
+    def _skips(self) -> dict[str, str]:
+        """What was skipped on any rank, once all are done. Rank 0 has the notes, and removes them when it finishes."""
+        spans = enumerate(self.spans) if self.ranks.rank == 0 else ()
+        notes = [self._note(shard) for shard, rows in spans if rows]
+        return {key: why for note in notes if note for key, why in note["skipped"].items()}
+
+    def _settle(self, skipped: dict[str, str]) -> None:
+        self.skipped = skipped
         self.kept = [i for i, key in enumerate(self.keys) if key not in self.skipped]
         if not self.kept:
             why = next(iter(self.skipped.values()))
