@@ -148,7 +148,7 @@ PLANTED = {
         ("exponent <= kWeightRange", "true"),
         ("log2(terms) + kFloor))", "kFloor))"),
         ("shift, double(terms)) ? 0 : 1;", "shift, 1.) ? 0 : 1;"),
-        ("const bool inside = column + c < columns;", "const bool inside = true;"),
+        ("(a + w.column_weight[column + c])", "(a + w.column_weight[c])"),
         ("exponent < least ? least :", ""),
     ],
 }
