@@ -87,7 +87,9 @@ class Mistake:
 GONE = ""
 
 
-def of(name, kinds, kernel, *changes, problem, seeds=(0, 1, 2)):
+def of(name, kinds, kernel, *changes, problem=None, seeds=(0, 1, 2)):
+    """A mistake, shown by a problem: that of Hopper's kernel unless another is named."""
+    problem = problem or {KEPT: kept, SUMS: sums, GRADIENTS: gradient, SIGMOIDS: sigmoid}[kernel]
     planted = tuple((kernel, *c) for c in changes)
     return Mistake(name, (kinds,) if isinstance(kinds, str) else kinds, kernel, planted, problem, seeds)
 
