@@ -1,5 +1,7 @@
 """How processes share the tests: a file's stay in one, in their order, so that what its fixtures make is made once."""
 
+import contextlib
+
 import pytest
 
 # Files that share what is made once in a process; they go to one of the processes.
@@ -29,6 +31,10 @@ def pytest_xdist_make_scheduler(config, log):
             while self.workqueue and not node.shutting_down and self._pending_of(self.assigned_work[node]) <= 2:
                 self._assign_work_unit(node)
             super()._reschedule(node)
+
+        def _assign_work_unit(self, node):
+            with contextlib.suppress(OSError):  # a process that is dead already: remove_node gives its files to others
+                super()._assign_work_unit(node)
 
         def remove_node(self, node):
             files = self.assigned_work.pop(node)
