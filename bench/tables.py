@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,31 +60,40 @@ def _moves(report: dict[str, Any], moved: Any) -> str:
     return _table(["variance per coordinate", *(f"{v:g}" for v in variances)], rows)
 
 
+CONTENDERS = {
+    "open_clip": "open_clip, ms",
+    "eager, one logit matrix": "eager, one matrix",
+    "torch.compile": "torch.compile",
+    "gapkern, recompute": "**recompute**",
+    "gapkern, keep": "**keep**",
+    "gapkern, bfloat16 products": "**bfloat16**",
+    "gapkern, bfloat16, keep": "**bfloat16, keep**",
+    "limit: 4 bare products": "4 products",
+    "limit: 3 bare products": "3 products",
+    "limit: 4 bare bfloat16 products": "4 in bfloat16",
+    "limit: 3 bare bfloat16 products": "3 in bfloat16",
+}
+
+
+def _against_open_clip(cases: Iterable[dict[str, Any]], names: dict[str, str]) -> str:
+    """A case a row: open_clip's time, and how many times faster the others of `names` are."""
+    base, *others = names
+    rows = []
+    for case in cases:
+        taken = {name: r["median"] for name, r in case["results"].items()}
+        cells = [f"{taken[base] / taken[name]:.2f}x" for name in others]
+        rows.append([str(case["N"]), f"{1e3 * taken[base]:.{1 if taken[base] < 1 else 0}f}", *cells])
+    return _table(["batch", *names.values()], rows)
+
+
 def contrastive() -> str:
     result = harness.load("contrastive")
-    names = {
-        "open_clip": "open_clip, ms",
-        "eager, one logit matrix": "eager, one matrix",
-        "torch.compile": "torch.compile",
-        "gapkern, recompute": "**recompute**",
-        "gapkern, keep": "**keep**",
-        "gapkern, bfloat16 products": "**bfloat16**",
-        "gapkern, bfloat16, keep": "**bfloat16, keep**",
-        "limit: 4 bare products": "4 products",
-        "limit: 3 bare products": "3 products",
-        "limit: 4 bare bfloat16 products": "4 in bfloat16",
-        "limit: 3 bare bfloat16 products": "3 in bfloat16",
-    }
     wanted = [c for c in result["cases"] if c["D"] == 512 and c["pass"] == "forward+backward"]
     dot = {c["N"]: c for c in wanted if c["similarity"] == "dot"}
-    rows = []
-    for case in dot.values():
-        base = case["results"]["open_clip"]["median"]
-        cells = [f"{base / case['results'][name]['median']:.2f}x" for name in list(names)[1:]]
-        rows.append([str(case["N"]), f"{1e3 * base:.1f}" if base < 1 else f"{1e3 * base:.0f}", *cells])
     theirs = dot[8192]["results"]["open_clip"]
+    table = _against_open_clip(dot.values(), CONTENDERS)
     return (
-        f"{_table(['batch', *names.values()], rows)}\n\n{_machine(result)} open_clip's matrices are fresh memory in "
+        f"{table}\n\n{_machine(result)} open_clip's matrices are fresh memory in "
         f"every step, and its time varies with how fast the system hands that out: {theirs['p20']:.1f} to "
         f"{theirs['p80']:.1f} s at 8192 (20th to 80th percentile).\n\n{_distances(wanted)}"
     )
@@ -124,23 +133,9 @@ def _largest_with_avx2() -> str:
 def avx2() -> str:
     """The loss where neither our kernels nor PyTorch's may use more than AVX2."""
     result = harness.load("contrastive-avx2")
-    names = {
-        "open_clip": "open_clip, ms",
-        "eager, one logit matrix": "eager, one matrix",
-        "torch.compile": "torch.compile",
-        "gapkern, recompute": "**recompute**",
-        "gapkern, keep": "**keep**",
-        "limit: 4 bare products": "4 products",
-        "limit: 3 bare products": "3 products",
-    }
-    rows = []
-    for case in result["cases"]:
-        if case["similarity"] != "dot":
-            continue
-        base = case["results"]["open_clip"]["median"]
-        cells = [f"{base / case['results'][name]['median']:.2f}x" for name in list(names)[1:]]
-        rows.append([str(case["N"]), f"{1e3 * base:.1f}" if base < 1 else f"{1e3 * base:.0f}", *cells])
-    return f"{_table(['batch', *names.values()], rows)}\n\n{_machine(result)}\n\n{_distances(result['cases'])}"
+    names = {name: title for name, title in CONTENDERS.items() if "bfloat16" not in name}
+    table = _against_open_clip((case for case in result["cases"] if case["similarity"] == "dot"), names)
+    return f"{table}\n\n{_machine(result)}\n\n{_distances(result['cases'])}"
 
 
 def _distances(cases: list[dict[str, Any]]) -> str:
