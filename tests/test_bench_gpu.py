@@ -1,5 +1,6 @@
 """The GPU run's cases, callables and checks, on the CPU at small sizes; that it says where there is no GPU."""
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from bench import bench_gpu, harness
+from bench.gpu import checks, losses, operators, results, rivals, rowwise
 from tests.conftest import ROOT
 
 
@@ -24,12 +26,12 @@ def test_every_case_runs_and_is_checked(section, tmp_path):
 def test_operators_are_all_of_them_and_those_of_the_cpu():
     names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gapkern::")}
     on_cuda = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"gapkern::{n}", "CUDA")}
-    assert on_cuda <= set(bench_gpu.operators("cpu"))
-    bench_gpu.smoke("cpu")
+    assert on_cuda <= set(operators.operators("cpu"))
+    operators.smoke("cpu")
 
 
 def test_a_wrong_result_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_gpu, "nearest", lambda queries, gallery: torch.zeros(len(queries), dtype=torch.int64))
+    monkeypatch.setattr(rowwise, "nearest", lambda queries, gallery: torch.zeros(len(queries), dtype=torch.int64))
     first, second = bench_gpu.run("search", "cpu", True, 60, tmp_path)
     assert "AssertionError" in first["error"]
     assert "results" in second
@@ -45,17 +47,17 @@ def test_a_contender_that_raises_is_recorded_and_the_others_are_timed(monkeypatc
             raise ImportError("No module named 'inf_cl'")
         return WithoutLosses()
 
-    monkeypatch.setattr(bench_gpu.importlib, "import_module", imported)
+    monkeypatch.setattr(importlib, "import_module", imported)
     (case,) = list(bench_gpu.run("sigmoid", "cpu", True, 60, tmp_path))[:1]
-    results = case["results"]
-    assert results["open_clip"] == {
+    timed = case["results"]
+    assert timed["open_clip"] == {
         "role": "baseline",
         "failed": "AttributeError: 'WithoutLosses' object has no attribute 'SigLipLoss'",
     }
-    assert results["gapkern"]["calls"] >= 3
-    assert results[bench_gpu.EAGER]["median"] > 0
-    result = bench_gpu.collect(tmp_path)
-    assert any("open_clip" in line and "failed: AttributeError" in line for line in bench_gpu.table(result))
+    assert timed["gapkern"]["calls"] >= 3
+    assert timed[checks.EAGER]["median"] > 0
+    result = results.collect(tmp_path)
+    assert any("open_clip" in line and "failed: AttributeError" in line for line in results.table(result))
 
 
 FAILURES = [
@@ -92,16 +94,16 @@ def test_failures_at_first_and_while_timed(error, after):
 
 def test_a_wrong_result_of_another_is_its_failure_and_of_ours_an_error():
     right, wrong = [torch.ones(3)], [torch.zeros(3)]
-    assert "other" in bench_gpu._against_eager({bench_gpu.EAGER: right, "other": wrong, "gapkern": right}, 1e-3)
+    assert "other" in checks.against_eager({checks.EAGER: right, "other": wrong, "gapkern": right}, 1e-3)
     with pytest.raises(AssertionError):
-        bench_gpu._against_eager({bench_gpu.EAGER: right, "gapkern": wrong}, 1e-3)
+        checks.against_eager({checks.EAGER: right, "gapkern": wrong}, 1e-3)
 
 
 def test_ours_failing_is_a_failure_of_the_run(monkeypatch, tmp_path):
     def nearest(queries, gallery):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
-    monkeypatch.setattr(bench_gpu, "nearest", nearest)
+    monkeypatch.setattr(rowwise, "nearest", nearest)
     monkeypatch.setattr(sys, "argv", f"bench_gpu.py search --out {tmp_path} --device cpu --quick".split())
     assert bench_gpu.main() == 1
     first, second = json.loads((tmp_path / "section-search.json").read_text())
@@ -163,25 +165,23 @@ def test_arguments_that_cannot_be(monkeypatch, capsys, arguments, message):
 def test_collected_with_each_contenders_floor(tmp_path):
     for section in ("ceilings", "contrastive", "rowwise", "ours", "rivals"):
         bench_gpu.run(section, "cpu", True, 60, tmp_path)
-    result = bench_gpu.collect(tmp_path)
+    result = results.collect(tmp_path)
     assert set(result["rates"]) == {"copy", "bfloat16", "float32", "float64"}
     ours = result["sections"]["contrastive"][0]["results"]
     keep, recompute = (ours[f"gapkern, {kind}"] for kind in ("keep", "recompute"))
     assert keep["floor"] / recompute["floor"] == pytest.approx(0.75)
     assert recompute["floor"] == pytest.approx(8 * 64 * 64 * 32 / result["rates"]["bfloat16"])
-    assert len(list(bench_gpu.table(result))) > 10
+    assert len(list(results.table(result))) > 10
     softmax, sigmoid = result["sections"]["rivals"]
     assert sigmoid["results"]["gapkern"]["floor"] / softmax["results"]["gapkern, recompute"]["floor"] == pytest.approx(
         0.75
     )
 
 
-@pytest.mark.parametrize("section", ["ours", "rivals"])
-def test_a_wrong_gradient_of_a_large_batch_is_seen(monkeypatch, section, tmp_path):
-    gradients = bench_gpu._gradients
-    monkeypatch.setattr(
-        bench_gpu, "_gradients", lambda *a: lambda: [v * 1.05 if v.dim() else v for v in gradients(*a)()]
-    )
+@pytest.mark.parametrize(("section", "room"), [("ours", losses), ("rivals", rivals)], ids=["ours", "rivals"])
+def test_a_wrong_gradient_of_a_large_batch_is_seen(monkeypatch, section, room, tmp_path):
+    gradients = checks.gradients
+    monkeypatch.setattr(room, "gradients", lambda *a: lambda: [v * 1.05 if v.dim() else v for v in gradients(*a)()])
     assert all("AssertionError" in case["error"] for case in bench_gpu.run(section, "cpu", True, 60, tmp_path))
 
 

@@ -1,0 +1,1 @@
+"""The cases of bench/bench_gpu.py."""
