@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gapkern import losses
-from gapkern.ops.contrastive import masked
+from gapkern.ops.contrastive import masked_chunked
 from gapkern.reference import losses as reference
 from gapkern.testing import assert_near, assert_three_way
 
@@ -127,7 +127,7 @@ def differentiated(call, module, t, options, dtype):
 @pytest.mark.parametrize(("call", "options"), CASES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_loss_is_its_definition(call, options, seed, monkeypatch):
-    monkeypatch.setattr(masked, "CHUNK_ELEMENTS", 50)
+    monkeypatch.setattr(masked_chunked, "CHUNK_ELEMENTS", 50)
     t = {k: v.float().double() if v.is_floating_point() else v for k, v in tensors(seed=seed).items()}
     truth = differentiated(call, reference, t, options, torch.float64)
     found = differentiated(call, losses, t, options, torch.float64)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gapkern.ops.contrastive import itself, masked, masked_lse, masked_sigmoid_sum, self_lse
+from gapkern.ops.contrastive import itself, masked, masked_chunked, masked_lse, masked_sigmoid_sum, self_lse
 from gapkern.reference import losses as reference
 from gapkern.testing import assert_near, assert_three_way
 from tests import warm
@@ -57,7 +57,7 @@ def differentiated(function, x, y, s, masks, options):
 @pytest.mark.parametrize("shape", [(13, 17), (17, 13), (1, 1), (1, 6), (64, 64)])
 @pytest.mark.parametrize("chosen", range(len(CHOICES)))
 def test_values_and_gradients_are_those_of_the_definition(dtype, shape, chosen, monkeypatch):
-    monkeypatch.setattr(masked, "CHUNK_ELEMENTS", 5 * shape[1])
+    monkeypatch.setattr(masked_chunked, "CHUNK_ELEMENTS", 5 * shape[1])
     x, y, masks = problem(*shape, dtype=dtype)
     masks = {name: masks[name] for name in CHOICES[chosen]}
     if dtype != torch.float64:
@@ -201,12 +201,12 @@ def test_the_steps_of_other_devices_agree_with_the_processors():
     whole = (x, x, s, ids, ids, limit, limit, x, x, none, limit, "sqeuclidean", 2, "counted", "positive", "highest", 0)
     whole = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in whole)
     native = torch.ops.gapkern.contrastive_masked_lse(*whole)
-    plain = masked.forward(*whole)
+    plain = masked._forward(*whole)
     grads = [torch.where(r == -math.inf, 0.0, r.sin()) for r in native[:5]]
     backward = torch.ops.gapkern.contrastive_masked_lse_backward(
         *grads, *native[:4], *native[5:], *whole[:-1], [True, True, True]
     )
-    plain_backward = masked.backward(*grads, *plain[:4], *plain[5:], *whole[:-1], [True, True, True])
+    plain_backward = masked._backward_kernel(*grads, *plain[:4], *plain[5:], *whole[:-1], [True, True, True])
     for a, b in zip((*native[:5], *backward), (*plain[:5], *plain_backward), strict=True):
         assert_near(a, b, 1e-12)
 

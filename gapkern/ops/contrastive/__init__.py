@@ -1,8 +1,9 @@
 """The contrastive losses' operators: log-sum-exps of logits that are never formed, and the summed sigmoid loss.
 
 `op` registers them; `dispatch` chooses between `chunked` and `sm90` on devices without kernels of their own; `masked`
-and `masked_sigmoid` have classes of pairs: labels, positives, negatives, and those left out; `itself` has them for a
-side with itself.
+and `masked_sigmoid` register those with classes of pairs (labels, positives, negatives, and those left out), of which
+`masked_chunked` has the chunks and `masked_tangents` the forward-mode derivatives; `itself` has classes for a side with
+itself.
 """
 
 from gapkern.ops.contrastive.itself import self_columns, self_lse

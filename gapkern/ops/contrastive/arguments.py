@@ -1,13 +1,14 @@
-"""The arguments of `torch.ops.gapkern.contrastive_lse_backward`, by name."""
+"""The arguments of the log-sum-exps' operators, by name, in the order of their schemas (csrc/library.cpp)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class LseBackwardArguments(NamedTuple):
-    """In the order of the schema (csrc/library.cpp)."""
+    """Of `contrastive_lse_backward`."""
 
     grad_row: Tensor  # (N,) float64
     grad_col: Tensor  # (M,) float64
@@ -27,3 +28,54 @@ class LseBackwardArguments(NamedTuple):
         """With the three incoming gradients multiplied by `factor`, in float64."""
         row, col, positive = (g.double() * factor for g in (self.grad_row, self.grad_col, self.grad_positive))
         return self._replace(grad_row=row, grad_col=col, grad_positive=positive)
+
+
+class MaskedArguments(NamedTuple):
+    """Of `contrastive_masked_lse`; an absent tensor has no elements."""
+
+    x: Tensor  # (N, D)
+    y: Tensor  # (M, D)
+    logit_scale: Tensor  # one element
+    row_ids: Tensor  # (N,) int64, or (0,)
+    col_ids: Tensor  # (M,) int64, or (0,)
+    row_limit: Tensor  # (N,) of t, or (0,)
+    col_limit: Tensor  # (M,), or (0,)
+    guide_x: Tensor  # (N, G), or (0, 0)
+    guide_y: Tensor  # (M, G), or (0, 0)
+    guide_row_limit: Tensor  # (N,) of u, or (0,)
+    guide_col_limit: Tensor  # (M,), or (0,)
+    similarity: str
+    label_offset: int
+    label: str  # "counted", "left_out" or "none"
+    equal: str  # "positive" or "left_out"
+    precision: str
+    work_bytes: int = 0
+
+    def counts(self) -> tuple[int, int]:
+        return self.x.shape[0], self.y.shape[0]
+
+
+class MaskedBackwardArguments(NamedTuple):
+    """Of `contrastive_masked_lse_backward`. `grads` and `lses` by class: row and column of the negatives, of the
+    positives; then, of `grads`, the labels."""
+
+    grads: tuple[Tensor, ...]  # float64 (N,), (M,), (N,), (M,), (N,) or (0,)
+    lses: tuple[Tensor, ...]  # float64 (N,), (M,), (N,), (M,)
+    saved: tuple[Tensor, ...]  # row_stats, col_stats, kept of the forward pass
+    pairs: MaskedArguments
+    needs: Sequence[bool]  # gradients to form: of x, y, logit_scale
+
+    @classmethod
+    def of(cls, *inputs) -> "MaskedBackwardArguments":
+        """From the operator's arguments."""
+        return cls(inputs[:5], inputs[5:9], inputs[9:12], MaskedArguments(*inputs[12:-1]), inputs[-1])
+
+
+def absent(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands for a vector, for ids and for a matrix that are not given."""
+    none = x.detach().new_empty(0)
+    return none, none.to(torch.int64), none.reshape(0, 0)
+
+
+def given(value: Tensor | None, absent: Tensor) -> Tensor:
+    return absent if value is None else value.detach()

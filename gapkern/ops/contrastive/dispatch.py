@@ -10,8 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive import chunked, sm90
-from gapkern.ops.contrastive.arguments import LseBackwardArguments
+from gapkern.ops.contrastive import chunked, masked_chunked, sm90
+from gapkern.ops.contrastive.arguments import LseBackwardArguments, MaskedArguments, MaskedBackwardArguments
 
 _SM90_SCOPE = (
     "sm90 for bfloat16, for float32 with matmul precision medium, and for dot products of float16, where dims are a "
@@ -121,3 +121,31 @@ def sigmoid_loss(
     """See `gapkern.ops.contrastive.sigmoid_sum`."""
     implementation = _implementation(images, "dot", precision)
     return implementation.sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs)
+
+
+def masked_lse(arguments: MaskedArguments) -> tuple[Tensor, ...]:
+    """See `gapkern.ops.contrastive.masked_lse`."""
+    return masked_chunked.masked_lse(arguments)
+
+
+def masked_lse_backward(arguments: MaskedBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `masked_lse`."""
+    return masked_chunked.masked_lse_backward(arguments)
+
+
+def masked_sigmoid(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    row_ids: Tensor,
+    col_ids: Tensor,
+    row_weights: Tensor,
+    col_weights: Tensor,
+    precision: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """See `gapkern.ops.contrastive.masked_sigmoid_sum`."""
+    return masked_chunked.masked_sigmoid(
+        x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, precision, needs
+    )

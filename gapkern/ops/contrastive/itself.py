@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gapkern.ops import autocast, derivatives
-from gapkern.ops.contrastive import masked
+from gapkern.ops.contrastive import dispatch, masked, masked_tangents
+from gapkern.ops.contrastive.arguments import MaskedArguments, MaskedBackwardArguments, absent, given
 from gapkern.ops.precision import matmul_precision
 
 EXTRA_COLUMNS = 512  # csrc/contrastive/kept.h: kOwnExtra
@@ -35,10 +36,10 @@ class SelfArguments(NamedTuple):
     precision: str
     work_bytes: int = 0
 
-    def pairs(self) -> masked.MaskedArguments:
+    def pairs(self) -> MaskedArguments:
         """Of `contrastive_masked_lse`, whose rows are the same."""
-        none, _, matrix = masked.absent(self.x)
-        return masked.MaskedArguments(
+        none, _, matrix = absent(self.x)
+        return MaskedArguments(
             x=self.x,
             y=self.x,
             logit_scale=self.logit_scale,
@@ -89,12 +90,12 @@ def self_lse(
         >>> [round(v, 4) for v in negative.tolist()], positive.tolist()
         ([0.6931, 0.6931, 0.6931], [-inf, -inf, -inf])
     """
-    none, integers, _ = masked.absent(x)
+    none, integers, _ = absent(x)
     negative, positive, *_ = torch.ops.gapkern.contrastive_self_lse(
         x,
         logit_scale,
-        masked.given(ids, integers),
-        masked.given(limit, none),
+        given(ids, integers),
+        given(limit, none),
         similarity,
         equal,
         matmul_precision(x.device.type),
@@ -104,7 +105,7 @@ def self_lse(
 
 
 def _forward(*inputs):
-    row_negative, _, row_positive, _, none, *_ = masked.forward(*SelfArguments(*inputs).pairs())
+    row_negative, _, row_positive, _, none, *_ = dispatch.masked_lse(SelfArguments(*inputs).pairs())
     return row_negative, row_positive, none, none.clone()
 
 
@@ -112,12 +113,14 @@ def _backward_kernel(*inputs):
     grads, lses, arguments, needs = inputs[:2], inputs[2:4], SelfArguments(*inputs[6:-1]), inputs[-1]
     pairs, none = arguments.pairs(), grads[0].new_empty(0)
     zero, nowhere = torch.zeros_like(grads[0]), torch.full_like(grads[0], math.inf)  # columns have no gradient
-    dx, dy, of_scale = masked.backward(
-        *(grads[0], zero, grads[1], zero, none),
-        *(lses[0], nowhere, lses[1], nowhere),
-        *(none, none, none),
-        *pairs[:-1],
-        [needs[0], needs[0], needs[1]],
+    dx, dy, of_scale = dispatch.masked_lse_backward(
+        MaskedBackwardArguments(
+            grads=(grads[0], zero, grads[1], zero, none),
+            lses=(lses[0], nowhere, lses[1], nowhere),
+            saved=(none, none, none),
+            pairs=pairs,
+            needs=[needs[0], needs[0], needs[1]],
+        )
     )
     return dx + dy, of_scale
 
@@ -164,7 +167,7 @@ def _backward(ctx, *grads):
 
 def _jvp(inputs, tangents):
     x, logit_scale = tangents[:2]
-    found = masked.jvp(SelfArguments(*inputs).pairs(), (x, x, logit_scale, *(None,) * 14))
+    found = masked_tangents.masked_lse(SelfArguments(*inputs).pairs(), (x, x, logit_scale, *(None,) * 14))
     return found[0], found[2], None, None
 
 

@@ -1,4 +1,4 @@
-"""`torch.ops.gapkern.contrastive_masked_sigmoid`: the sigmoid loss with positives by ids, in chunks of rows.
+"""`torch.ops.gapkern.contrastive_masked_sigmoid`: the sigmoid loss with positives by ids.
 
 sum_ij w_ij softplus(-z_ij S_ij), S = s <x_i, y_j> + bias: z = +1 and w_ij = row_weights_i + col_weights_j where ids are
 equal, else z = -1 and w = 1. Loss and gradients come from one pass over the logits.
@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from gapkern.ops import autocast, derivatives
-from gapkern.ops.contrastive import saved
-from gapkern.ops.contrastive.chunked import _Gradients, _Logits
-from gapkern.ops.contrastive.masked import CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS
+from gapkern.ops.contrastive import dispatch, saved
 from gapkern.ops.precision import matmul_precision
 
 _library = torch.library.Library("gapkern", "FRAGMENT")
@@ -61,31 +59,7 @@ def masked_sigmoid_sum(
     )[0]
 
 
-def _kernel(x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, precision, needs):
-    logits = _Logits(x, y, "dot")
-    logits.step = max(1, (CUDA_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // y.shape[0])
-    gradients = _Gradients(logits, needs)
-    loss = torch.zeros((), dtype=torch.float64, device=x.device)
-    grad_bias = torch.zeros_like(loss)
-    scale, bias = (v.reshape(()).to(logits.dtype) for v in (logit_scale, logit_bias))
-    row_weights, col_weights = (w.to(logits.dtype) for w in (row_weights, col_weights))
-    none = x.new_empty(0, dtype=logits.dtype)
-    for rows in logits.chunks():
-        t = logits.products(rows)
-        positive = row_ids[rows, None] == col_ids
-        z = positive.to(t.dtype).mul_(2).sub_(1)
-        w = torch.where(positive, row_weights[rows, None] + col_weights, 1.0)
-        s = z * (t * scale + bias)
-        ds = torch.sigmoid(-s).mul_(z).mul_(w).neg_()
-        loss -= torch.sum(torch.nn.functional.logsigmoid(s).mul_(w), dtype=torch.float64)
-        grad_bias += ds.sum(dtype=torch.float64)
-        of_scale = torch.sum(ds * t, dtype=torch.float64).reshape(1)
-        gradients.add(rows, ds.to(x.dtype), of_scale, none, none)
-    dx, dy, of_scale = gradients.finish(scale)
-    return loss, dx, dy, of_scale.clone(), grad_bias
-
-
-_library.impl("contrastive_masked_sigmoid", autocast.untouched(_kernel), "CompositeExplicitAutograd")
+_library.impl("contrastive_masked_sigmoid", autocast.untouched(dispatch.masked_sigmoid), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("gapkern::contrastive_masked_sigmoid", lib=_library)

@@ -1,0 +1,51 @@
+"""Forward-mode derivatives of the operators over classes of pairs, as those of `tangents`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gapkern.ops.contrastive.arguments import MaskedArguments
+from gapkern.ops.contrastive.masked_chunked import Masks
+from gapkern.ops.contrastive.tangents import _Logits
+
+
+def masked_lse(inputs, tangents) -> tuple[Tensor | None, ...]:
+    """Tangents of the operator's results, in float64; None for what is kept."""
+    arguments = MaskedArguments(*inputs)
+    logits = _Logits(inputs, tangents, arguments.similarity)
+    masks = Masks(arguments, logits.work)
+    chunks = logits.chunks()
+
+    def classes(rows):
+        s = logits.of(rows).double()
+        other, positive = masks(logits.products(rows).detach(), rows)
+        negative = torch.ones_like(s, dtype=torch.bool) if other is None else ~other
+        return s, negative, torch.zeros_like(negative) if positive is None else positive
+
+    def lse(s, mask, dim):
+        return s.masked_fill(~mask, -math.inf).logsumexp(dim)
+
+    columns = []
+    for of_class in (1, 2):
+        parts = [lse(found[0], found[of_class], 0) for found in map(classes, chunks)]
+        columns.append(torch.stack(parts).logsumexp(0))
+    rows_of: tuple[list[Tensor], list[Tensor]] = ([], [])
+    columns_of, labels_of = [torch.zeros_like(c) for c in columns], []
+    for rows in chunks:
+        s, *of_classes = classes(rows)
+        ds = logits.tangent(rows).double()
+        for k, mask in enumerate(of_classes):
+            for dim, total in ((1, lse(s, mask, 1)[:, None]), (0, columns[k])):
+                total = total.masked_fill(total == -math.inf, 0)
+                part = ((s - total).masked_fill(~mask, -math.inf).exp() * ds).sum(dim)
+                if dim:
+                    rows_of[k].append(part)
+                else:
+                    columns_of[k] = columns_of[k] + part
+        if arguments.label == "counted":
+            own, before = masks.rows_with_labels(rows), rows.start
+            padding = (own.start - before, rows.stop - own.stop)
+            labels_of.append(torch.nn.functional.pad(masks.labels(ds, before), padding))
+    label = torch.cat(labels_of) if labels_of else rows_of[0][0][:0]
+    return torch.cat(rows_of[0]), columns_of[0], torch.cat(rows_of[1]), columns_of[1], label, None, None, None
