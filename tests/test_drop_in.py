@@ -223,14 +223,19 @@ def test_options_of_memeff_by_formula(use_qq, use_dd):
 
 
 @pytest.mark.parametrize("rows", [12, 7])
-def test_siglip_plus_by_formula(rows):
-    """The soft-weighted objective of siglip-kernel 0.1.2, a mean over all pairs: M times smaller than ours."""
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("soft_label", [True, False])
+def test_siglip_plus_by_formula(rows, symmetric, soft_label):
+    """The objectives of siglip-kernel 0.1.2, means over all pairs: M times smaller than ours."""
     x, y = (unit(t) for t in features((rows, 6), (12, 6)))
     generator = torch.Generator().manual_seed(2)
     row_ids, col_ids = (torch.randint(0, 5, (k,), generator=generator) for k in (rows, 12))
     logits, right = 10 * x @ y.T - 5, row_ids[:, None] == col_ids
     of_rows, of_columns = (1 / right.sum(k, keepdim=True).double().clamp_min(1) for k in (1, 0))
-    weights = torch.where(right, (of_rows + of_columns) / 2, 1.0)
-    theirs = torch.nn.functional.binary_cross_entropy_with_logits(logits, right.double(), weight=weights)
-    ours = losses.sigmoid_loss(x, y, 10.0, -5.0, ids=(row_ids, col_ids), positives="mean")
+    share = (of_rows + of_columns) / 2 if symmetric else of_rows.expand(-1, 12)
+    target = right * share if soft_label else right.double()
+    weights = torch.ones_like(logits) if soft_label else torch.where(right, share, 1.0)
+    theirs = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, weight=weights)
+    options = {"positives": "mean", "symmetric": symmetric, "soft_label": soft_label}
+    ours = losses.sigmoid_loss(x, y, 10.0, -5.0, ids=(row_ids, col_ids), **options)
     same(ours / 12, theirs, (x, y))

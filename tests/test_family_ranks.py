@@ -69,6 +69,9 @@ CALLS = {
         t["x"], t["y"], s, ids=t["ids"], positives="in", similarity="sqeuclidean", reduction="sum", **o
     ),
     "siglip": lambda t, s, **o: losses.sigmoid_loss(t["x"], t["y"], s, -2.0, ids=t["ids"], positives="mean", **o),
+    "soft siglip": lambda t, s, **o: losses.sigmoid_loss(
+        t["x"], t["y"], s, -2.0, ids=t["ids"], positives="mean", symmetric=False, soft_label=True, **o
+    ),
     "supcon": lambda t, s, **o: losses.supcon_loss(t["x"], t["ids"], s, **o),
     "mil": lambda t, s, **o: losses.mil_nce_loss(t["x"], t["hard"], s, **o),
     "gist": lambda t, s, **o: losses.gist_loss(t["x"], t["y"], s, t["u"], t["v"], margin=0.1, **o),

@@ -69,6 +69,21 @@ IDS = torch.arange(6)
             ValueError,
             "positives: expected 'sum' without ids",
         ),
+        (
+            lambda: losses.sigmoid_loss(X, X, 1.0, 0.0, ids=IDS, soft_label=True),
+            ValueError,
+            "soft_label: expected False with positives='sum', got True",
+        ),
+        (
+            lambda: losses.sigmoid_loss(X, X, 1.0, 0.0, symmetric=False),
+            ValueError,
+            "symmetric: expected True with positives='sum', got False",
+        ),
+        (
+            lambda: losses.sigmoid_loss(X, X, 1.0, 0.0, ids=IDS, positives="mean", soft_label=0.1),
+            TypeError,
+            "soft_label: expected True or False, got 0.1",
+        ),
         (lambda: losses.sigmoid_loss(X, X[:4], 1.0, 0.0, ids=IDS), ValueError, "ids: expected two vectors"),
         (lambda: losses.supcon_loss(X, IDS.float(), 1.0), TypeError, "labels: expected integers, got float32"),
         (lambda: losses.mil_nce_loss(X, X, 1.0), ValueError, r"texts: expected shape \(6, K, 4\), got \(6, 4\)"),

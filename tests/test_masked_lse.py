@@ -261,17 +261,16 @@ def test_opcheck_of_a_side_with_itself():
     )
 
 
-def test_opcheck_of_the_sigmoid():
+@pytest.mark.parametrize("soft_targets", [False, True])
+def test_opcheck_of_the_sigmoid(soft_targets):
     x, y, masks = problem(6, 8, 4)
     s, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.0, -1.0))
     weights = torch.rand(6, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
-    arguments = (x, y, s, b, masks["row_ids"], masks["col_ids"], *weights, "highest", [True, True])
-    torch.library.opcheck(
-        torch.ops.gapkern.contrastive_masked_sigmoid, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    arguments = (x, y, s, b, masks["row_ids"], masks["col_ids"], *weights, soft_targets, "highest", [True, True])
+    torch.library.opcheck(torch.ops.gapkern.contrastive_masked_sigmoid, arguments)
 
     def call(x, y, s, b):
-        return masked_sigmoid_sum(x, y, s, b, *arguments[4:8])
+        return masked_sigmoid_sum(x, y, s, b, *arguments[4:8], soft_targets=soft_targets)
 
     assert torch.autograd.gradcheck(call, (x, y, s, b))
 

@@ -132,6 +132,8 @@ def sigmoid_loss(
     exchange: str = "auto",
     ids: Any = None,
     positives: str = "sum",
+    symmetric: bool = True,
+    soft_label: bool = False,
 ) -> Tensor:
     """The sigmoid (SigLIP) loss: (1/N) sum_ij softplus(-z_ij (s <x_i, y_j> + bias)), z = +1 for the pairs and else -1.
 
@@ -145,8 +147,11 @@ def sigmoid_loss(
         group, exchange: as for `contrastive_loss`.
         ids: (N,) integers, or a pair of such for images (N,) and texts (M,), which may then differ in number: z = +1
             for all pairs of equal ids, and for no others.
-        positives: with ids, "sum", or "mean": a positive pair counts (1 / k_i + 1 / k_j) / 2, with k the numbers of
-            positives of its image and of its text (SigLIP+).
+        positives: with ids, "sum", or "mean": a positive pair has the weight a = (1 / k_i + 1 / k_j) / 2, with k the
+            numbers of positives of its image and of its text (SigLIP+).
+        symmetric: with "mean"; False: images are the anchors, a = 1 / k_i.
+        soft_label: with "mean"; True: a is the pair's target probability instead of its weight, and its term
+            a softplus(-S) + (1 - a) softplus(S).
 
     Returns:
         0-d, in float32 (float64 for float64 inputs).
@@ -160,9 +165,18 @@ def sigmoid_loss(
         >>> round(float(sigmoid_loss(x, x, 10.0, -10.0)), 4)
         0.6932
     """
-    if ids is not None or positives != "sum":
+    if ids is not None or positives != "sum" or soft_label is not False or symmetric is not True:
         return multiple_positives_sigmoid(
-            images, texts, logit_scale, logit_bias, group=group, exchange=exchange, ids=ids, positives=positives
+            images,
+            texts,
+            logit_scale,
+            logit_bias,
+            group=group,
+            exchange=exchange,
+            ids=ids,
+            positives=positives,
+            symmetric=symmetric,
+            soft_label=soft_label,
         )
     place = None if group is None or group is False else distributed.shard(group)
     try:

@@ -143,12 +143,27 @@ def _sum_t(x: Tensor, sums: Tensor, counts: Tensor, squares: Tensor, similarity:
 
 
 def multiple_positives_sigmoid(
-    images: Any, texts: Any, logit_scale: Any, logit_bias: Any, *, group: Any, exchange: str, ids: Any, positives: str
+    images: Any,
+    texts: Any,
+    logit_scale: Any,
+    logit_bias: Any,
+    *,
+    group: Any,
+    exchange: str,
+    ids: Any,
+    positives: str,
+    symmetric: bool,
+    soft_label: bool,
 ) -> Tensor:
     """See `gapkern.sigmoid_loss`."""
     batch = pairs.Batch(group, exchange)
     try:
         _check.choice("positives", positives, ("sum", "mean"))
+        for name, given, default in ("symmetric", symmetric, True), ("soft_label", soft_label, False):
+            if not isinstance(given, bool):
+                raise TypeError(f"{name}: expected True or False, got {given!r}")
+            if given is not default and positives == "sum":
+                raise ValueError(f"{name}: expected {default} with positives='sum', got {given}")
         if ids is None:
             raise ValueError("positives: expected 'sum' without ids, got 'mean'")
         images, texts, scale = pairs.check_pairs(images, texts, logit_scale, rectangular=True)
@@ -159,20 +174,20 @@ def multiple_positives_sigmoid(
         batch.refuse(error)
         raise
     scalars = {"logit_scale": scale, "logit_bias": bias}
-    batch.enter(f"sigmoid_loss({positives!r}, ids)", scalars, images=images, texts=texts)
+    terms = f"sigmoid_loss({positives!r}, ids, {symmetric}, {soft_label})"
+    batch.enter(terms, scalars, images=images, texts=texts)
     x, y, s, b = batch.feature(images), batch.feature(texts), batch.scalar(scale), batch.scalar(bias)
-    everyone = batch.spread(y)
     row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in found))
-    row_weights, col_weights = (
-        torch.full(t.shape, 0.5, dtype=torch.float64, device=x.device) for t in (row_ids, col_ids)
-    )
+    weights = [torch.full(t.shape, 0.5, dtype=torch.float64, device=x.device) for t in (row_ids, col_ids)]
     if positives == "mean":
-        row_weights, col_weights = (
-            w / pairs.class_sums(other, other.double()[:, None], mine)[1].clamp_min(1)
-            for w, mine, other in ((row_weights, row_ids, col_ids), (col_weights, col_ids, row_ids))
-        )
+        shares = (0.5, 0.5) if symmetric else (1.0, 0.0)
+        weights = [
+            share / pairs.class_sums(other, other.double()[:, None], mine)[1].clamp_min(1)
+            for share, mine, other in zip(shares, (row_ids, col_ids), (col_ids, row_ids), strict=True)
+        ]
     own = slice(batch.first(x), batch.first(x) + len(x))
-    total = _sigmoid_sum(everyone, x, s, b, row_ids[own], col_ids, row_weights[own], col_weights)
+    rows = (row_ids[own], weights[0][own])
+    total = _sigmoid_sum(batch.spread(y), x, s, b, rows, (col_ids, weights[1]), soft_label)
     return batch.reduce((total / len(x)).reshape(1), None, "mean", images)
 
 
@@ -181,19 +196,22 @@ def _sigmoid_sum(
     x: Tensor,
     s: Tensor,
     b: Tensor,
-    row_ids: Tensor,
-    col_ids: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    rows: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
+    soft_targets: bool,
 ) -> Tensor:
-    """`contrastive.masked_sigmoid_sum` of x against the rows of all ranks; `rows`, `columns`: weights."""
+    """`contrastive.masked_sigmoid_sum` of x against the rows of all ranks; `rows`, `columns`: ids and weights."""
+
+    def total(x: Tensor, y: Tensor, s: Tensor, b: Tensor, part: slice) -> Tensor:
+        classes = (rows[0], columns[0][part], rows[1], columns[1][part])
+        return contrastive.masked_sigmoid_sum(x, y, s, b, *classes, soft_targets=soft_targets)
+
     if not everyone.travels:
-        return contrastive.masked_sigmoid_sum(x, everyone.everyone(), s, b, row_ids, col_ids, rows, columns)
+        return total(x, everyone.everyone(), s, b, slice(None))
     m = len(everyone.mine)
 
     def block(owner: int, visitors: Sequence[Tensor], x: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor]:
-        part = slice(owner * m, (owner + 1) * m)
-        return (contrastive.masked_sigmoid_sum(x, visitors[0], s, b, row_ids, col_ids[part], rows, columns[part]),)
+        return (total(x, visitors[0], s, b, slice(owner * m, (owner + 1) * m)),)
 
     assert everyone.place is not None
     job = ring.Visit(everyone.place, block, ("sum",), again=True)

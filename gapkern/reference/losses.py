@@ -230,9 +230,17 @@ def contrastive_loss(
 
 
 def sigmoid_loss(
-    x: Tensor, y: Tensor, s: Tensor | float, bias: Tensor | float, *, ids: Ids, positives: str = "sum"
+    x: Tensor,
+    y: Tensor,
+    s: Tensor | float,
+    bias: Tensor | float,
+    *,
+    ids: Ids,
+    positives: str = "sum",
+    symmetric: bool = True,
+    soft_label: bool = False,
 ) -> Tensor:
-    """SigLIP's loss with positives by ids; "mean" is SigLIP+'s weighting.
+    """SigLIP's loss with positives by ids; "mean" is SigLIP+: positives' weights, or with soft_label their targets.
 
     Example:
         >>> round(float(sigmoid_loss(torch.eye(2), torch.eye(2), 10.0, -10.0, ids=torch.arange(2))), 4)
@@ -244,7 +252,10 @@ def sigmoid_loss(
     weights = torch.ones_like(logits)
     if positives == "mean":
         of_rows, of_columns = (1 / right.sum(dim, keepdim=True, dtype=x.dtype).clamp_min(1) for dim in (1, 0))
-        weights = torch.where(right, (of_rows + of_columns) / 2, weights)
+        weights = torch.where(right, (of_rows + of_columns) / 2 if symmetric else of_rows, weights)
+    if soft_label:
+        target = torch.where(right, weights, torch.zeros_like(weights))
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(x)
     z = torch.where(right, 1.0, -1.0).to(logits.dtype)
     return -(weights * torch.nn.functional.logsigmoid(z * logits)).sum() / len(x)
 

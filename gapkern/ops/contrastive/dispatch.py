@@ -142,10 +142,11 @@ def masked_sigmoid(
     col_ids: Tensor,
     row_weights: Tensor,
     col_weights: Tensor,
+    soft_targets: bool,
     precision: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.masked_sigmoid_sum`."""
     return masked_chunked.masked_sigmoid(
-        x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, precision, needs
+        x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, soft_targets, precision, needs
     )

@@ -165,6 +165,7 @@ def masked_sigmoid(
     col_ids: Tensor,
     row_weights: Tensor,
     col_weights: Tensor,
+    soft_targets: bool,
     precision: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -180,10 +181,19 @@ def masked_sigmoid(
         t = logits.products(rows)
         positive = row_ids[rows, None] == col_ids
         z = positive.to(t.dtype).mul_(2).sub_(1)
-        w = torch.where(positive, row_weights[rows, None] + col_weights, 1.0)
+        a = torch.where(positive, row_weights[rows, None] + col_weights, 1.0)
         s = z * (t * scale + bias)
-        ds = torch.sigmoid(-s).mul_(z).mul_(w).neg_()
-        loss -= torch.sum(torch.nn.functional.logsigmoid(s).mul_(w), dtype=torch.float64)
+        ds = torch.sigmoid(-s).mul_(z).neg_()
+        losses = torch.nn.functional.logsigmoid(s).neg_()
+        if soft_targets:
+            # a softplus(-S) + (1 - a) softplus(S) = softplus(-S) + (1 - a) S, without cancellation where a = 1.
+            rest = 1 - a
+            losses += rest * s
+            ds += rest
+        else:
+            losses *= a
+            ds *= a
+        loss += torch.sum(losses, dtype=torch.float64)
         grad_bias += ds.sum(dtype=torch.float64)
         of_scale = torch.sum(ds * t, dtype=torch.float64).reshape(1)
         gradients.add(rows, ds.to(x.dtype), of_scale, none, none)

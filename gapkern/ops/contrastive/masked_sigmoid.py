@@ -1,7 +1,8 @@
 """`torch.ops.gapkern.contrastive_masked_sigmoid`: the sigmoid loss with positives by ids.
 
-sum_ij w_ij softplus(-z_ij S_ij), S = s <x_i, y_j> + bias: z = +1 and w_ij = row_weights_i + col_weights_j where ids are
-equal, else z = -1 and w = 1. Loss and gradients come from one pass over the logits.
+sum_ij a_ij softplus(-S_ij) + b_ij softplus(S_ij), S = s <x_i, y_j> + bias. Where ids are equal a_ij = row_weights_i +
+col_weights_j, and b_ij = 0, or 1 - a_ij with soft targets, which are a; elsewhere a = 0 and b = 1. Loss and gradients
+come from one pass over the logits.
 """
 
 import torch
@@ -14,7 +15,7 @@ from gapkern.ops.precision import matmul_precision
 _library = torch.library.Library("gapkern", "FRAGMENT")
 _library.define(
     "contrastive_masked_sigmoid(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor row_ids,"
-    " Tensor col_ids, Tensor row_weights, Tensor col_weights, str precision, bool[2] needs)"
+    " Tensor col_ids, Tensor row_weights, Tensor col_weights, bool soft_targets, str precision, bool[2] needs)"
     " -> (Tensor loss, Tensor grad_x, Tensor grad_y, Tensor grad_logit_scale, Tensor grad_logit_bias)"
 )
 
@@ -28,6 +29,8 @@ def masked_sigmoid_sum(
     col_ids: Tensor,
     row_weights: Tensor,
     col_weights: Tensor,
+    *,
+    soft_targets: bool = False,
 ) -> Tensor:
     """0-d float64: the weighted sum over all pairs; gradients reach x, y, logit_scale and logit_bias, once.
 
@@ -35,7 +38,8 @@ def masked_sigmoid_sum(
         x, y: (N, D), (M, D).
         logit_scale, logit_bias: one element each.
         row_ids, col_ids: (N,), (M,) integers.
-        row_weights, col_weights: (N,), (M,) float64, whose sums are the weights of positive pairs.
+        row_weights, col_weights: (N,), (M,) float64, whose sums a_ij are the weights of positive pairs.
+        soft_targets: a_ij is the target probability of a positive pair instead, of weight 1.
 
     Example:
         >>> x, ids, half = torch.eye(2), torch.arange(2), torch.full((2,), 0.5, dtype=torch.float64)
@@ -54,6 +58,7 @@ def masked_sigmoid_sum(
         col_ids,
         row_weights,
         col_weights,
+        soft_targets,
         matmul_precision(x.device.type),
         needs,
     )[0]
@@ -63,7 +68,7 @@ _library.impl("contrastive_masked_sigmoid", autocast.untouched(dispatch.masked_s
 
 
 @torch.library.register_fake("gapkern::contrastive_masked_sigmoid", lib=_library)
-def _(x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, precision, needs):
+def _(x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, soft_targets, precision, needs):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     scalar = x.new_empty((), dtype=torch.float64)
     return (
