@@ -14,7 +14,17 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "contrastive_lse_backward(Tensor grad_row, Tensor grad_col, Tensor grad_positive, Tensor images, Tensor texts,"
       " Tensor logit_scale, Tensor row_stats, Tensor col_stats, Tensor kept, str similarity, int label_offset,"
       " str precision, bool[3] needs) -> (Tensor grad_images, Tensor grad_texts, Tensor grad_logit_scale)");
-  // The same by classes of pairs, of which gapkern/ops/contrastive/masked.py has the contract. stats [2, count] of the
+  // The same of prefixes of the embeddings, of which contrastive/prefixes.h has the contract.
+  m.def(
+      "contrastive_prefix_lse(Tensor images, Tensor texts, Tensor logit_scale, Tensor row_factors, Tensor col_factors,"
+      " int[] dims, str precision, int work_bytes) -> (Tensor row_lse, Tensor col_lse, Tensor positive,"
+      " Tensor row_stats, Tensor col_stats, Tensor kept)");
+  m.def(
+      "contrastive_prefix_lse_backward(Tensor grad_row, Tensor grad_col, Tensor grad_positive, Tensor images,"
+      " Tensor texts, Tensor logit_scale, Tensor row_factors, Tensor col_factors, Tensor row_stats, Tensor col_stats,"
+      " Tensor kept, int[] dims, str precision, bool[5] needs) -> (Tensor grad_images, Tensor grad_texts,"
+      " Tensor grad_logit_scale, Tensor grad_row_factors, Tensor grad_col_factors)");
+  // contrastive_lse by classes of pairs, of which gapkern/ops/contrastive/masked.py has the contract. stats [2, count] of the
   // negatives, then of the positives, as above; in row_stats also S / s at the label.
   m.def(
       "contrastive_masked_lse(Tensor x, Tensor y, Tensor logit_scale, Tensor row_ids, Tensor col_ids, Tensor row_limit,"

@@ -66,6 +66,22 @@ def _sigmoid() -> tuple[bool, str]:
     )
 
 
+def _prefixes() -> tuple[bool, str]:
+    x, y = (t.requires_grad_() for t in _pairs())
+    scale, dims = torch.tensor(10.0), (1, x.shape[1] // 2, x.shape[1])
+    factors = torch.linspace(0.5, 1.5, 3 * len(x), dtype=torch.float64).reshape(3, -1)
+    found = []
+    for function, leaves in (
+        (contrastive.prefix_lse, (x, y)),
+        (contrastive_reference.prefix_lse, (x.double(), y.double())),
+    ):
+        sums = function(*leaves, scale, factors, factors, dims)
+        gradients = torch.autograd.grad(sums[0].sum() + sums[1].sum() - sums[2].sum(), leaves)
+        found.append(torch.cat([t.detach().double().flatten() for t in (*sums, *gradients)]))
+    ours, theirs = found
+    return _near(ours, theirs, 1e-5)
+
+
 def _masked() -> tuple[bool, str]:
     x, y = (t.requires_grad_() for t in _pairs())
     ids = torch.arange(len(x)) // 3
@@ -187,6 +203,7 @@ _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("contrastive loss and gradients", _contrastive),
     ("contrastive loss, bfloat16", _contrastive_bfloat16),
     ("sigmoid loss", _sigmoid),
+    ("log-sum-exps of prefixes and gradients", _prefixes),
     ("masked log-sum-exps and gradients", _masked),
     ("log-sum-exps of a side with itself", _against_itself),
     ("sigmoid loss with ids", _masked_sigmoid),

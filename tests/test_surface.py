@@ -112,6 +112,8 @@ def test_every_operator_has_a_schema_and_a_check():
         "contrastive_chunk_gradient",
         "contrastive_chunk_sigmoid",
         "sigmoid_loss",
+        "contrastive_prefix_lse",
+        "contrastive_prefix_lse_backward",
         "contrastive_masked_lse",
         "contrastive_masked_lse_backward",
         "contrastive_masked_sigmoid",

@@ -21,13 +21,15 @@ struct InputGradients {
 template <class T>
 class BackwardPass {
  public:
+  // `sums`: the kernel writes sums over rows and over columns.
   BackwardPass(const Problem<T>& problem, const Softmax<const T>& state, const OutputGradients& in,
-               const InputGradients<T>& out)
+               const InputGradients<T>& out, bool sums)
       : p_(problem),
         cut_(problem.blocking),
         state_(state),
         in_(in),
         out_(out),
+        sums_wanted_(sums),
         factor_(factor_in_gradients(problem)),
         row_side_(p_.range, state.rows, in.rows, factor_),
         column_side_(p_.range, state.columns, in.columns, factor_),
@@ -37,38 +39,32 @@ class BackwardPass {
         gradients_(problem, out.images, out.texts),
         scale_sums_(cut_.stripes * blocks()),
         sums_(cut_.stripes * blocks()),
-        row_sum_(p_.distances ? cut_.stripes * cut_.chunk : 0),
-        column_sum_(p_.distances ? blocks() * cut_.stripes * kStripe : 0),
-        row_total_(p_.distances ? p_.n : 0, 0.),
-        column_total_(p_.distances ? p_.m : 0, 0.) {}
+        row_sum_(sums ? cut_.stripes * cut_.chunk : 0),
+        column_sum_(sums ? blocks() * cut_.stripes * kStripe : 0),
+        row_total_(sums ? p_.n : 0, 0.),
+        column_total_(sums ? p_.m : 0, 0.) {}
 
   void run() {
+    begin();
+    cut_.for_each_chunk(cut_.chunk, [&](const Chunk& chunk) {
+      pack(chunk);
+      cut_.for_each_block(chunk,
+                          [&](const BlockIndex& at, int64_t item) { p_.engine.gradient(block(chunk, at, item)); });
+      finish(chunk);
+    });
+    end();
+  }
+
+  // The steps of `run`.
+  void begin() {
     form_label_gradients();
     if (!state_.kept.reaches(p_.n)) operands_.pack_texts();
-    cut_.for_each_chunk(cut_.chunk, [&](const Chunk& chunk) {
-      if (!state_.kept.reaches(chunk.row0 + chunk.rows)) operands_.pack_images(chunk);
-      cut_.for_each_block(chunk, [&](const BlockIndex& at, int64_t item) { form_block(chunk, at, item); });
-      add_sums(chunk);
-      if (p_.distances) add_row_and_column_sums(chunk);
-      gradients_.multiply(chunk);
-    });
-    *out_.logit_scale = scale_gradient();
-    gradients_.finish(factor_, row_total_, column_total_);
+  }
+  void pack(const Chunk& chunk) {
+    if (!state_.kept.reaches(chunk.row0 + chunk.rows)) operands_.pack_images(chunk);
   }
 
- private:
-  int64_t blocks() const { return divide_up(cut_.chunk, cut_.block); }
-
-  void form_label_gradients() {
-    for (int64_t i = 0; i < p_.n; ++i) {
-      const double t = state_.label_t[i];
-      label_t_[i] = T(t);
-      label_gradient_[i] =
-          T(factor_ * (row_side_.at_label(i, t) + column_side_.at_label(i + p_.label_offset, t) + in_.label[i]));
-    }
-  }
-
-  void form_block(const Chunk& chunk, const BlockIndex& at, int64_t item) {
+  GradientBlock<T> block(const Chunk& chunk, const BlockIndex& at, int64_t item) {
     const int64_t i0 = at.block * cut_.block, row = chunk.row0 + i0, column = at.stripe * cut_.stripe;
     GradientBlock<T> b{operands_.block(chunk, at)};
     b.exponents = p_.range.exponents();
@@ -83,11 +79,37 @@ class BackwardPass {
     b.kept = state_.kept.block(b, row, column);
     b.out = gradients_.output(at, &scale_sums_[item]);
     b.sum = &sums_[item];
-    if (p_.distances) {
+    if (sums_wanted_) {
       b.row_sum = row_sum_.data() + at.stripe * cut_.chunk + i0;
       b.column_sum = column_sum_.data() + (at.block * cut_.stripes + at.stripe) * kStripe;
     }
-    p_.engine.gradient(b);
+    return b;
+  }
+  void finish(const Chunk& chunk) {
+    add_sums(chunk);
+    if (sums_wanted_) add_row_and_column_sums(chunk);
+    gradients_.multiply(chunk);
+  }
+  void end() {
+    *out_.logit_scale = scale_gradient();
+    gradients_.finish(factor_, row_total_, column_total_);
+  }
+
+  // What the kernel summed, over all of the other side.
+  const std::vector<double>& row_totals() const { return row_total_; }
+  const std::vector<double>& column_totals() const { return column_total_; }
+  double factor() const { return factor_; }
+
+ private:
+  int64_t blocks() const { return divide_up(cut_.chunk, cut_.block); }
+
+  void form_label_gradients() {
+    for (int64_t i = 0; i < p_.n; ++i) {
+      const double t = state_.label_t[i];
+      label_t_[i] = T(t);
+      label_gradient_[i] =
+          T(factor_ * (row_side_.at_label(i, t) + column_side_.at_label(i + p_.label_offset, t) + in_.label[i]));
+    }
   }
 
   void add_sums(const Chunk& chunk) {
@@ -123,13 +145,14 @@ class BackwardPass {
   const Softmax<const T>& state_;
   const OutputGradients& in_;
   const InputGradients<T>& out_;
+  const bool sums_wanted_;
   const double factor_;  // that dS has been multiplied by
   const SideWeights<T> row_side_, column_side_;
   std::vector<T> label_t_, label_gradient_;
   LogitOperands<T> operands_;
   LogitGradients<T> gradients_;
   std::vector<double> scale_sums_, sums_;  // of the chunk's blocks
-  std::vector<T> row_sum_, column_sum_;    // of dS; distances only
+  std::vector<T> row_sum_, column_sum_;    // of the chunk's blocks; where wanted
   std::vector<double> row_total_, column_total_;
   double scale_total_ = 0, total_ = 0;
 };

@@ -83,8 +83,6 @@ ClassesState<T> state_in(const Problem<std::remove_const_t<T>>& p, const Classes
   return state;
 }
 
-int64_t kept_rows_in(const Arguments& a, const Tensor& kept) { return kept.scalar_type() == a.type ? kept.size(0) : 0; }
-
 struct ClassesOutputs {
   Tensor rows[kClasses], columns[kClasses], label;
   Tensor row_stats, column_stats, kept;

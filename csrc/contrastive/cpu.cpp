@@ -9,25 +9,6 @@
 namespace gapkern::contrastive {
 namespace {
 
-// Statistics from [2 or more, count].
-template <class Real>
-Statistics<Real> statistics(Real* values, int64_t count) {
-  return {.reference = values, .log2 = values + count, .count = count};
-}
-
-// The state in row_stats [3, n], column_stats [2, m] and kept [rows, m]. Logits of another type stay unused, as where
-// float64 solves a problem of float32.
-template <class T>
-Softmax<T> softmax(const Problem<std::remove_const_t<T>>& p, typename Softmax<T>::Real* row_stats,
-                   typename Softmax<T>::Real* column_stats, T* kept, int64_t kept_rows) {
-  return {.rows = statistics(row_stats, p.n),
-          .columns = statistics(column_stats, p.m),
-          .label_t = row_stats + 2 * p.n,
-          .kept = {p, kept, kept_rows}};
-}
-
-int64_t kept_rows_in(const Arguments& a, const Tensor& kept) { return kept.scalar_type() == a.type ? kept.size(0) : 0; }
-
 struct Outputs {
   Tensor row_lse, column_lse, label;     // [N], [M], [N] float64
   Tensor row_stats, column_stats, kept;  // [3, N], [2, M] float64, [K, M]
@@ -98,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& a, const Saved& sav
   const InputGradients<T> out{.images = needs.images ? images.template mutable_data_ptr<T>() : nullptr,
                               .texts = needs.texts ? texts.template mutable_data_ptr<T>() : nullptr,
                               .logit_scale = &scale};
-  BackwardPass<T>(p, state, in, out).run();
+  BackwardPass<T>(p, state, in, out, p.distances).run();
   Tensor logit_scale = empty(p.images, {needs.logit_scale ? 1 : 0}, ScalarType::Double);
   if (needs.logit_scale) *logit_scale.mutable_data_ptr<double>() = scale;
   return {images, texts, logit_scale};

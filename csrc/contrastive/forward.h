@@ -31,22 +31,19 @@ class ForwardPass {
         columns_(p_.m) {}
 
   void run() {
-    operands_.pack_texts();
+    begin();
     cut_.for_each_chunk(cut_.forward_chunk, [&](const Chunk& chunk) {
-      operands_.pack_images(chunk);
-      cut_.for_each_block(chunk, [&](const BlockIndex& at, int64_t) { sum_block(chunk, at); });
-      finish_rows(chunk);
-      add_to_columns(chunk);
+      pack(chunk);
+      cut_.for_each_block(chunk, [&](const BlockIndex& at, int64_t) { p_.engine.forward(block(chunk, at)); });
+      finish(chunk);
     });
-    finish_columns();
+    end();
   }
 
- private:
-  // Blocks are summed in parallel: rows have a partial sum for each stripe, columns one for each block.
-  int64_t row_at(int64_t stripe, int64_t i) const { return stripe * cut_.forward_chunk + i; }
-  int64_t column_at(int64_t block, int64_t stripe) const { return block * padded_ + stripe * kStripe; }
-
-  void sum_block(const Chunk& chunk, const BlockIndex& at) {
+  // The steps of `run`. Chunks may be shorter than forward_chunk.
+  void begin() { operands_.pack_texts(); }
+  void pack(const Chunk& chunk) { operands_.pack_images(chunk); }
+  ForwardBlock<T> block(const Chunk& chunk, const BlockIndex& at) {
     const int64_t i0 = at.block * cut_.block, row = row_at(at.stripe, i0), column = column_at(at.block, at.stripe);
     ForwardBlock<T> b{operands_.block(chunk, at)};
     b.exponents = p_.range.exponents();
@@ -58,8 +55,18 @@ class ForwardPass {
     }
     b.label_t = label_t_.data() + chunk.row0 + i0;
     b.kept = state_.kept.block(b, chunk.row0 + i0, at.stripe * cut_.stripe);
-    p_.engine.forward(b);
+    return b;
   }
+  void finish(const Chunk& chunk) {
+    finish_rows(chunk);
+    add_to_columns(chunk);
+  }
+  void end() { finish_columns(); }
+
+ private:
+  // Blocks are summed in parallel: rows have a partial sum for each stripe, columns one for each block.
+  int64_t row_at(int64_t stripe, int64_t i) const { return stripe * cut_.forward_chunk + i; }
+  int64_t column_at(int64_t block, int64_t stripe) const { return block * padded_ + stripe * kStripe; }
 
   // In units of t, of the sum at `at`.
   double reference(const std::vector<T>& largest, int64_t at) const {

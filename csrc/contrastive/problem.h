@@ -28,6 +28,12 @@ struct Problem {
         blocking(engine.shape, n, m, d, chunk_bytes),
         range(a.scale, a.similarity, largest_t, bf16_products()) {}
 
+  // Dot products of other factors than x and y, none of them larger.
+  void bound_products(double largest) {
+    largest_t = largest;
+    range = ExponentRange<T>(scale, Similarity::dot, largest, bf16_products());
+  }
+
   bool bf16_products() const { return engine.shape.group > 1; }
   const T* centre_or_null() const { return distances ? centre.data() : nullptr; }
 
@@ -39,7 +45,7 @@ struct Problem {
   const int64_t label_offset;
   const bool distances;
   const std::vector<T> centre;  // [d]; distances only
-  const double largest_t;       // no |t| is larger
+  double largest_t;             // no |t| is larger
   const Blocking blocking;
   ExponentRange<T> range;
 

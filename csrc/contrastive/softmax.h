@@ -77,4 +77,25 @@ struct Softmax {
   }
 };
 
+// Statistics from [2 or more, count].
+template <class Real>
+Statistics<Real> statistics(Real* values, int64_t count) {
+  return {.reference = values, .log2 = values + count, .count = count};
+}
+
+// The state in row_stats [3, n], column_stats [2, m] and kept [rows, m]. Logits of another type stay unused, as where
+// float64 solves a problem of float32.
+template <class T>
+Softmax<T> softmax(const Problem<std::remove_const_t<T>>& p, typename Softmax<T>::Real* row_stats,
+                   typename Softmax<T>::Real* column_stats, T* kept, int64_t kept_rows) {
+  return {.rows = statistics(row_stats, p.n),
+          .columns = statistics(column_stats, p.m),
+          .label_t = row_stats + 2 * p.n,
+          .kept = {p, kept, kept_rows}};
+}
+
+inline int64_t kept_rows_in(const Arguments& a, const Tensor& kept) {
+  return kept.scalar_type() == a.type ? kept.size(0) : 0;
+}
+
 }  // namespace gapkern::contrastive

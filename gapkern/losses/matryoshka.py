@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 from gapkern import _check
-from gapkern.losses import pairs
+from gapkern.losses import pairs, prefixes
 from gapkern.losses.inputs import embeddings
 from gapkern.ops import autocast
 
 
 class Matryoshka(torch.nn.Module):
     """The sum of a loss over prefixes of the embeddings (Kusupati et al. 2022, Eq. 1), each normalised again.
+
+    On the CPU all prefixes of `contrastive_loss` and `info_nce_loss` are one pass over the logits, of no more products
+    than the widest prefix alone has. With masks, hard or extra negatives, other directions than "q-d" and "d-q", a
+    group, or another loss, each prefix is a call of the loss.
 
     Args:
         loss: (*embeddings, logit_scale, ...) -> loss: any of `gapkern.losses`.
@@ -58,6 +62,10 @@ class Matryoshka(torch.nn.Module):
 
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         """The weighted sum of the losses; hard_negatives, extra_negatives and negatives are shortened too."""
+        if self.count == 2:
+            at_once = prefixes.together(self.loss, self.dims, self.weights, self.normalize, arguments, options)
+            if at_once is not None:
+                return at_once
         features, rest = arguments[: self.count], arguments[self.count :]
         further = {
             k: v
@@ -67,8 +75,8 @@ class Matryoshka(torch.nn.Module):
         total: Any = 0.0
         for dims, weight in zip(self.dims, self.weights, strict=True):
             shorter = {k: self._prefix(v, dims) for k, v in further.items()}
-            prefixes = [self._prefix(x, dims) for x in features]
-            total = total + weight * self.loss(*prefixes, *rest, **{**options, **shorter})
+            cut = [self._prefix(x, dims) for x in features]
+            total = total + weight * self.loss(*cut, *rest, **{**options, **shorter})
         found: Tensor = total
         return found
 

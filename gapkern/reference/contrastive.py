@@ -1,5 +1,7 @@
 """The contrastive losses as their definitions read, with all N x M logits in memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,30 @@ def lse_pair(
     """Row and column log-sum-exps (N,), (M,) of the logits, and the logits of the labels (N,)."""
     s = logits(images, texts, logit_scale, similarity)
     return s.logsumexp(1), s.logsumexp(0), s.diagonal(label_offset)[: s.shape[0]]
+
+
+def prefix_lse(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    row_factors: Tensor,
+    col_factors: Tensor,
+    dims: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lse_pair` of each prefix of the embeddings, whose rows are multiplied by its factors.
+
+    Example:
+        >>> ones = torch.ones(2, 3)
+        >>> row, _, _ = prefix_lse(torch.eye(3), torch.eye(3), torch.tensor(2.0), ones, ones, (2, 3))
+        >>> row.shape
+        torch.Size([2, 3])
+    """
+    found = []
+    for width, of_rows, of_columns in zip(dims, row_factors, col_factors, strict=True):
+        x, y = (t[:, :width] * f[:, None].to(t.dtype) for t, f in ((images, of_rows), (texts, of_columns)))
+        found.append(lse_pair(x, y, logit_scale))
+    row, col, positive = (torch.stack(same) for same in zip(*found, strict=True))
+    return row, col, positive
 
 
 def contrastive_loss(
