@@ -24,8 +24,8 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       " Tensor texts, Tensor logit_scale, Tensor row_factors, Tensor col_factors, Tensor row_stats, Tensor col_stats,"
       " Tensor kept, int[] dims, str precision, bool[5] needs) -> (Tensor grad_images, Tensor grad_texts,"
       " Tensor grad_logit_scale, Tensor grad_row_factors, Tensor grad_col_factors)");
-  // contrastive_lse by classes of pairs, of which gapkern/ops/contrastive/masked.py has the contract. stats [2, count] of the
-  // negatives, then of the positives, as above; in row_stats also S / s at the label.
+  // contrastive_lse by classes of pairs, of which gapkern/ops/contrastive/masked.py has the contract. stats [2, count]
+  // of the negatives, then of the positives, as above; in row_stats also S / s at the label.
   m.def(
       "contrastive_masked_lse(Tensor x, Tensor y, Tensor logit_scale, Tensor row_ids, Tensor col_ids, Tensor row_limit,"
       " Tensor col_limit, Tensor guide_x, Tensor guide_y, Tensor guide_row_limit, Tensor guide_col_limit,"
