@@ -29,6 +29,10 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(origin CXX):$(CXX) CUDACXX=$(CUDACXX) \
             CUTLASS=$(CUTLASS_PATH)
 
+# Modules are compiled once and kept, wherever the caller says otherwise: compiling PyTorch's takes as long as importing
+# them, in every process that a test starts.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-slow fuzz sanitize lint mypy format bench docs build prepared wheel clean distclean FORCE

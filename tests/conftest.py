@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.evaluated import files_of_all_tasks  # noqa: F401
 from tests.reproduced import reproduced  # noqa: F401
 from tests.sharing import pytest_xdist_make_scheduler  # noqa: F401
 from tests.software_gpu import fixture
@@ -99,11 +100,14 @@ def coded_models(monkeypatch, empty_folder):
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command line: its status, and what it printed to stdout and stderr."""
+    """Runs a command line: its status, argparse's too, and what it printed to stdout and stderr."""
     from gapkern.cli import main
 
     def run(*line):
-        status = main([str(part) for part in line])
+        try:
+            status = main([str(part) for part in line])
+        except SystemExit as exit:
+            status = exit.code
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES = ["test_contrastive.py", "test_losses.py", "test_work_space.py"]
+LOSSES = ["test_contrastive.py", "test_contrastive_contract.py", "test_losses.py", "test_work_space.py"]
 TESTS = {
     "address": [*LOSSES, "test_meanshift.py", "test_perturb.py", "test_robustness_ops.py"],
     "thread": LOSSES,

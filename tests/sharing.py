@@ -7,10 +7,29 @@ import pytest
 # Files that share what is made once in a process; they go to one of the processes.
 TOGETHER = {
     "tests/test_demo.py": "digits",
-    "tests/test_eval.py": "digits",
+    "tests/test_eval_models.py": "digits",
     "tests/test_reproduce.py": "reproduced",
     "tests/test_report_browser.py": "reproduced",
 }
+
+# What takes longest, handed out first, slow tests and others alike: what is left for the end is short.
+FIRST = (
+    "tests/test_simt.py",
+    "tests/test_emulated.py",
+    "digits",
+    "reproduced",
+    "tests/test_bench_gpu.py",
+    "tests/test_software_gpu.py",
+    "tests/test_examples.py",
+    "tests/test_build.py",
+    "tests/test_embed_killed.py",
+    "tests/test_fuzz.py",
+    "tests/test_wheel.py",
+    "tests/test_family_ranks.py",
+    "tests/test_masked_lse.py",
+    "tests/test_image_modes.py",
+    "tests/test_files.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,6 +52,8 @@ def pytest_xdist_make_scheduler(config, log):
             super()._reschedule(node)
 
         def _assign_work_unit(self, node):
+            for name in reversed([name for name in FIRST if name in self.workqueue]):
+                self.workqueue.move_to_end(name, last=False)
             with contextlib.suppress(OSError):  # a process that is dead already: remove_node gives its files to others
                 super()._assign_work_unit(node)
 

@@ -1,17 +1,8 @@
-"""`gapkern embed` on a tiny model with seeded weights and real digits: the same bytes however it runs and is killed."""
+"""`gapkern embed`: embeddings are the model's own, however they are asked for, and what is wrong is named."""
 
-import hashlib
-import io
 import json
-import os
 import pickle
-import random
 import shutil
-import socket
-import subprocess
-import sys
-import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,109 +12,15 @@ import torch
 from gapkern import models
 from gapkern.cli import main
 from gapkern.embeddings import Embeddings, embed, sources, verify
-from tests.scenes import HANGS, Forks, strict
+from tests import embedded
+from tests.embedded import COUNT, contents, line, shards
+from tests.scenes import strict
 
-open_clip = pytest.importorskip("open_clip")
+pytest.importorskip("open_clip")
 pytest.importorskip("sklearn")
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.open_clip
-
-CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 8, "patch_size": 4, "layers": 1, "width": 32, "head_width": 16},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-COUNT = 240
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with model/ (for local-dir:), tiny.json and tiny.pt, images/ in ten classes, images.tar, words.txt."""
-    from PIL import Image
-    from safetensors.torch import save_file
-    from sklearn.datasets import load_digits
-
-    folder = tmp_path_factory.mktemp("embed")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        state = open_clip.model.CLIP(**CONFIG).state_dict()
-    (folder / "model").mkdir()
-    (folder / "model" / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {}}))
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model" / "open_clip_model.safetensors")
-    (folder / "tiny.json").write_text(json.dumps(CONFIG))
-    torch.save(state, folder / "tiny.pt")
-    digits = load_digits()
-    with tarfile.open(folder / "images.tar", "w") as tar:
-        for i in range(COUNT):
-            picture = Image.fromarray((digits.images[i] * 15).astype(np.uint8))
-            path = folder / "images" / str(digits.target[i]) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-            for name, data in (
-                (f"{i:04d}.png", path.read_bytes()),
-                (f"{i:04d}.cls", str(digits.target[i]).encode()),
-                (f"{i:04d}.txt", f"digit {digits.target[i]}".encode()),
-            ):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    (folder / "words.txt").write_text("\n".join(f"the number {i}" for i in range(50)) + "\n")
-    return folder
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-
-
-def line(place, out, *more):
-    return [
-        "embed",
-        "--model",
-        f"local-dir:{place / 'model'}",
-        "--images",
-        str(place / "images"),
-        "--texts",
-        str(place / "words.txt"),
-        "--out",
-        str(out),
-        "--batch_size",
-        "8",
-        "--shard_rows",
-        "16",
-        "--num_workers",
-        "0",
-        *more,
-    ]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(place, out, *more):
-    return [sys.executable, "-m", "gapkern", *line(place, out, *more)]
-
-
-@pytest.fixture
-def one_thread():
-    """As the runs that are compared with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def whole(place):
-    """What one run that nothing disturbs writes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert main(line(place, place / "whole")) == 0
-    torch.set_num_threads(threads)
-    return contents(place / "whole")
+place, whole, one_thread = embedded.place, embedded.whole, embedded.one_thread
 
 
 def test_embeddings_are_the_models_own(place, whole):
@@ -306,95 +203,6 @@ def test_damaged_tars_are_named(place, tmp_path):
     (tmp_path / "cut.tar").write_bytes(data[: 512 * 40 + 600])
     with pytest.raises(ValueError, match=r"images: expected .*tar, got .*cut\.tar"):
         sources.images(tmp_path / "cut.tar")
-
-
-def shards(folder: Path) -> int:
-    return len(list(folder.glob("*/[it]*_emb_*.npy")))
-
-
-@pytest.mark.slow
-def test_ten_kills_change_nothing(place, whole, tmp_path):
-    out, chance = tmp_path / "out", random.Random(0)
-    survivors: dict[str, int] = {}
-    modules = "open_clip, pyarrow.parquet, torchvision, gapkern.evaluation, gapkern.embeddings.run"
-    with Forks(modules, OMP_NUM_THREADS="1") as forks:
-        for kill in range(10):
-            child = forks.start(line(place, out))
-            # Once another shard has appeared (the last time: as it starts), and a moment later: while it encodes,
-            # writes a shard, its metadata or its note, or renames.
-            wanted = shards(out) + 1 if kill < 9 else 0
-            deadline = time.monotonic() + HANGS
-            while shards(out) < wanted and time.monotonic() < deadline:
-                time.sleep(0.0002)
-            time.sleep(chance.random() * 0.01)
-            assert forks.kill(child), "it ended before it was killed"
-            for name, written in survivors.items():
-                assert (out / name).stat().st_mtime_ns == written, f"{name} was computed again"
-            survivors = {p.relative_to(out).as_posix(): p.stat().st_mtime_ns for p in out.glob("*/[it]*_emb_*.npy")}
-        assert 9 <= len(survivors) < 19
-        forks.start(line(place, out))
-        assert forks.status() == 0
-    assert contents(out) == whole
-    assert {name: (out / name).stat().st_mtime_ns for name in survivors} == survivors
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_ranks_write_the_same(place, whole, tmp_path):
-    run = [*TORCHRUN, "-m", "gapkern", *line(place, tmp_path / "out", "--json")]
-    done = subprocess.run(run, check=True, env=ENVIRONMENT, capture_output=True, text=True)
-    assert json.loads(done.stdout)["computed"] == {"img_emb": COUNT, "text_emb": 50}
-    assert contents(tmp_path / "out") == whole
-
-
-_DIES = """
-import os, sys
-from gapkern.cli import main
-from gapkern.embeddings import pictures
-if os.environ["RANK"] == "1":
-    decode = pictures.decode
-    def dying(content, name):
-        if name == os.environ["DIES_AT"]:
-            os.kill(os.getpid(), 9)
-        return decode(content, name)
-    pictures.decode = dying
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["torchrun", "bare"])
-def test_a_rank_that_dies_ends_the_others_and_loses_nothing(place, whole, tmp_path, launcher, one_thread):
-    out, script = tmp_path / "out", tmp_path / "dies.py"
-    script.write_text(_DIES)
-    dying = sources.images(place / "images").names[16 * 5 + 3]  # in a shard of rank 1
-    environment = {**ENVIRONMENT, "DIES_AT": dying}
-    if launcher == "torchrun":
-        run = subprocess.run(
-            [*TORCHRUN, str(script), *line(place, out)], env=environment, capture_output=True, text=True, timeout=HANGS
-        )
-        assert run.returncode != 0
-    else:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        common = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        run = [sys.executable, str(script), *line(place, out)]
-        ranks = [
-            subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env={**common, "RANK": r, "LOCAL_RANK": r})
-            for r in ("0", "1")
-        ]
-        errors = [rank.communicate(timeout=HANGS)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [1, -9]
-        assert "gapkern embed: rank 0: lost another rank" in errors[0]
-    assert not (out / "img_emb" / "manifest.json").exists()
-    assert shards(out) > 0
-    assert main(line(place, out)) == 0
-    assert contents(out) == whole
 
 
 def test_the_demos_export_embeds_as_the_demo_does(tmp_path):

@@ -7,7 +7,14 @@ import sys
 from tests import emulated
 
 # What calls operators in this process, on problems that an emulator ends in minutes.
-TESTS = ("test_contrastive.py", "test_meanshift.py", "test_perturb.py", "test_robustness_ops.py", "test_range.py")
+TESTS = (
+    "test_contrastive.py",
+    "test_contrastive_contract.py",
+    "test_meanshift.py",
+    "test_perturb.py",
+    "test_robustness_ops.py",
+    "test_range.py",
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ double probability(const double* squared, int64_t count, int64_t target, double 
   for (double z = -7; z <= 7; z += 0.05) {
     const double wanted = 0.5 * std::erfc(z * std::sqrt(0.5));
     double low = 1e-12 * (dims + lambda), high = 4 * (dims + lambda) + 400;
-    for (int i = 0; i < 200; ++i) {
+    for (int i = 0; i < 80; ++i) {
       const double middle = (low + high) / 2;
       (tail(middle, dims, lambda) > wanted ? low : high) = middle;
     }
