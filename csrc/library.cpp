@@ -68,7 +68,8 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   // The softmax losses' steps on Hopper (contrastive/sm90.cuh; in PyTorch's operations
   // gapkern/ops/contrastive/emulation.py). control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up
   // to 8] receives them, unless empty. Sums and log-sum-exps are over all but the labels; grad_label is dS there.
-  // col_weight has M rounded up to 256 elements, zeros at the end.
+  // col_weight has M rounded up to 256 elements, zeros at the end. dS comes as [terms n, M rounded up to 8]: matrices
+  // whose sum it is. Log-sum-exps and positives take float32 embeddings too.
   m.def("contrastive_sm90_shift(Tensor row_norms, Tensor col_norms, Tensor logit_scale) -> Tensor");
   m.def(
       "contrastive_sm90_sums(Tensor images, Tensor texts, Tensor control, Tensor(a!) kept,"
@@ -83,11 +84,11 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       " -> (Tensor row_weight, Tensor col_weight, Tensor separate)");
   m.def(
       "contrastive_sm90_gradient(Tensor images, Tensor texts, Tensor control, Tensor separate, Tensor row_weight,"
-      " Tensor col_weight, Tensor kept, Tensor grad_label, int label_offset) -> Tensor");
+      " Tensor col_weight, Tensor kept, Tensor grad_label, int label_offset, int terms=1) -> Tensor");
   // The sigmoid loss's step there: sums [3, n] over the rows' losses, dS and dS <x, y>. Any label_offset.
   m.def(
       "contrastive_sm90_sigmoid(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias,"
-      " int label_offset) -> (Tensor sums, Tensor ds)");
+      " int label_offset, int terms=1) -> (Tensor sums, Tensor ds)");
   // Counter-based noise and quantisation of rows; perturb/perturb.h.
   m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
   m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");

@@ -35,10 +35,10 @@ def weights(row, col, positive):
     return weighted
 
 
-def steps(x, y, scale, offset=0, work_bytes=0, needs=(True, True, True), module=sm90, similarity="dot"):
+def steps(x, y, scale, offset=0, work_bytes=0, needs=(True,) * 3, module=sm90, similarity="dot", precision="highest"):
     """Statistics and gradients by this module's functions, without the dispatcher's choice."""
-    row, col, positive, *stats = module.contrastive_lse(x, y, scale, similarity, offset, "highest", work_bytes)
-    arguments = (*weights(row, col, positive), x, y, scale, *stats, similarity, offset, "highest", list(needs))
+    row, col, positive, *stats = module.contrastive_lse(x, y, scale, similarity, offset, precision, work_bytes)
+    arguments = (*weights(row, col, positive), x, y, scale, *stats, similarity, offset, precision, list(needs))
     gradients = module.contrastive_lse_backward(LseBackwardArguments(*arguments))
     return [row, col, positive, *gradients]
 
@@ -135,7 +135,7 @@ def rounded(*values):
 def test_float32_is_rounded_once_and_has_float32_gradients(poisoned, work_bytes):
     x, y = pair(130, 270, 72, torch.float32)
     scale = torch.tensor(14.3)
-    ours = steps(x, y, scale, 5, work_bytes)
+    ours = steps(x, y, scale, 5, work_bytes, precision="medium")
     assert [g.dtype for g in ours[3:5]] == [torch.float32] * 2
     assert any(not torch.equal(g, g.bfloat16().float()) for g in ours[3:5])
     check(ours, *rounded(x, y), scale, 5)
@@ -263,8 +263,10 @@ def test_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     device = torch.device("cuda", 0)
     assert dispatch.unsupported_reason(device, torch.bfloat16, 8) == ""
-    assert "float32 with" in dispatch.unsupported_reason(device, torch.float32, 8)
-    assert dispatch.unsupported_reason(device, torch.float32, 8, precision="medium") == ""
+    for precision in ("highest", "medium"):
+        assert dispatch.unsupported_reason(device, torch.float32, 8, precision=precision) == ""
+    assert "with matmul precision 'medium'" in dispatch.unsupported_reason(device, torch.float32, 8, "sqeuclidean")
+    assert dispatch.unsupported_reason(device, torch.float32, 8, "sqeuclidean", "medium") == ""
     assert "got 'high'" in dispatch.unsupported_reason(device, torch.float32, 8, precision="high")
     assert "got float64" in dispatch.unsupported_reason(device, torch.float64, 8, precision="medium")
     assert "multiple of 8, got 12" in dispatch.unsupported_reason(device, torch.float16, 12)

@@ -1,6 +1,7 @@
 """The fused losses on a GPU: times at the targets' shapes, beside others at theirs, and peak memory."""
 
 import functools
+import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from bench.gpu import rivals
 from bench.gpu.checks import EAGER, against_eager, check_large, gradients, pair
 from bench.harness import Case, Contender
 from gapkern import contrastive_loss, sigmoid_loss
+from gapkern.ops.contrastive import dispatch
 
 
 def ours(device: str, quick: bool) -> Iterator[Case]:
@@ -40,6 +42,9 @@ def contrastive(device: str, quick: bool, dtypes: tuple[torch.dtype, ...] = (tor
             for memory in ("recompute", "keep"):
                 loss = functools.partial(contrastive_loss, memory=memory)
                 contenders.append(Contender(f"gapkern, {memory}", gradients(loss, inputs)))
+            if dtype == torch.float32:
+                loss = functools.partial(contrastive_loss, memory="recompute")
+                contenders.append(Contender("gapkern, chunked", in_chunks(gradients(loss, inputs))))
 
             def check(results, dtype=dtype):
                 return against_eager(results, 3e-2 if dtype == torch.bfloat16 else 1e-4)
@@ -48,7 +53,18 @@ def contrastive(device: str, quick: bool, dtypes: tuple[torch.dtype, ...] = (tor
             yield Case(about, contenders, check, EAGER)
 
 
+def in_chunks(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as GAPKERN_KERNEL=chunked has it: the library's float32 products, where Hopper's take bfloat16 terms."""
+
+    def once():
+        with unittest.mock.patch.object(dispatch, "requested_kernel", return_value="chunked"):
+            return call()
+
+    return once
+
+
 def float32(device: str, quick: bool) -> Iterator[Case]:
+    """In bfloat16 terms, and by the library's float32 products."""
     yield from contrastive(device, quick, (torch.float32,))
 
 
@@ -103,6 +119,8 @@ def sigmoid(device: str, quick: bool) -> Iterator[Case]:
                 Contender("open_clip", gradients(rivals.sigmoid_of_open_clip, inputs), "baseline"),
                 Contender("gapkern", gradients(sigmoid_loss, inputs)),
             ]
+            if dtype == torch.float32:
+                contenders.append(Contender("gapkern, chunked", in_chunks(gradients(sigmoid_loss, inputs))))
             close = 3e-2 if dtype == torch.bfloat16 else 1e-4
             about = {"N": n, "D": d, "dtype": str(dtype)[6:], "operations": 6 * n * n * d}
             yield Case(about, contenders, lambda results, close=close: against_eager(results, close), EAGER)

@@ -6,6 +6,11 @@
 namespace gapkern::contrastive::sm90 {
 namespace {
 
+void expect_terms(const Inputs& in, int64_t terms) {
+  STD_TORCH_CHECK(terms == 1 || (terms == kTerms && in.bfloat16()), "terms: expected 1, or ", kTerms,
+                  " of bfloat16, got ", terms);
+}
+
 Tensor shift(const Tensor& row_norms, const Tensor& col_norms, const Tensor& logit_scale) {
   const torch::stable::accelerator::DeviceGuard guard(row_norms.get_device_index());
   expect(row_norms, logit_scale, 1, "logit_scale");
@@ -59,7 +64,7 @@ std::tuple<Tensor, Tensor> sums(const Tensor& images, const Tensor& texts, const
 std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, const Tensor& images,
                                const Tensor& texts, const Tensor& control, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  const Inputs in(images, texts);
+  const Inputs in(images, texts, Float32::taken);
   expect(images, control, 2, "control");
   expect_labels(in, label_offset);
   const Tensor all_sums[] = {row_sums, col_sums};
@@ -69,7 +74,7 @@ std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, c
     expect(images, all_sums[side], count, "row_sums and col_sums");
     finish_lse<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(images)>>>(
         all_sums[side].const_data_ptr<double>(), count, terms, control.const_data_ptr<float>(), out(results[side]));
-    in.with(
+    in.with<Float32::taken>(
         [&](auto products) {
           repair_lse<<<unsigned(tiles(count, kSide)), kThreads, 0, stream_of(images)>>>(
               products, side ? -label_offset : label_offset, control.const_data_ptr<float>(), out(results[side]));
@@ -81,10 +86,10 @@ std::tuple<Tensor, Tensor> lse(const Tensor& row_sums, const Tensor& col_sums, c
 
 Tensor positive(const Tensor& images, const Tensor& texts, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  const Inputs in(images, texts);
+  const Inputs in(images, texts, Float32::taken);
   expect_labels(in, label_offset);
   Tensor result = doubles(images, in.rows);
-  in.with([&](auto products) {
+  in.with<Float32::taken>([&](auto products) {
     label_products<<<unsigned(tiles(in.rows, kWarps)), kThreads, 0, stream_of(images)>>>(products, label_offset,
                                                                                          out(result));
   });
@@ -119,11 +124,12 @@ std::tuple<Tensor, Tensor, Tensor> weights(const Tensor& row_lse2, const Tensor&
 
 Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& control, const Tensor& separate,
                 const Tensor& row_weight, const Tensor& col_weight, const Tensor& kept, const Tensor& grad_label,
-                int64_t label_offset) {
+                int64_t label_offset, int64_t terms) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
   const int64_t pitch = pitch_of(in.columns);
   const cudaStream_t stream = stream_of(images);
+  expect_terms(in, terms);
   expect_labels(in, label_offset);
   expect(images, control, 2, "control");
   expect(images, separate, 1, "separate");
@@ -133,13 +139,14 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& control
                   "col_weight: expected a multiple of 8 bytes");
   expect(images, grad_label, in.rows, "grad_label");
   const Tensor at_labels = as_type(grad_label, ScalarType::Double);
-  Tensor ds = torch::stable::new_empty(images, {in.rows, pitch}, images.scalar_type());
+  Tensor ds = torch::stable::new_empty(images, {terms * in.rows, pitch}, images.scalar_type());
   GradientArguments arguments{};
   arguments.control = control.const_data_ptr<float>();
   arguments.row_weight = row_weight.const_data_ptr<float>();
   arguments.column_weight = col_weight.const_data_ptr<float>();
   if (kept.numel() > 0) {
     expect(images, kept, in.rows * pitch, "kept");
+    STD_TORCH_CHECK(terms == 1, "kept: expected none for ", terms, " terms");
     STD_TORCH_CHECK(kept.scalar_type() == ScalarType::BFloat16 && kept.is_contiguous() && packs(kept, pitch),
                     "kept: expected bfloat16 rows at multiples of 16 bytes");
     Weighing weighing{};
@@ -154,25 +161,26 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& control
           static_cast<T*>(ds.data_ptr()));
     });
   }
-  succeed(launch_gradient(in.problem(), arguments, ds.data_ptr(), pitch, stream), "gradient");
+  succeed(launch_gradient(in.problem(), arguments, ds.data_ptr(), pitch, int(terms), stream), "gradient");
   in.with([&](auto products) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
     set_labels<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream>>>(
-        at_labels.const_data_ptr<double>(), label_offset, in.rows, pitch, static_cast<T*>(ds.data_ptr()));
+        at_labels.const_data_ptr<double>(), label_offset, in.rows, pitch, int(terms), static_cast<T*>(ds.data_ptr()));
   });
   return ds;
 }
 
 std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, const Tensor& logit_scale,
-                                   const Tensor& logit_bias, int64_t label_offset) {
+                                   const Tensor& logit_bias, int64_t label_offset, int64_t terms) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Inputs in(images, texts);
+  expect_terms(in, terms);
   expect(images, logit_scale, 1, "logit_scale");
   expect(images, logit_bias, 1, "logit_bias");
   const Tensor scale = as_type(logit_scale, ScalarType::Float), bias = as_type(logit_bias, ScalarType::Float);
   const int64_t across = tiles(in.columns, kTileN), stride = tiles(in.rows, kTileM) * kTileM;
   const int64_t pitch = pitch_of(in.columns);
-  Tensor part = floats(images, 3 * across * stride), ds = torch::stable::new_empty(images, {in.rows, pitch});
+  Tensor part = floats(images, 3 * across * stride), ds = torch::stable::new_empty(images, {terms * in.rows, pitch});
   Tensor sums = torch::stable::new_empty(images, {3, in.rows}, ScalarType::Double);
   SigmoidArguments arguments{};
   arguments.scale = scale.const_data_ptr<float>();
@@ -182,7 +190,7 @@ std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, co
   arguments.loss_part = part.mutable_data_ptr<float>();
   arguments.gradient_part = arguments.loss_part + across * stride;
   arguments.scale_part = arguments.gradient_part + across * stride;
-  succeed(launch_sigmoid(in.problem(), arguments, ds.data_ptr(), pitch, stream_of(images)), "sigmoid");
+  succeed(launch_sigmoid(in.problem(), arguments, ds.data_ptr(), pitch, int(terms), stream_of(images)), "sigmoid");
   add_up(part, across, sums, in.rows);
   return {sums, ds};
 }

@@ -151,16 +151,28 @@ __global__ void label_products(Products<T> p, int64_t label_offset, double* posi
   const T* x = p.x + row * p.depth;
   const T* y = p.y + (row + label_offset) * p.depth;
   double sum = 0;
-  for (int64_t d = lane; d < p.depth; d += kWarp) sum += double(to_wide(x[d]) * to_wide(y[d]));
+  for (int64_t d = lane; d < p.depth; d += kWarp)
+    if constexpr (std::is_same_v<T, float>)
+      sum += double(x[d]) * double(y[d]);
+    else  // exact in float32
+      sum += double(to_wide(x[d]) * to_wide(y[d]));
   sum = warp_sum(sum);
   if (lane == 0) positive[row] = sum;
 }
 
-// The labels' entries of dS, which come whole: p - 1 of a rounded p would cost 2 % at logit_scale 100.
+// The labels' entries of dS [terms, rows, pitch], which come whole: p - 1 of a rounded p would cost 2 % at logit_scale
+// 100.
 template <class T>
-__global__ void set_labels(const double* grad_label, int64_t label_offset, int64_t rows, int64_t pitch, T* ds) {
+__global__ void set_labels(const double* grad_label, int64_t label_offset, int64_t rows, int64_t pitch, int terms,
+                           T* ds) {
   const int64_t row = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (row < rows) from_wide(float(grad_label[row]), ds + row * pitch + row + label_offset);
+  if (row >= rows) return;
+  double left = grad_label[row];
+  for (int term = 0; term < terms; ++term) {
+    T* to = ds + (term * rows + row) * pitch + row + label_offset;
+    from_wide(float(left), to);
+    left -= double(to_wide(*to));
+  }
 }
 
 }  // namespace gapkern::contrastive::sm90

@@ -151,18 +151,19 @@ CUTLASS_DEVICE void write_column_sums(float (&sums)[2 * kBlocks], const Place& a
   cutlass::arch::NamedBarrier::sync(kGroupThreads, at.group());
 }
 
-// A warp's 16 rows on their way to memory, 64 columns at a time: registers, shared memory, a bulk store.
+// A warp's 16 rows on their way to memory, 64 columns at a time: registers, shared memory, a bulk store. In one matrix
+// they are rounded to T; in several, one behind another, each has what the ones before it left over.
 template <class T>
 struct Store {
   using Staging = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
                                                cute::Shape<cute::Int<kWarpTileRows>, cute::Int<kStoreColumns>>{}));
-  static auto map_of(T* out, int rows, int columns, int64_t pitch) {
+  static auto map_of(T* out, int rows, int columns, int64_t pitch, int terms) {
     const auto layout =
-        cute::make_layout(cute::make_shape(rows, columns, 1), cute::make_stride(pitch, cute::_1{}, int64_t(0)));
+        cute::make_layout(cute::make_shape(rows, columns, terms), cute::make_stride(pitch, cute::_1{}, rows * pitch));
     return cute::make_tma_copy(cute::SM90_TMA_STORE{}, cute::make_tensor(cute::make_gmem_ptr(out), layout), Staging{},
                                cute::Shape<cute::Int<kWarpTileRows>, cute::Int<kStoreColumns>>{}, cute::_1{});
   }
-  using Map = decltype(map_of(nullptr, 0, 0, 0));
+  using Map = decltype(map_of(nullptr, 0, 0, 0, 0));
   struct alignas(1024) Buffers {
     T values[kGroups * kGroupWarps][kBuffers][kWarpTileRows * kStoreColumns];
   };
@@ -175,10 +176,19 @@ struct Store {
   // Of the calling thread's stores.
   static CUTLASS_DEVICE void drain() { cute::tma_store_wait<0>(); }
 
-  template <class Accumulators>
+  template <int terms, class Accumulators>
   static CUTLASS_DEVICE void columns(const Map& map, Buffers& buffers, const Place& at, Accumulators& values,
                                      int number) {
-    T* buffer = buffers.values[at.warp][number % kBuffers];
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int term = 0; term < terms; ++term)
+      matrix<terms>(map, buffers.values[at.warp][(number * terms + term) % kBuffers], at, values, number, term);
+  }
+
+ private:
+  // Of the term-th matrix; `values` then have what is left for the next.
+  template <int terms, class Accumulators>
+  static CUTLASS_DEVICE void matrix(const Map& map, T* buffer, const Place& at, Accumulators& values, int number,
+                                    int term) {
     cute::tma_store_wait<kBuffers - 1>();  // only the first lane has any
     __syncwarp();
     // stmatrix: lanes 8 m to 8 m + 7 have the rows' addresses of the m-th matrix, 8 x 8. m % 2 are the rows, m / 2 the
@@ -193,6 +203,10 @@ struct Store {
         cutlass::Array<float, 2> pair{element(values, from, m % 2, 0), element(values, from, m % 2, 1)};
         const auto narrow = cutlass::NumericArrayConverter<T, float, 2>::convert(pair);
         words[m] = reinterpret_cast<const uint32_t&>(narrow);
+        if constexpr (terms > 1) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int c = 0; c < 2; ++c) element(values, from, m % 2, c) -= float(narrow[c]);
+        }
       }
       auto* to = reinterpret_cast<cute::uint128_t*>(buffer + row * kStoreColumns) + ((n + block) ^ row % 8);
       cute::SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3], *to);
@@ -200,9 +214,9 @@ struct Store {
     cute::tma_store_fence();
     __syncwarp();
     if (at.lane == 0) {
-      const auto all = map.get_tma_tensor(cute::make_shape(at.rows, at.columns, 1));
+      const auto all = map.get_tma_tensor(cute::make_shape(at.rows, at.columns, terms));
       const auto tile = cute::local_tile(
-          all(cute::_, cute::_, 0), cute::Shape<cute::Int<kWarpTileRows>, cute::Int<kStoreColumns>>{},
+          all(cute::_, cute::_, term), cute::Shape<cute::Int<kWarpTileRows>, cute::Int<kStoreColumns>>{},
           cute::make_coord(at.tile_row * (kTileM / kWarpTileRows) + at.warp, at.tile_column * kStores + number));
       const auto slice = map.get_slice(0);
       const auto from = cute::make_tensor(cute::make_smem_ptr(buffer), Staging{});
@@ -218,13 +232,13 @@ struct Store<void> {
   struct alignas(1024) Buffers {
     float sums[kGroups * kGroupWarps][kTileN];
   };
-  static Map map_of(void*, int, int, int64_t) { return {}; }
+  static Map map_of(void*, int, int, int64_t, int) { return {}; }
   static CUTLASS_DEVICE void prefetch(const Map&) {}
   static CUTLASS_DEVICE Scratch scratch(Buffers& buffers, const Place& at) {
     return {buffers.sums[at.group() * kGroupWarps], kTileN};
   }
   static CUTLASS_DEVICE void drain() {}
-  template <class Accumulators>
+  template <int, class Accumulators>
   static CUTLASS_DEVICE void columns(const Map&, Buffers&, const Place&, Accumulators&, int) {}
 };
 
@@ -263,8 +277,9 @@ struct NoStores {
   CUTLASS_DEVICE explicit NoStores(const Params&) {}
 };
 
-// Design: the type of the inputs, Input; what is stored, Out, or void; its Arguments; and run(arguments, place,
-// accumulators, scratch, store), which calls store(number) once the number-th 64 columns hold what is to be stored.
+// Design: the type of the inputs, Input; what is stored, Out, or void, in kTerms matrices; its Arguments; and
+// run(arguments, place, accumulators, scratch, store), which calls store(number) once the number-th 64 columns hold
+// what is to be stored.
 template <class Design>
 class Epilogue {
   using Out = typename Design::Out;
@@ -303,7 +318,8 @@ class Epilogue {
 
   template <class Shape>
   static Params to_underlying_arguments(const Shape& shape, const Arguments& arguments, void*) {
-    return {arguments.design, Tile::map_of(arguments.out, cute::get<0>(shape), cute::get<1>(shape), arguments.pitch)};
+    return {arguments.design,
+            Tile::map_of(arguments.out, cute::get<0>(shape), cute::get<1>(shape), arguments.pitch, Design::kTerms)};
   }
   template <class Shape>
   static size_t get_workspace_size(const Shape&, const Arguments&) {
@@ -347,8 +363,9 @@ class Epilogue {
     if (in_turn) turns.begin(at, turn.phase());
     // Clusters pad the grid of tiles.
     if (at.inside())
-      Design::run(params_.design, at, values, Tile::scratch(buffers, at),
-                  [&](int number) { Tile::columns(params_.map, buffers, at, values, number); });
+      Design::run(params_.design, at, values, Tile::scratch(buffers, at), [&](int number) {
+        Tile::template columns<Design::kTerms>(params_.map, buffers, at, values, number);
+      });
     if (in_turn) turns.end(at);
     ++turn;
     return cute::make_tuple(turn, stores);

@@ -10,6 +10,7 @@ struct Sums {
   using Input = T;
   using Out = Stored;
   using Arguments = SumsArguments;
+  static constexpr int kTerms = 1;
   static constexpr bool kConditional = false;
 
   template <class Accumulators, class Storing>

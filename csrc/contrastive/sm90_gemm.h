@@ -7,6 +7,7 @@
 namespace gapkern::contrastive::sm90 {
 
 inline constexpr int kTileM = 128, kTileN = 256;
+inline constexpr int kTerms = 3;      // bfloat16 numbers whose sum has float32's 24 bits
 inline constexpr int kPartRows = 64;  // of a tile, whose columns are summed together
 
 enum class Element { bfloat16, float16 };
@@ -46,10 +47,10 @@ struct SigmoidArguments {
 // only.
 cudaError_t launch_sums(const Problem& problem, const SumsArguments& arguments, void* kept, int64_t pitch,
                         cudaStream_t stream);
-// ds [rows, pitch] in the inputs' type.
+// ds [terms, rows, pitch] in the inputs' type, whose sum it is: one term, or kTerms of bfloat16.
 cudaError_t launch_gradient(const Problem& problem, const GradientArguments& arguments, void* ds, int64_t pitch,
-                            cudaStream_t stream);
+                            int terms, cudaStream_t stream);
 cudaError_t launch_sigmoid(const Problem& problem, const SigmoidArguments& arguments, void* ds, int64_t pitch,
-                           cudaStream_t stream);
+                           int terms, cudaStream_t stream);
 
 }  // namespace gapkern::contrastive::sm90

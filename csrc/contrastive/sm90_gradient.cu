@@ -1,13 +1,14 @@
-// Backward on Hopper: the product again, and dS rounded once as it leaves the epilogue.
+// Backward on Hopper: the product again, and dS rounded once as it leaves the epilogue, or in terms.
 #include "contrastive/sm90_cutlass.cuh"
 
 namespace gapkern::contrastive::sm90 {
 
-template <class T>
+template <class T, int term_count>
 struct Gradients {
   using Input = T;
   using Out = T;
   using Arguments = GradientArguments;
+  static constexpr int kTerms = term_count;
   static constexpr bool kConditional = true;
 
   // Whether any of a warp's rows or columns has a separate weight. Brings the columns' weights into L1.
@@ -58,11 +59,15 @@ struct Gradients {
   }
 };
 
-cudaError_t launch_gradient(const Problem& p, const GradientArguments& arguments, void* ds, int64_t pitch,
+cudaError_t launch_gradient(const Problem& p, const GradientArguments& arguments, void* ds, int64_t pitch, int terms,
                             cudaStream_t stream) {
+  if (terms == kTerms && p.element == Element::bfloat16)
+    return Gemm<Gradients<cutlass::bfloat16_t, kTerms>>::run(p, arguments, static_cast<cutlass::bfloat16_t*>(ds), pitch,
+                                                             stream);
+  if (terms != 1) return cudaErrorNotSupported;
   return by_element(p, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Gemm<Gradients<T>>::run(p, arguments, static_cast<T*>(ds), pitch, stream);
+    return Gemm<Gradients<T, 1>>::run(p, arguments, static_cast<T*>(ds), pitch, stream);
   });
 }
 

@@ -17,12 +17,13 @@ inline Tensor floats(const Tensor& like, int64_t count) {
 }
 inline double* out(Tensor& x) { return x.mutable_data_ptr<double>(); }
 
-// Images and texts as the products need them.
+// Images and texts as the products need them, or, for kernels without tensor cores, of float32 too.
+enum class Float32 { refused, taken };
 struct Inputs {
   Tensor images, texts;
   int64_t rows, columns, depth;
 
-  Inputs(const Tensor& x, const Tensor& y)
+  Inputs(const Tensor& x, const Tensor& y, Float32 float32 = Float32::refused)
       : images(torch::stable::contiguous(x)),
         texts(torch::stable::contiguous(y)),
         rows(x.size(0)),
@@ -33,7 +34,8 @@ struct Inputs {
     STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "images and texts: expected the same dims");
     STD_TORCH_CHECK(rows > 0 && columns > 0 && depth > 0, "images and texts: expected filled matrices");
     STD_TORCH_CHECK(rows < int64_t(1) << 31 && columns < int64_t(1) << 31, "images and texts: too many rows");
-    STD_TORCH_CHECK((type == ScalarType::BFloat16 || type == ScalarType::Half) && y.scalar_type() == type,
+    const bool half = type == ScalarType::BFloat16 || type == ScalarType::Half;
+    STD_TORCH_CHECK((half || (float32 == Float32::taken && type == ScalarType::Float)) && y.scalar_type() == type,
                     "images and texts: expected bfloat16 or float16");
     STD_TORCH_CHECK(packs(images, depth) && packs(texts, depth),
                     "images and texts: expected dims a multiple of 8 and rows at multiples of 16 bytes");
@@ -57,7 +59,7 @@ struct Inputs {
             multiprocessors};
   }
   // Calls f with the products of images and texts, or the other way round.
-  template <class F>
+  template <Float32 float32 = Float32::refused, class F>
   void with(const F& f, bool transposed = false) const {
     const Tensor& x = transposed ? texts : images;
     const Tensor& y = transposed ? images : texts;
@@ -68,8 +70,10 @@ struct Inputs {
     };
     if (bfloat16())
       call(static_cast<BFloat16*>(nullptr));
-    else
+    else if (images.scalar_type() == ScalarType::Half)
       call(static_cast<Half*>(nullptr));
+    else if constexpr (float32 == Float32::taken)
+      call(static_cast<float*>(nullptr));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };

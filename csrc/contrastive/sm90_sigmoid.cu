@@ -3,11 +3,12 @@
 
 namespace gapkern::contrastive::sm90 {
 
-template <class T>
+template <class T, int term_count>
 struct Sigmoid {
   using Input = T;
   using Out = T;
   using Arguments = SigmoidArguments;
+  static constexpr int kTerms = term_count;
   static constexpr bool kConditional = false;
 
   template <class Accumulators, class Storing>
@@ -64,11 +65,15 @@ struct Sigmoid {
   }
 };
 
-cudaError_t launch_sigmoid(const Problem& p, const SigmoidArguments& arguments, void* ds, int64_t pitch,
+cudaError_t launch_sigmoid(const Problem& p, const SigmoidArguments& arguments, void* ds, int64_t pitch, int terms,
                            cudaStream_t stream) {
+  if (terms == kTerms && p.element == Element::bfloat16)
+    return Gemm<Sigmoid<cutlass::bfloat16_t, kTerms>>::run(p, arguments, static_cast<cutlass::bfloat16_t*>(ds), pitch,
+                                                           stream);
+  if (terms != 1) return cudaErrorNotSupported;
   return by_element(p, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return Gemm<Sigmoid<T>>::run(p, arguments, static_cast<T*>(ds), pitch, stream);
+    return Gemm<Sigmoid<T, 1>>::run(p, arguments, static_cast<T*>(ds), pitch, stream);
   });
 }
 

@@ -188,7 +188,7 @@ void gradient(const std::string& name, double tolerance, const Embeddings<T>& p,
                                 : gradient_of_common(acc, k, shift, a, b);
             from_wide(w, &ds[i * p.pitch + j]);
           }
-      simt::launch(unsigned((p.rows + 127) / 128), 128, set_labels<T>, grad_label.data(), p.offset, p.rows, p.pitch,
+      simt::launch(unsigned((p.rows + 127) / 128), 128, set_labels<T>, grad_label.data(), p.offset, p.rows, p.pitch, 1,
                    ds.data());
       for (int64_t j = p.columns; j < p.columns + 300; ++j)
         if (weight[1][j] != 0) return double(INFINITY);
@@ -196,6 +196,21 @@ void gradient(const std::string& name, double tolerance, const Embeddings<T>& p,
       for (int64_t i = 0; i < p.rows; ++i) std::copy_n(&ds[i * p.pitch], p.columns, &dense[i * p.columns]);
       return check::largest({check::error(dense, truth, 1e-3), std::abs(double(separate[0]) - expected_separate)});
     });
+}
+
+// The labels' dS as three bfloat16 numbers, whose sum has float32's 24 bits.
+double labels_in_terms() {
+  const int64_t rows = 131, pitch = 168, offset = 9;
+  const check::vector<double> grad_label = check::random<double>(rows, 1);
+  check::vector<BFloat16> ds(3 * rows * pitch, BFloat16{});
+  simt::launch(2, 128, set_labels<BFloat16>, grad_label.data(), offset, rows, pitch, 3, ds.data());
+  double worst = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0;
+    for (int term = 0; term < 3; ++term) sum += double(to_wide(ds[(term * rows + i) * pitch + i + offset]));
+    worst = check::largest({worst, std::abs(sum / grad_label[i] - 1)});
+  }
+  return worst;
 }
 
 template <class T>
@@ -373,6 +388,11 @@ int main() {
   nothing_but_labels();
   positive("ragged", ragged);
   positive("float16", half);
+  const Embeddings<float> single(67, 131, 40, 3, 10, 1), far(66, 133, 24, 2, 1, 60);
+  positive("float32", single);
+  statistics("float32", 2e-6, single, 0, 0);
+  statistics("float32 of large norms", 1e-4, far, 0.9, 1.01);
+  check::kernel("labels in terms", 0x1p-23, labels_in_terms);
   statistics("scale 100", 2e-5, sharp, 0, 0);
   statistics("float16", 2e-6, half, 0, 0);
   statistics("large norms", 1e-4, large, 0.9, 1.01);

@@ -10,7 +10,7 @@ from gapkern.ops.contrastive import lse_pair, sigmoid_sum, sm90
 from gapkern.testing import assert_three_way
 
 from . import problems
-from .problems import ROUNDING, losses_of_pairs, pair, seen_by_products
+from .problems import ROUNDING, losses_of_pairs, pair, rounding, seen_by_products
 
 
 @contextlib.contextmanager
@@ -30,18 +30,19 @@ def matmul_precision(setting: str):
         torch.set_float32_matmul_precision(before)
 
 
-def softmax_in_blocks(device, n, m, d, dtype, kept_rows, offset, rows, elements):
+def softmax_in_blocks(device, n, m, d, dtype, kept_rows, offset, rows, elements, precision="medium"):
     """As a whole problem, with rows of exponentials kept in the first blocks and recomputed in the others."""
     with blocks(rows, elements):
-        return problems.softmax_statistics(device, n, m, d, dtype, kept_rows * 4 * m, offset=offset)
+        options = {"offset": offset, "precision": precision}
+        return problems.softmax_statistics(device, n, m, d, dtype, kept_rows * 4 * m, **options)
 
 
-def sigmoid_in_blocks(device, n, m, d, dtype, offset, elements):
+def sigmoid_in_blocks(device, n, m, d, dtype, offset, elements, precision="medium"):
     with blocks(128, elements):
-        return problems.sigmoid(device, n, m, d, dtype, offset)
+        return problems.sigmoid(device, n, m, d, dtype, offset, precision)
 
 
-def nearly_solved(device, n, m, d, dtype, scale, offset=0, work_bytes=0):
+def nearly_solved(device, n, m, d, dtype, scale, offset=0, work_bytes=0, precision="medium"):
     """A small loss and its gradients have their own precision, not that of the logits whose differences they are."""
     x, y = pair(n, m, d, dtype)
     if offset:
@@ -53,7 +54,7 @@ def nearly_solved(device, n, m, d, dtype, scale, offset=0, work_bytes=0):
         return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
     def losses_of_kernels(*inputs):
-        row, col, positive = lse_pair(*inputs, label_offset=offset, precision="medium", work_bytes=work_bytes)
+        row, col, positive = lse_pair(*inputs, label_offset=offset, precision=precision, work_bytes=work_bytes)
         return (row + col[offset : offset + n]) / 2 - positive
 
     def losses_of_differences(*inputs):
@@ -62,17 +63,20 @@ def nearly_solved(device, n, m, d, dtype, scale, offset=0, work_bytes=0):
     scale = torch.tensor(scale)
     with blocks(128, 128 * m):
         ours = device.on(run, losses_of_kernels, x, y, scale)
-    truth = run(losses_of_differences, *(v.double() for v in seen_by_products(x, y)), scale.double())
+    seen = seen_by_products(x, y, precision=precision)
+    truth = run(losses_of_differences, *(v.double() for v in seen), scale.double())
     if min(n, m) == 1 and n == m:
         assert all(not v.any() for v in ours)
         return
     assert float(truth[0]) < 1e-9
+    # Exponents of this size have a unit in the last place of 2^-17, whichever the products' precision.
+    margin = max(rounding(dtype, precision), 2e-5)
     # The log-sum-exps are float64 numbers of the logits' size.
     assert abs(float(ours[0] - truth[0])) < 2e-5 * float(truth[0]) + 2**-52 * float(scale)
     for a, b in zip(ours[1:3], truth[1:3], strict=True):
         least = 2**-25 * a.numel() ** 0.5 if dtype == torch.float16 else 0  # what float16 itself cannot hold
-        assert float((a.double() - b).norm()) < ROUNDING[dtype] * float(b.norm()) + least
-    assert abs(float(ours[3] - truth[3])) < 4 * ROUNDING[dtype] * abs(float(truth[3]))
+        assert float((a.double() - b).norm()) < margin * float(b.norm()) + least
+    assert abs(float(ours[3] - truth[3])) < 4 * margin * abs(float(truth[3]))
 
 
 def losses(device, seed):
@@ -92,6 +96,7 @@ def losses(device, seed):
     memory = choose([0, 4 * m * max(1, n // 2), 2**32])
     scale, closeness = choose([(1.0, 1.0), (14.3, 1.0), (50.0, 0.2), (50.0, 1.0)])
     similarity = choose(["dot", "sqeuclidean"]) if dtype != torch.float16 else "dot"
+    precision = choose(["medium", "highest"])
     x, y, scale = *pair(n, m, d, dtype, seed=seed, closeness=closeness), torch.tensor(scale)
 
     def run(name, images, texts, s):
@@ -99,28 +104,30 @@ def losses(device, seed):
         if name == "contrastive" and n == m:
             loss = contrastive_loss(*inputs, similarity=similarity, memory=memory)
         elif name == "contrastive":
-            options = {"similarity": similarity, "label_offset": offset, "precision": "medium", "work_bytes": memory}
+            options = {"similarity": similarity, "label_offset": offset, "precision": precision, "work_bytes": memory}
             row, _, positive = lse_pair(*inputs, **options)
             loss = (row - positive).mean()
         elif n == m:
             loss = sigmoid_loss(*inputs, -5.0)
         else:
             bias = torch.full_like(s, -5.0)
-            loss = sigmoid_sum(*inputs, bias, label_offset=offset, precision="medium") / n
+            loss = sigmoid_sum(*inputs, bias, label_offset=offset, precision=precision) / n
         loss.backward()
         return [loss.detach(), *(t.grad for t in inputs)]
 
     for name in ("contrastive", "sigmoid"):
-        with matmul_precision("medium"), blocks(rows, elements):
+        with matmul_precision(precision), blocks(rows, elements):
             ours = device.on(run, name, x, y, scale)
-        seen = seen_by_products(x, y)
+        seen = seen_by_products(x, y, precision=precision)
         truth = run(name, *(v.double() for v in seen), scale.double())
         single = run(name, *(v.float() for v in seen), scale)
         size = float(truth[0].abs())
         # A softmax's loss is a difference of float64 numbers of the logits' size; float16 ends at 2^-24.
         margins = [2e-5 + (2**-53 * float(scale) / size if size else 0)]
         least = 2**-25 if dtype == torch.float16 else 0
-        margins += [ROUNDING[dtype] + least * g.numel() ** 0.5 / max(float(g.norm()), 1e-300) for g in truth[1:3]]
+        margins += [
+            rounding(dtype, precision) + least * g.numel() ** 0.5 / max(float(g.norm()), 1e-300) for g in truth[1:3]
+        ]
         for a, b, c, margin in zip(ours, single, truth, margins, strict=False):
             assert_three_way(a.reshape(c.shape), b, c, margin)
         assert abs(float(ours[3]) - float(truth[3])) <= 10 * ROUNDING[dtype] * (abs(float(truth[3])) + 1e-2 * size)
@@ -135,8 +142,11 @@ def _in_blocks():
     yield softmax_in_blocks, (400, 400, 24, bf16, 110, 0, 256, 256 * 400), {}
     for dtype, offset in ((bf16, -140), (f16, 0), (f32, 200)):
         yield sigmoid_in_blocks, (300, 390, 72, dtype, offset, 128 * 390), {}
+    yield softmax_in_blocks, (300, 390, 40, f32, 300, 61, 512, 3 * 128 * 390, "highest"), {}
+    yield sigmoid_in_blocks, (300, 390, 40, f32, 200, 3 * 128 * 390, "highest"), {}
     for dtype in (bf16, f16, f32):
         yield nearly_solved, (140, 140, 512, dtype, 50.0), {}
+    yield nearly_solved, (140, 260, 256, f32, 50.0, 100), {"precision": "highest"}
     # In several blocks of rows and tiles of columns, some of them kept; labels at either end of the columns, and across
     # the middle of a tile; columns that are nobody's label.
     for offset, work_bytes in ((0, 0), (250, 2**30), (130, 4 * 390 * 64)):

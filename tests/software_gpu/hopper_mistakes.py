@@ -1,6 +1,6 @@
 """Mistakes in what Hopper's kernels do asynchronously: fences, barriers, copies, products; and in their fragments."""
 
-from .planting import GONE, GRADIENTS, KEPT, SIGMOIDS, SUMS, of, separate
+from .planting import GONE, GRADIENTS, KEPT, SIGMOIDS, SUMS, TERMS, of, separate
 
 _TRY_WAIT = r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[%r\d+\], )(%r\d+)(, %r\d+;)"
 _OTHER_PARITY = r"{ .reg .b32 t; xor.b32 t, \2, 1; \1t\3 }"
@@ -221,6 +221,40 @@ def _mistakes():
         "wrong result",
         SIGMOIDS,
         (r"setp\.eq\.s32 (%p\d+), (%r\d+), 8;", r"setp.eq.s32 \1, \2, 10;", 0),
+    )
+    yield of(
+        "a term that is never stored",
+        ("wrong result", "race"),
+        TERMS,
+        (r"(add\.s32 (%r\d+), \2, 1;\s*setp\.ne\.s32 %p\d+, \2, )3;", r"\g<1>2;", 2),
+    )
+    yield of(
+        "a term in another's matrix",
+        ("wrong result", "race"),
+        TERMS,
+        (
+            r"(cp\.async\.bulk\.tensor\.3d\.global[^{]*\{%r\d+, %r\d+, )(%r\d+)([^;]*;)",
+            r"{ .reg .b32 t; xor.b32 t, \2, 1; \1t\3 }",
+            1,
+        ),
+    )
+    yield of(
+        "a term from which the one before is not subtracted",
+        "wrong result",
+        TERMS,
+        (r"(mov\.b32 (%f\d+), %r\d+;\s*)sub\.f32 (%f\d+), \3, \2;", r"\1", 9),
+    )
+    yield of(
+        "a remainder of the neighbour's",
+        "wrong result",
+        TERMS,
+        (r"shl\.b32 (%r\d+), (%r\d+), 16;(\s*mov\.b32 %f\d+, \1;\s*sub)", r"and.b32 \1, \2, -65536;\3", 4),
+    )
+    yield of(
+        "a stage of terms used again one store too early",
+        "race",
+        TERMS,
+        (r"cp\.async\.bulk\.wait_group\.read 1;", "cp.async.bulk.wait_group.read 2;"),
     )
 
 

@@ -7,8 +7,8 @@ import torch
 from . import problems
 from .device import Device, quiet
 
-SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_tEv", "4SumsINS_10bfloat16_tES", "GradientsINS_10bfloat16_t"
-SIGMOIDS = "SigmoidINS_10bfloat16_t"
+SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_tEv", "4SumsINS_10bfloat16_tES", "GradientsINS_10bfloat16_tELi1"
+SIGMOIDS, TERMS = "SigmoidINS_10bfloat16_tELi1", "GradientsINS_10bfloat16_tELi3"
 COLUMN_SUM, SHIFTED, NEAREST = "sum_rowsIfLi4E", "apply_rowsIfLi4ELb1E", "nearest_tilesIfLb1E"
 LSE_TILES, BITS = "lse_tilesIfLb1E", "WriteBits"
 
@@ -47,6 +47,10 @@ def single_pair(device):
 
 def sigmoid(device):
     problems.sigmoid_elements(device, 140, 300, 72, torch.bfloat16)
+
+
+def terms(device):
+    problems.in_terms(device, "softmax", 140, 300, 40)
 
 
 def exact(device):
@@ -89,7 +93,7 @@ GONE = ""
 
 def of(name, kinds, kernel, *changes, problem=None, seeds=(0, 1, 2)):
     """A mistake, shown by a problem: that of Hopper's kernel unless another is named."""
-    problem = problem or {KEPT: kept, SUMS: sums, GRADIENTS: gradient, SIGMOIDS: sigmoid}[kernel]
+    problem = problem or {KEPT: kept, SUMS: sums, GRADIENTS: gradient, SIGMOIDS: sigmoid, TERMS: terms}[kernel]
     planted = tuple((kernel, *c) for c in changes)
     return Mistake(name, (kinds,) if isinstance(kinds, str) else kinds, kernel, planted, problem, seeds)
 

@@ -10,7 +10,7 @@ import math
 import torch
 
 from gapkern._search import nearest
-from gapkern.ops.contrastive import emulation, lse_pair, sigmoid_sum
+from gapkern.ops.contrastive import emulation, lse_pair, sigmoid_sum, terms
 from gapkern.reference import contrastive as reference
 from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import robustness as robustness_reference
@@ -21,6 +21,9 @@ from .fixture import on_gpu
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # What rounding dS and the results once costs; statistics are never rounded.
 ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-3}
+# What exponentials and weights cost in float32, where nothing is rounded to less, and separate weights: exponents of
+# 22 bits, here of up to 2^10.
+FLOAT32, SEPARATE = 1e-6, 1e-4
 NAMES = ("row_lse", "col_lse", "positive", "grad_images", "grad_texts", "grad_logit_scale")
 
 
@@ -35,8 +38,14 @@ def pair(n, m, d, dtype, size=1.0, seed=0, closeness=1.0):
     return [(size * v / v.norm(dim=1, keepdim=True)).to(dtype) for v in (x, y)]
 
 
-def seen_by_products(*values):
-    return [v.bfloat16().float() if v.dtype == torch.float32 else v for v in values]
+def seen_by_products(*values, precision="medium"):
+    rounds = precision == "medium"
+    return [v.bfloat16().float() if rounds and v.dtype == torch.float32 else v for v in values]
+
+
+def rounding(dtype, precision):
+    """What the gradients' precision costs."""
+    return FLOAT32 if dtype == torch.float32 and precision != "medium" else ROUNDING[dtype]
 
 
 def losses_of_pairs(x, y, scale, offset=0):
@@ -76,16 +85,19 @@ def softmax_statistics(
     assert [g.dtype for g in ours[3:5]] == [dtype] * 2
     if dtype == torch.float32:
         assert any(not torch.equal(g, g.bfloat16().float()) for g in ours[3:5])
-    seen = seen_by_products(x, y)
+    seen = seen_by_products(x, y, precision=precision)
     truth = run(reference.lse_pair, *(v.double() for v in seen), scale.double())
     single = run(reference.lse_pair, *(v.float() for v in seen), scale)
+    of_gradients = rounding(dtype, precision)
+    if size > 1:
+        of_gradients = max(of_gradients, SEPARATE)
     for name, a, b, c in zip(NAMES, ours, single, truth, strict=True):
-        margin = ROUNDING[dtype] if name.startswith("grad") else 5e-6
+        margin = of_gradients if name.startswith("grad") else 5e-6
         assert_three_way(a.reshape(c.shape), b, c, margin * (10 if name == NAMES[-1] else 1), name=name)
     return ours
 
 
-def sigmoid(device, n, m, d, dtype, offset=0):
+def sigmoid(device, n, m, d, dtype, offset=0, precision="medium"):
     """sigmoid_sum and all its gradients."""
     x, y = pair(n, m, d, dtype)
     scale, bias = torch.tensor(14.3), torch.tensor(-6.0)
@@ -95,12 +107,12 @@ def sigmoid(device, n, m, d, dtype, offset=0):
         loss = function(*inputs, label_offset=offset, **options)
         return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
-    ours = device.on(run, sigmoid_sum, x, y, scale, bias, precision="medium")
+    ours = device.on(run, sigmoid_sum, x, y, scale, bias, precision=precision)
     assert [g.dtype for g in ours[1:3]] == [dtype] * 2
-    seen = seen_by_products(x, y)
+    seen = seen_by_products(x, y, precision=precision)
     truth = run(reference.sigmoid_sum, *(v.double() for v in (*seen, scale, bias)))
     single = run(reference.sigmoid_sum, *(v.float() for v in seen), scale, bias)
-    for a, b, c, margin in zip(ours, single, truth, (2e-5, *[ROUNDING[dtype]] * 2), strict=False):
+    for a, b, c, margin in zip(ours, single, truth, (2e-5, *[rounding(dtype, precision)] * 2), strict=False):
         assert_three_way(a, b, c, margin)
     # Sums of both signs, of float32 values that were not rounded: a share of the loss.
     for a, b in zip(ours[3:], truth[3:], strict=True):
@@ -173,6 +185,33 @@ def gradient_elements(device, n, m, d, dtype, keep, separate=False):
     truth[rows, rows + offset] = grads[2]
     elements_near(ds, truth, 2**-7 if keep else 2 ** (-8 if dtype == torch.bfloat16 else -10))
     return [ds]
+
+
+def in_terms(device, loss, n, m, d, scale=3.0):
+    """dS of float32 embeddings, element by element, as the sum of bfloat16 matrices that have 24 bits together."""
+    x, y = pair(n, m, d, torch.float32)
+    x, y, scale = 2 * x, y / 3, torch.tensor(scale)
+    operands = terms.rows(x, 0), terms.rows(y, 1)
+    logits = float(scale) * (x.double() @ y.double().T)
+    offset, rows = (m - n) // 2, torch.arange(n)
+    if loss == "softmax":
+        lse = [logits.logsumexp(i) for i in (1, 0)]
+        grads = [1 + torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (n, m, n)]
+        control = device.call("contrastive_sm90_shift", *(v.norm(dim=1) for v in (x, y)), scale)
+        weights = device.call("contrastive_sm90_weights", *(v / math.log(2) for v in lse), *grads[:2], control)
+        weights, kept = [weights[2], *weights[:2]], operands[0].new_empty(0)
+        ds = device.call("contrastive_sm90_gradient", *operands, control, *weights, kept, grads[2], offset, 3)
+        truth = grads[0][:, None] * (logits - lse[0][:, None]).exp() + grads[1] * (logits - lse[1]).exp()
+        truth[rows, rows + offset] = grads[2]
+    else:
+        _, ds = device.call("contrastive_sm90_sigmoid", *operands, scale, torch.tensor(-1.0), offset, 3)
+        z = torch.where(torch.arange(n)[:, None] + offset == torch.arange(m), 1.0, -1.0).double()
+        truth = -z * torch.sigmoid(-z * (logits - 1))
+    matrices = ds.view(3, n, -1)[:, :, :m].double()
+    elements_near(matrices.sum(0), truth, 1e-6, 0.1)
+    for k in (1, 2):  # each is half a unit in the last place of what the ones before it add up to, at most
+        assert bool((matrices[k].abs() <= 2.0 ** -(8 * k) * truth.abs() * 1.01).all())
+    return [ds.view(3, n, -1)[:, :, :m]]
 
 
 def sigmoid_elements(device, n, m, d, dtype, offset=0):
@@ -390,6 +429,13 @@ def _kernels():
     for size, scale in ((1.0, 100.0), (5.0, 30.0), (3.0, -2.0)):
         options = {"size": size, "scale": scale, "similarity": "sqeuclidean"}
         yield softmax_statistics, (140, 270, 32, bf16, 0), options
+    # Float32 in terms; at the larger norms sums are repaired, and weights separate.
+    for size, scale in ((1.0, 14.3), (4.0, 30.0)):
+        options = {"size": size, "scale": scale, "offset": 7, "precision": "highest"}
+        yield softmax_statistics, (140, 300, 64, f32), options
+    for loss in ("softmax", "sigmoid"):
+        yield in_terms, (loss, 140, 300, 40), {}
+    yield sigmoid, (129, 300, 40, f32), {"offset": -70, "precision": "highest"}
     yield float16_gradients_of_kept, (), {}
     for dtype, keep, separate in (
         (bf16, False, False),
@@ -435,4 +481,4 @@ def _kernels():
 
 KERNELS = list(_kernels())
 # These call Hopper's kernels by name; the others go where the dispatcher leads them.
-HOPPERS = (float16_gradients_of_kept, gradient_elements, sigmoid_elements)
+HOPPERS = (float16_gradients_of_kept, gradient_elements, sigmoid_elements, in_terms)

@@ -96,6 +96,23 @@ void fetch(Warp& w, const Descriptor& d, int row, const Access& by, bool bfloat,
   }
 }
 
+// The sum of 16 products and what is added to, as tensor cores form it at worst (Fasi, Higham, Mikaitis and Pranesh
+// 2021; Ootomo and Yokota 2022): every addend cut off 24 bits below the largest one's first. Exact for sums of numbers
+// that are multiples of that.
+double aligned_sum(const double (&products)[16], double added_to) {
+  double most = std::abs(added_to);
+  for (const double p : products) most = std::max(most, std::abs(p));
+  if (most == 0 || !std::isfinite(most)) {
+    for (const double p : products) added_to += p;
+    return added_to;
+  }
+  const int first = std::ilogb(most);
+  const double parts = std::ldexp(1.0, 24 - first);
+  int32_t sum = int32_t(added_to * parts);
+  for (const double p : products) sum += int32_t(p * parts);
+  return double(sum) / parts;
+}
+
 void multiply(Warp& w, Product& p) {
   const Access by{&w, &p.seen, &p.seen_by_async, uint16_t(w.agent + kProducts), p.clock, 0, true, kProducts};
   const Form& f = *p.form;
@@ -123,17 +140,19 @@ void multiply(Warp& w, Product& p) {
   const std::vector<int32_t>& slots = f.accumulators;
   float* d[128];
   for (size_t i = 0; i < slots.size(); ++i) d[i] = w.r<float>(slots[i]);
-  // Exact in double (16 products of 8 or 11 bits), then rounded once: to nearest, or towards zero, as the seed says.
+  // By the seed: exact in double (16 products of 8 or 11 bits) and rounded to nearest once, or cut off, addends too.
   const bool to_zero = device.rounding_seed % 2 == 1;
   for (int c = 0; c < f.columns; ++c) {
     double wide_b[16];
     for (int k = 0; k < 16; ++k) wide_b[k] = b[c][k];
     for (int r = 0; r < 16; ++r) {
-      double sum = 0;
-      for (int k = 0; k < 16; ++k) sum += wide_a[r][k] * wide_b[k];
+      double products[16], sum = 0;
+      for (int k = 0; k < 16; ++k) products[k] = wide_a[r][k] * wide_b[k];
       // Lane 4 (r mod 8) + (c mod 8) / 2 holds it, in register 4 (c / 8) + 2 (r / 8) + c mod 2.
       float& out = d[c / 8 * 4 + r / 8 * 2 + c % 2][r % 8 * 4 + c % 8 / 2];
-      const double whole = p.keep ? sum + double(out) : sum;
+      const double added_to = p.keep ? double(out) : 0;
+      for (int k = 0; k < 16; ++k) sum += products[k];
+      const double whole = to_zero ? aligned_sum(products, added_to) : sum + added_to;
       float rounded = float(whole);
       if (to_zero && std::isfinite(rounded) && std::abs(double(rounded)) > std::abs(whole))
         rounded = std::nextafter(rounded, 0.f);

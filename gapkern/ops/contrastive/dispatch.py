@@ -14,8 +14,8 @@ from gapkern.ops.contrastive import chunked, masked_chunked, sm90
 from gapkern.ops.contrastive.arguments import LseBackwardArguments, MaskedArguments, MaskedBackwardArguments
 
 _SM90_SCOPE = (
-    "sm90 for bfloat16, for float32 with matmul precision medium, and for dot products of float16, where dims are a "
-    "multiple of 8; chunked for the rest"
+    "sm90 for bfloat16, for float32 with matmul precision medium, and for dot products of float16 and of float32 with "
+    "precision highest, where dims are a multiple of 8; chunked for the rest"
 )
 
 
@@ -63,14 +63,16 @@ def unsupported_reason(
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"they need a device of capability 9.0, got {capability[0]}.{capability[1]}"
-    if dtype == torch.float32 and precision != "medium":
-        return f"they take float32 with torch.set_float32_matmul_precision('medium'), got {precision!r}"
+    if dtype == torch.float32 and precision not in ("highest", "medium"):
+        return f"they take float32 with torch.set_float32_matmul_precision('highest') or 'medium', got {precision!r}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"they take bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
     if dims % 8:
         return f"they need dims to be a multiple of 8, got {dims}"
     if similarity == "sqeuclidean" and dtype == torch.float16:
         return "they take no float16 for the similarity 'sqeuclidean': squared norms overflow"
+    if similarity == "sqeuclidean" and dtype == torch.float32 and precision != "medium":
+        return "they take float32 for the similarity 'sqeuclidean' with matmul precision 'medium', got 'highest'"
     return ""
 
 
@@ -83,6 +85,11 @@ def uses_sm90(images: Tensor, similarity: str, precision: str = "highest") -> bo
     if reason and kernel == "sm90" and images.is_cuda:
         raise ValueError(f"GAPKERN_KERNEL=sm90: the Hopper kernels cannot run: {reason}")
     return not reason
+
+
+def keeps(images: Tensor, similarity: str, precision: str) -> bool:
+    """Whether the forward pass has a use for the memory that it may keep."""
+    return not uses_sm90(images, similarity, precision) or sm90.keeps(images.dtype, precision)
 
 
 def _implementation(images: Tensor, similarity: str, precision: str) -> ModuleType:

@@ -117,8 +117,9 @@ def gradient(
     kept: Tensor,  # (n, pitch) bfloat16 exponentials, or empty
     grad_label: Tensor,  # (n,) float64
     label_offset: int,
+    terms: int = 1,
 ) -> Tensor:
-    """dS (n, pitch) in the embeddings' dtype, grad_label at the labels."""
+    """dS (terms n, pitch) in the embeddings' dtype, grad_label at the labels."""
     m = texts.shape[0]
     v = control[0] * (images.float() @ texts.float().T)
     e = torch.exp2(v + control[1])
@@ -132,10 +133,19 @@ def gradient(
         return torch.where(negative, -1, 1) * torch.exp2(v + exponent)
 
     a, b = row_weight[:, None], col_weight[:m]
-    ds = images.new_full((images.shape[0], row_pitch(m)), float("nan"))
-    ds[:, :m] = torch.where(_is_separate(a) | _is_separate(b), term(a) + term(b), e * (a + b))
+    ds = torch.where(_is_separate(a) | _is_separate(b), term(a) + term(b), e * (a + b))
     ds.diagonal(label_offset)[: len(images)] = grad_label.to(ds.dtype)
-    return ds
+    return _stored(ds, images.dtype, terms)
+
+
+def _stored(ds: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
+    """(terms n, pitch): ds rounded to `dtype`, then what that left, and so on."""
+    n, m = ds.shape
+    stored = torch.full((terms, n, row_pitch(m)), float("nan"), dtype=dtype, device=ds.device)
+    for matrix in stored:
+        matrix[:, :m] = ds
+        ds = ds - matrix[:, :m].float()
+    return stored.flatten(0, 1)
 
 
 def sigmoid(
@@ -144,17 +154,16 @@ def sigmoid(
     logit_scale: Tensor,
     logit_bias: Tensor,
     label_offset: int,  # any
+    terms: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Row sums (3, n) in float64 of the loss, of dS and of dS <x, y>; and dS (n, pitch) in the embeddings' dtype."""
+    """Row sums (3, n) in float64 of the loss, dS and dS <x, y>; and dS (terms n, pitch) in the embeddings' dtype."""
     t = images.float() @ texts.float().T
     rows, columns = (torch.arange(len(v), device=t.device) for v in (images, texts))
     z = torch.where(rows[:, None] + label_offset == columns, 1.0, -1.0).to(t.dtype)
     s = z * (logit_scale.reshape(()).float() * t + logit_bias.reshape(()).float())
     ds = -z * torch.sigmoid(-s)
     of_rows = [v.sum(1, dtype=torch.float64) for v in (-torch.nn.functional.logsigmoid(s), ds, ds * t)]
-    rounded = images.new_full((images.shape[0], row_pitch(texts.shape[0])), float("nan"))
-    rounded[:, : texts.shape[0]] = ds
-    return torch.stack(of_rows), rounded
+    return torch.stack(of_rows), _stored(ds, images.dtype, terms)
 
 
 STEPS = {

@@ -102,7 +102,7 @@ def _(images, texts, logit_scale, similarity, label_offset, precision, work_byte
     n, m = images.shape[0], texts.shape[0]
     double = images.dtype == torch.float64
     rows: int | torch.SymInt = 0
-    if work_bytes > 0:
+    if work_bytes > 0 and dispatch.keeps(images, similarity, precision):
         rows = work_bytes // (m * (8 if double else 4))
         # As an expression of the batch it would be compared with 0 and 1, which holds for some batches and not others.
         rows = min(n, rows) if isinstance(n, int) and isinstance(m, int) else torch.library.get_ctx().new_dynamic_size()

@@ -2,8 +2,8 @@
 
 Same schemas and contract as csrc/contrastive/contrastive.h. The steps are the operators `contrastive_sm90_*`: CUDA
 kernels in csrc/contrastive/sm90.cuh, and their PyTorch emulation in emulation.py; dX and dY are library products with
-dS. No step synchronises with the host. float32 (precision "medium") is rounded to bfloat16 once, its gradients are
-float32. Euclidean similarity is a product of longer rows (lifted.py).
+dS. No step synchronises with the host. float32 is rounded to bfloat16 once (precision "medium"), or multiplied and dS
+stored in terms (terms.py); its gradients are float32. Euclidean similarity is a product of longer rows (lifted.py).
 """
 
 import math
@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive import labels, lifted
+from gapkern.ops.contrastive import labels, lifted, terms
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.products import add_matmul, write_matmul
 
-SUPER_ROWS = 8192  # rows per call of contrastive_sm90_sums: they stay in L2 while the texts pass
+SUPER_ROWS = 8192  # rows per call of contrastive_sm90_sums: they stay in L2 while the texts pass,
+SHARE_OF_TERMS = 4  # a quarter of them where they are 6 D long
 GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB,
 LARGEST_GRADIENT, GRADIENT_ROWS = 2**30, 4096  # or 2 GiB for so many rows: dY is read and written once for each chunk
+_LN2 = math.log(2.0)
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and columns of a product's tile, and the SMs of an H100
 
 
@@ -27,19 +29,31 @@ def row_pitch(columns: int) -> int:
     return -(-columns // 8) * 8
 
 
-def _operands(x: Tensor) -> Tensor:
-    """Embeddings as the kernels take them: bfloat16 or float16, contiguous, aligned to 16 bytes."""
-    x = (x.bfloat16() if x.dtype == torch.float32 else x).contiguous()
+def _operands(x: Tensor, precision: str) -> Tensor:
+    """Embeddings as the kernels take them: bfloat16 or float16, contiguous, aligned to 16 bytes; float32 for terms."""
+    x = (x.bfloat16() if x.dtype == torch.float32 and precision == "medium" else x).contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _exponentials(kept: Tensor, images: Tensor, texts: Tensor) -> Tensor:
-    """The memory of `kept` as (rows, pitch) bfloat16 exponentials, as many as fit: all, or a multiple of TILE rows.
+def keeps(dtype: torch.dtype, precision: str) -> bool:
+    """Whether exponentials are kept. Float16's range is too small; in bfloat16 they are less precise than gradients of
+    float16, and of float32 that was not rounded."""
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and precision == "medium")
 
-    None for float16: the exponentials exceed its range, and in bfloat16 are less precise than its gradients.
-    """
+
+def _in_terms(x: Tensor) -> bool:
+    return x.dtype == torch.float32
+
+
+def _rows(x: Tensor, side: int) -> Tensor:
+    """Operands as the products multiply them, of the images, 0, or the texts, 1."""
+    return terms.rows(x, side) if _in_terms(x) else x
+
+
+def _exponentials(kept: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    """The memory of `kept` as (rows, pitch) bfloat16 exponentials, as many as fit: all, or a multiple of TILE rows."""
     n, pitch = images.shape[0], row_pitch(texts.shape[0])
-    rows = min(n, kept.numel() * kept.element_size() // (2 * pitch)) if images.dtype == torch.bfloat16 else 0
+    rows = min(n, kept.numel() * kept.element_size() // (2 * pitch))
     rows = rows if rows == n else rows // TILE * TILE
     return kept.view(torch.bfloat16).flatten()[: rows * pitch].view(rows, pitch)
 
@@ -68,11 +82,20 @@ def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _products(x: Tensor, y: Tensor, logit_scale: Tensor, similarity: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Operands and control of the logits as products: of the embeddings, or of the longer rows."""
+    """Operands and control of the logits as products: of the embeddings, or of the longer rows.
+
+    In float32 the texts carry the scale, and k is 1: rounded to float32 it would be wrong for all logits alike.
+    """
     if similarity == "sqeuclidean":
         return *lifted.operands(x, y), lifted.control(x, y, logit_scale)
+    if _in_terms(x):
+        y = torch.mul(y, logit_scale.reshape(1).double() / _LN2, out=torch.empty_like(y))
+        logit_scale = torch.full_like(logit_scale, _LN2)
     norms = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float32) for v in (x, y)]
-    return x, y, torch.ops.gapkern.contrastive_sm90_shift(*norms, logit_scale)
+    control = torch.ops.gapkern.contrastive_sm90_shift(*norms, logit_scale)
+    if _in_terms(x):
+        control[:1].fill_(1)
+    return x, y, control
 
 
 def contrastive_lse(
@@ -85,16 +108,18 @@ def contrastive_lse(
     work_bytes: int,
 ) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.lse_pair`."""
-    images, texts = _operands(images), _operands(texts)
+    kept_bytes = max(work_bytes, 0) if keeps(images.dtype, precision) else 0
+    images, texts = _operands(images, precision), _operands(texts, precision)
     x, y, control = _products(images, texts, logit_scale, similarity)
     n, m = x.shape[0], y.shape[0]
-    kept = x.new_empty((min(n, max(work_bytes, 0) // (4 * m)), m), dtype=torch.float32)
+    kept = x.new_empty((min(n, kept_bytes // (4 * m)), m), dtype=torch.float32)
     exponentials = _exponentials(kept, x, y)
     row_sums = torch.empty(n, dtype=torch.float64, device=x.device)
     col_sums = torch.zeros(m, dtype=torch.float64, device=x.device)
-    for rows in _chunks(n, exponentials.shape[0], SUPER_ROWS):
+    columns = _rows(y, 1)
+    for rows in _chunks(n, exponentials.shape[0], SUPER_ROWS // (SHARE_OF_TERMS if _in_terms(x) else 1)):
         row_sums[rows], part = torch.ops.gapkern.contrastive_sm90_sums(
-            x[rows], y, control, exponentials[rows], rows.start + label_offset
+            _rows(x[rows], 0), columns, control, exponentials[rows], rows.start + label_offset
         )
         col_sums += part
     row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, x, y, control, label_offset)
@@ -105,22 +130,25 @@ def contrastive_lse(
 
 def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `contrastive_lse`."""
-    images, texts = _operands(arguments.images), _operands(arguments.texts)
+    images, texts = (_operands(v, arguments.precision) for v in (arguments.images, arguments.texts))
     logit_scale, needs = arguments.logit_scale, arguments.needs
     x, y, control = _products(images, texts, logit_scale, arguments.similarity)
     loss_scale = labels.loss_scale(arguments, x.dtype)
-    by_rows = needs[0] or (needs[2] and not needs[1])  # <X, dX> is the gradient of the scale, as is <Y, dY>
-    dx, dy = _unscaled_gradients(x, y, control, arguments.scaled(loss_scale), (by_rows, needs[1]))
+    # <X, dX> is the gradient of the scale, as is <Y, dY>, and <X, dX> only where the texts do not carry the scale.
+    by_rows = not _in_terms(x) and (needs[0] or not needs[1])
+    products = needs[0] or (needs[2] and by_rows), needs[1] or (needs[2] and not by_rows)
+    dx, dy = _unscaled_gradients(x, y, control, arguments.scaled(loss_scale), products)
     of_scale = loss_scale.new_empty(0)
     if needs[2]:
-        side, gradient = (x, dx) if by_rows else (y, dy)
+        side, gradient = (x, dx) if by_rows else (texts, dy)
         of_scale = (torch.linalg.vecdot(side.float(), gradient).sum(dtype=torch.float64) / loss_scale).reshape(1)
     factor = (logit_scale.reshape(()).double() / loss_scale).float()
+    of_images = torch.full_like(factor, _LN2) if _in_terms(x) else factor
     if arguments.similarity == "sqeuclidean":
         dx, dy = lifted.gradients(images, texts, dx, dy)
-        factor, of_scale = 2 * factor, 2 * of_scale
-    dx = dx if needs[0] else dx.new_empty(0)
-    dx, dy = _times(dx, factor, arguments.images.dtype), _times(dy, factor, arguments.texts.dtype)
+        factor, of_images, of_scale = 2 * factor, 2 * factor, 2 * of_scale
+    dx, dy = (v if needed else v.new_empty(0) for v, needed in zip((dx, dy), needs, strict=False))
+    dx, dy = _times(dx, of_images, arguments.images.dtype), _times(dy, factor, arguments.texts.dtype)
     return dx, dy, of_scale.to(logit_scale.dtype)
 
 
@@ -136,10 +164,12 @@ def _unscaled_gradients(
     exponentials = _exponentials(arguments.kept, x, y)
     dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
     dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
-    for rows in _chunks(n, exponentials.shape[0], _gradient_rows(n, m, x.shape[1])):
+    columns, count = _rows(y, 1), terms.TERMS if _in_terms(x) else 1
+    for rows in _chunks(n, exponentials.shape[0], _gradient_rows(n, count * m, x.shape[1])):
+        some = _rows(x[rows], 0)
         ds = torch.ops.gapkern.contrastive_sm90_gradient(
-            images=x[rows],
-            texts=y,
+            images=some,
+            texts=columns,
             control=control,
             separate=separate,
             row_weight=row_weight[rows],
@@ -147,12 +177,26 @@ def _unscaled_gradients(
             kept=exponentials[rows],
             grad_label=grad_label[rows],
             label_offset=rows.start + arguments.label_offset,
-        )[:, :m]
-        if needs[0]:
-            write_matmul(dx[rows], ds, y)
-        if needs[1]:
-            add_matmul(dy, ds.T, x[rows])
+            terms=count,
+        )
+        _multiply(ds, some, columns, dx[rows], dy, needs)
     return dx, dy
+
+
+def _multiply(ds: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, needs: Sequence[bool]) -> None:
+    """dx = dS y and dy += dS^T x where needed, of operands as the products had them, and dS with its padding."""
+    if len(ds) == len(x):
+        ds = ds[:, : len(y)]
+        if needs[0]:
+            write_matmul(dx, ds, y)
+        if needs[1]:
+            add_matmul(dy, ds.T, x)
+        return
+    matrices = list(ds[:, : len(y)].chunk(terms.TERMS))
+    if needs[0]:
+        terms.add_products(dx.zero_(), matrices, terms.of_rows(y, 1))
+    if needs[1]:
+        terms.add_products(dy, [v.T for v in matrices], terms.of_rows(x, 0))
 
 
 def sigmoid_loss(
@@ -165,20 +209,19 @@ def sigmoid_loss(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.sigmoid_sum`."""
-    x, y = _operands(images), _operands(texts)
+    x, y = _operands(images, precision), _operands(texts, precision)
     n, m = x.shape[0], y.shape[0]
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
     dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
     dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
-    for rows in _chunks(n, 0, _gradient_rows(n, m, x.shape[1])):
+    columns, count = _rows(y, 1), terms.TERMS if _in_terms(x) else 1
+    for rows in _chunks(n, 0, _gradient_rows(n, count * m, x.shape[1])):
+        some = _rows(x[rows], 0)
         of_rows, ds = torch.ops.gapkern.contrastive_sm90_sigmoid(
-            x[rows], y, logit_scale, logit_bias, rows.start + label_offset
+            some, columns, logit_scale, logit_bias, rows.start + label_offset, count
         )
         sums += of_rows.sum(1)
-        if needs[0]:
-            write_matmul(dx[rows], ds[:, :m], y)
-        if needs[1]:
-            add_matmul(dy, ds[:, :m].T, x[rows])
+        _multiply(ds, some, columns, dx[rows], dy, needs)
     scale = logit_scale.reshape(()).float()
     loss, of_bias, of_scale = (v.clone() for v in sums)
     return loss, _times(dx, scale, dx.dtype), _times(dy, scale, dy.dtype), of_scale, of_bias
