@@ -47,6 +47,14 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "contrastive_self_lse_backward(Tensor grad_negative, Tensor grad_positive, Tensor negative, Tensor positive,"
       " Tensor stats, Tensor kept, Tensor x, Tensor logit_scale, Tensor ids, Tensor limit, str similarity, str equal,"
       " str precision, bool[2] needs) -> (Tensor grad_x, Tensor grad_logit_scale)");
+  // Sums of t = S / s over the pairs of equal ids; contrastive/class_sums.h.
+  m.def(
+      "contrastive_class_sums(Tensor x, Tensor y, Tensor row_ids, Tensor col_ids, str similarity, int label_offset,"
+      " bool labelled) -> (Tensor row_sums, Tensor col_sums)");
+  m.def(
+      "contrastive_class_sums_backward(Tensor grad_row, Tensor grad_col, Tensor x, Tensor y, Tensor row_ids,"
+      " Tensor col_ids, str similarity, int label_offset, bool labelled, bool[2] needs)"
+      " -> (Tensor grad_x, Tensor grad_y)");
   // The summed sigmoid loss and its gradients in one pass; `needs` says which of the embeddings' gradients to form.
   m.def(
       "sigmoid_loss(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, int label_offset,"

@@ -40,4 +40,16 @@ GAPKERN_HD void from_float(float x, Half* out) {
   out->bits = uint16_t(sign | result);
 }
 
+// To and from float64.
+GAPKERN_HD double widened(double x) { return x; }
+template <class T>
+GAPKERN_HD double widened(T x) {
+  return double(to_float(x));
+}
+GAPKERN_HD void narrowed(double x, double* out) { *out = x; }
+template <class T>
+GAPKERN_HD void narrowed(double x, T* out) {
+  from_float(float(x), out);
+}
+
 }  // namespace gapkern

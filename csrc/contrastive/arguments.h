@@ -77,10 +77,14 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType ty
   return torch::stable::new_empty(like, size, type);
 }
 
+inline int64_t item_bytes(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 // [rows, columns], uninitialised, from the caching allocator.
 inline Tensor cached(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {
   if (rows == 0) return empty(like, {0, columns}, type);
-  const int64_t bytes = rows * columns * (type == ScalarType::Double ? 8 : 4);
+  const int64_t bytes = rows * columns * item_bytes(type);
   void* const memory = allocate(bytes);
   STD_TORCH_CHECK(memory != nullptr, "out of memory: no ", bytes, " bytes for ", rows, " x ", columns, " values");
   const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};

@@ -19,8 +19,6 @@ void release_where_large(const Arguments& a) {
   if (a.n() * a.m() >= int64_t(1) << 26) empty_cache();
 }
 
-int64_t item_bytes(const Arguments& a) { return a.type == ScalarType::Double ? 8 : 4; }
-
 void check_count(const char* name, const Tensor& given, int64_t count) {
   STD_TORCH_CHECK(given.numel() == 0 || given.numel() == count, name, ": expected ", count, " elements or none, got ",
                   given.numel());
@@ -173,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contr
                                          {row_ids, col_ids, row_limit, col_limit, guide_x, guide_y, guide_row_limit,
                                           guide_col_limit, false, false, parse_label(label)},
                                          equal);
-  const int64_t n = a.n(), m = a.m(), kept_rows = std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item_bytes(a)));
+  const int64_t n = a.n(), m = a.m(), kept_rows = std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item_bytes(a.type)));
   const auto vector = [&](int64_t count) { return empty(x, {count}, ScalarType::Double); };
   ClassesOutputs out{.rows = {vector(n), vector(n)},
                      .columns = {vector(m), vector(m)},
@@ -231,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_self_lse(const Tensor& x,
   const Arguments a = check(x, x, logit_scale, similarity, 0, precision);
   const ClassesOptions o = own_classes(a, ids, limit, equal);
   const int64_t n = a.n(), columns = KeptLogits<float>::own_columns(n);
-  const int64_t kept_rows = n * columns * item_bytes(a) <= work_bytes ? n : 0;
+  const int64_t kept_rows = n * columns * item_bytes(a.type) <= work_bytes ? n : 0;
   ClassesOutputs out{.rows = {empty(x, {n}, ScalarType::Double), empty(x, {n}, ScalarType::Double)},
                      .row_stats = empty(x, {4, n}, ScalarType::Double),
                      .kept = cached(x, kept_rows, columns, a.type)};

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_lse(const
                                                                            std::string similarity, int64_t label_offset,
                                                                            std::string precision, int64_t work_bytes) {
   const Arguments a = check(images, texts, logit_scale, similarity, label_offset, precision);
-  const int64_t n = a.n(), m = a.m(), item = a.type == ScalarType::Double ? 8 : 4;
+  const int64_t n = a.n(), m = a.m(), item = item_bytes(a.type);
   STD_TORCH_CHECK(label_offset >= 0 && label_offset + n <= m,
                   "label_offset: expected 0 <= label_offset <= M - N = ", m - n, ", got ", label_offset);
   Outputs out{.row_lse = empty(images, {n}, ScalarType::Double),

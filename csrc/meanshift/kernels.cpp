@@ -7,17 +7,6 @@
 namespace gapkern::meanshift::GAPKERN_ISA {
 namespace {
 
-GAPKERN_HD double widened(double x) { return x; }
-template <class T>
-GAPKERN_HD double widened(T x) {
-  return double(to_float(x));
-}
-GAPKERN_HD void narrowed(double x, double* out) { *out = x; }
-template <class T>
-GAPKERN_HD void narrowed(double x, T* out) {
-  from_float(float(x), out);
-}
-
 template <class T>
 void sum(const T* x, int64_t rows, int64_t columns, double* total) {
   for (int64_t r = 0; r < rows; ++r)

@@ -90,19 +90,13 @@ class Candidates:
             return
         total = pairs.own_products(x, rows.total().expand(len(x), -1))
         number = torch.full_like(total, float(len(rows)))
-        own = rows.mine
         if self.all_ids is not None and self.ids is not None:
-            same, count = rows.class_sums(self.all_ids[col], self.ids[row])
-            total, number = total - pairs.own_products(x, same), number - count
-            if label == "counted":
-                # A label's ids may differ, and then it was not among the equal ones.
-                equal = self.ids[row] == self.ids[col]
-                total, number = total + pairs.own_products(x, own) * equal, number + equal
+            of_rows, of_columns = self.ids[row], self.all_ids[col]
+            total = total - rows.class_sums(x, of_rows, of_columns)[0]
+            classes = 2 * len(rows)
+            number = number - pairs.class_counts(of_columns, of_rows, classes) + (of_rows == self.ids[col])
         if label == "left_out":
-            among: Tensor | float = 1.0
-            if self.all_ids is not None and self.ids is not None:
-                among = (self.ids[row] != self.ids[col]).double()
-            total, number = total - pairs.own_products(x, own) * among, number - among
+            total, number = total - pairs.own_products(x, rows.mine), number - 1
         self.sums[side].append((negatives, total, number))
 
 

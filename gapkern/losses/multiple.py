@@ -80,17 +80,16 @@ def _both_ways(
         row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in two_ids))
         options = {"row_ids": row_ids[own], "col_ids": col_ids, "equal": "positive"}
     s = scale.reshape(()).double()
-    # Means over positives come before the log-sum-exps: derivatives are formed in reverse, and theirs first, while they
-    # have the memory alone.
-    rests, means = [], []
-    for mine, others, side in (x, all_y, 0), (y, all_x, 1):
-        if two_ids is None:
-            continue
-        mine_ids, other_ids = (row_ids[own], col_ids) if side == 0 else (col_ids[own], row_ids)
-        label_counts = (other_ids[own] == mine_ids).double()  # whether the label is among the equal ids
-        rests.append(others.class_counts(other_ids, mine_ids) - label_counts)
+    rests, means = [], ()
+    if two_ids is not None:
+        labels = (row_ids[own] == col_ids[own]).double()  # whether they are among the equal ids
+        for ids, of in (col_ids, row_ids[own]), (row_ids, col_ids[own]):
+            rests.append(pairs.class_counts(ids, of, 2 * len(ids)) - labels)
         if positives == "out":
-            means.append(_sum_over_equals(mine, others, other_ids, mine_ids, label_counts, rests[-1], similarity))
+            # Before the log-sum-exps: derivatives are formed in reverse, and theirs first, while they have the memory
+            # alone.
+            of_rows, of_columns = all_y.class_sums(x, row_ids[own], col_ids, similarity)
+            means = (of_rows, batch.column_sums(of_columns, y))
     found = all_y.masked_lse(x, scale, similarity=similarity, work_bytes=work_bytes, **options)
     total = torch.zeros_like(found.label)
     sides = (
@@ -117,18 +116,6 @@ def _both_ways(
             everything = _sum_t(mine, sums, number, squares, similarity) / len(others)
             total = total + smoothing * (mean - s * everything)
     return total / 2
-
-
-def _sum_over_equals(
-    x: Tensor, others: spread.Spread, ids: Tensor, of: Tensor, among: Tensor, rest: Tensor, similarity: str
-) -> Tensor:
-    """(n,) sums of t over the rows of equal ids but the label, `rest` of them."""
-    if similarity == "dot":
-        return others.products_with_sums(x, ids, of, among)
-    products = others.products_with_sums(x.double(), ids, of, among)  # norms nearly cancel it
-    squares, _ = others.map(_norms).class_sums(ids, of)
-    squares = squares[:, 0] - _norms(others.mine)[:, 0] * among
-    return 2 * products - rest * _norms(x)[:, 0] - squares
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -182,7 +169,7 @@ def multiple_positives_sigmoid(
     if positives == "mean":
         shares = (0.5, 0.5) if symmetric else (1.0, 0.0)
         weights = [
-            share / pairs.class_sums(other, other.double()[:, None], mine)[1].clamp_min(1)
+            share / pairs.class_counts(other, mine, len(row_ids) + len(col_ids)).clamp_min(1)
             for share, mine, other in zip(shares, (row_ids, col_ids), (col_ids, row_ids), strict=True)
         ]
     own = slice(batch.first(x), batch.first(x) + len(x))

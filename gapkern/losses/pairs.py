@@ -8,9 +8,8 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern.losses import distributed
-from gapkern.losses.equals import class_sums
 from gapkern.losses.inputs import check_pairs, embeddings, scalar
-from gapkern.losses.spread import Spread, by_ring, dense
+from gapkern.losses.spread import Spread, by_ring, class_counts, dense
 from gapkern.losses.steps import IN_A_RING, in_float, wanted
 from gapkern.ops import autocast
 
@@ -158,6 +157,13 @@ class Batch:
         start = self.first(mine)
         return distributed.merge_columns(partial, self.place)[start : start + mine.shape[0]]
 
+    def column_sums(self, partial: Tensor, mine: Tensor) -> Tensor:
+        """Sums over all ranks' rows, of the columns of `mine`."""
+        if self.place is None:
+            return partial
+        start = self.first(mine)
+        return distributed.sum_columns(partial, self.place)[start : start + mine.shape[0]]
+
     def merged(self, partial: Tensor) -> Tensor:
         """A log-sum-exp over all ranks."""
         return partial if self.place is None else distributed.merge_columns(partial, self.place)
@@ -203,7 +209,7 @@ __all__ = [
     "check_pairs",
     "check_second",
     "check_weights",
-    "class_sums",
+    "class_counts",
     "dense",
     "fraction",
     "integers",

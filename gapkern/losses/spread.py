@@ -7,7 +7,6 @@ from torch import Tensor
 
 from gapkern import _check
 from gapkern.losses import distributed, ring
-from gapkern.losses.equals import class_counts, class_sums, places, products_with_sums
 from gapkern.ops import contrastive
 
 EXCHANGES = ("auto", "gather", "ring")
@@ -162,29 +161,25 @@ class Spread:
         found = self.masked_lse(self.mine, scale, **options)
         return found.row_negative, found.row_positive
 
-    def class_sums(self, ids: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-        """For each of the ids `of`: the sum (., D) of the rows whose `ids` (N,) are equal, and their number."""
+    def class_sums(
+        self, x: Tensor, row_ids: Tensor, col_ids: Tensor, similarity: str = "dot"
+    ) -> tuple[Tensor, Tensor]:
+        """`contrastive.class_sums` of x (n, D) against the N rows, whose ids are `col_ids`, without the labels.
+
+        Row i of x has row i of this rank's as its label. The columns' sums are over this rank's x, (N,).
+        """
         if not self.travels:
-            return class_sums(ids, self.everyone(), of)
+            options: dict[str, Any] = {"similarity": similarity, "label_offset": self.first}
+            return contrastive.class_sums(x, self.everyone(), row_ids, col_ids, **options)
         assert self.place is not None
+        rank, n = self.place.rank, len(self.mine)
 
-        def block(owner: int, visitors: Any) -> tuple[Tensor, ...]:
-            return class_sums(ids[owner * len(self.mine) : (owner + 1) * len(self.mine)], visitors[0], of)
+        def block(owner: int, visitors: Any, x: Tensor) -> tuple[Tensor, ...]:
+            ids = col_ids[owner * n : (owner + 1) * n]
+            return contrastive.class_sums(x, visitors[0], row_ids, ids, similarity=similarity, labelled=owner == rank)
 
-        total, count = ring.visit(ring.Visit(self.place, block, ("sum", "sum")), [self.mine], ())
-        return total, count
-
-    def class_counts(self, ids: Tensor, of: Tensor) -> Tensor:
-        """For each of the ids `of`: how many of `ids` (N,) are equal, in float64."""
-        return class_counts(*places(ids, of))
-
-    def products_with_sums(self, x: Tensor, ids: Tensor, of: Tensor, among: Tensor) -> Tensor:
-        """(n,) float64: the sum of <x_i, row_j> where `ids` (N,) are `of_i`, but `among_i` times row i."""
-        if not self.travels:
-            return products_with_sums(x, self.everyone(), ids, of, among, self.first)
-        sums, _ = self.class_sums(ids, of)
-        sums = sums - self.mine.to(sums.dtype) * among[:, None].to(sums.dtype)
-        return (x.to(sums.dtype) * sums).sum(1, dtype=torch.float64)
+        rows, columns = ring.visit(ring.Visit(self.place, block, ("sum", "columns")), [self.mine], (x,))
+        return rows, columns
 
     def total(self) -> Tensor:
         """(D,) the sum of all rows, in float32 at least."""
@@ -208,3 +203,14 @@ def dense(*ids: Tensor) -> tuple[Tensor, ...]:
     """
     ordered = torch.cat(ids).sort().values
     return tuple(torch.searchsorted(ordered, part) for part in ids)
+
+
+def class_counts(ids: Tensor, of: Tensor, classes: int | torch.SymInt) -> Tensor:
+    """For each of `of`: how many of `ids` are equal, in float64; all are numbers of `classes`.
+
+    Example:
+        >>> class_counts(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 2]), 3).tolist()
+        [1.0, 2.0, 0.0]
+    """
+    counts = torch.zeros(classes, dtype=torch.float64, device=ids.device)
+    return counts.index_add(0, ids, counts.new_ones(len(ids)))[of]

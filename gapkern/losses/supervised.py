@@ -62,11 +62,11 @@ def supcon_loss(
     everyone = batch.spread(x)
     (all_ids,) = pairs.dense(batch.constant(ids))
     ids = all_ids[everyone.first : everyone.first + len(x)]
-    others = everyone.class_counts(all_ids, ids) - 1
+    others = pairs.class_counts(all_ids, ids, len(all_ids)) - 1
     there = others > 0
     # Before the log-sum-exps: derivatives are formed in reverse, and theirs first, while they have the memory alone.
     if positives == "out":
-        t = everyone.products_with_sums(x, all_ids, ids, torch.ones_like(others)) / others.clamp_min(1)
+        t = everyone.class_sums(x, ids, all_ids)[0] / others.clamp_min(1)
     negative, positive = everyone.against_itself(scale, ids=all_ids, equal="positive")
     positive = torch.where(there, positive, torch.zeros_like(positive))
     losses = pairs.surprise(positive, [negative])
