@@ -111,6 +111,19 @@ def _against_itself() -> tuple[bool, str]:
     return _near(ours, theirs, 1e-5)
 
 
+def _class_sums() -> tuple[bool, str]:
+    x, y = (t.requires_grad_() for t in _pairs())
+    ids, found = torch.arange(len(x)) // 3, []
+    for rows, columns in (
+        contrastive.class_sums(x, y, ids, ids, similarity="sqeuclidean"),
+        losses_reference.class_sums(x.double(), y.double(), ids, ids, similarity="sqeuclidean"),
+    ):
+        gradients = torch.autograd.grad(rows.sin().sum() + columns.cos().sum(), (x, y))
+        found.append(torch.cat([t.detach().double().flatten() for t in (rows, columns, *gradients)]))
+    ours, theirs = found
+    return _near(ours, theirs, 1e-5)
+
+
 def _masked_sigmoid() -> tuple[bool, str]:
     x, y = _pairs()
     ids, half = torch.arange(len(x)) // 3, torch.full((len(x),), 0.5, dtype=torch.float64)
@@ -206,6 +219,7 @@ _CHECKS: tuple[tuple[str, Callable[[], tuple[bool, str]]], ...] = (
     ("log-sum-exps of prefixes and gradients", _prefixes),
     ("masked log-sum-exps and gradients", _masked),
     ("log-sum-exps of a side with itself", _against_itself),
+    ("sums over pairs of equal ids", _class_sums),
     ("sigmoid loss with ids", _masked_sigmoid),
     ("mean, Gram matrix and shift", _meanshift),
     ("Philox bits", _bits),

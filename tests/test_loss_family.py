@@ -291,25 +291,3 @@ def test_compiles_whole():
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert_near(compiled(t["x"], t["y"]), call(t["x"], t["y"]), 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_products_with_sums_that_are_not_kept(dtype, monkeypatch):
-    from gapkern.losses import equals
-
-    generator = torch.Generator().manual_seed(3)
-    x, y = (torch.randn(n, 70, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for n in (5, 9))
-    ids, rows = (torch.randint(0, 4, (n,), generator=generator) for n in (9, 5))
-    among, weights = (torch.rand(5, generator=generator, dtype=torch.float64) for _ in range(2))
-    found = []
-    for kept in (0, 2**22):
-        monkeypatch.setattr(equals, "KEPT_ELEMENTS", kept)
-        total = equals.products_with_sums(x, y, ids, rows, among, 3)
-        found.append([total.detach(), *torch.autograd.grad((weights * total).sum(), (x, y))])
-    equal = (rows[:, None] == ids).double()
-    equal[torch.arange(5), torch.arange(5) + 3] -= among
-    a, b = (t.detach().double() for t in (x, y))
-    truth = [((a @ b.T) * equal).sum(1), (weights[:, None] * equal) @ b, (weights[:, None] * equal).T @ a]
-    for result in found:
-        for value, expected in zip(result, truth, strict=True):
-            torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 3e-5)

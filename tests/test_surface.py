@@ -108,6 +108,8 @@ def test_every_operator_has_a_schema_and_a_check():
     operators = {
         "contrastive_lse",
         "contrastive_lse_backward",
+        "contrastive_class_sums",
+        "contrastive_class_sums_backward",
         "contrastive_chunk_lse",
         "contrastive_chunk_gradient",
         "contrastive_chunk_sigmoid",

@@ -77,9 +77,7 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType ty
   return torch::stable::new_empty(like, size, type);
 }
 
-inline int64_t item_bytes(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
+inline int64_t item_bytes(ScalarType arithmetic) { return arithmetic == ScalarType::Double ? 8 : 4; }
 
 // [rows, columns], uninitialised, from the caching allocator.
 inline Tensor cached(const Tensor& like, int64_t rows, int64_t columns, ScalarType type) {

@@ -74,7 +74,9 @@ class Partition {
   };
 
   explicit Partition(const Given& g)
-      : row_order_(in_order(g.row_ids)), column_order_(in_order(g.column_ids)), row_label_(g.n(), -1),
+      : row_order_(in_order(g.row_ids)),
+        column_order_(in_order(g.column_ids)),
+        row_label_(g.n(), -1),
         column_label_(g.m(), -1) {
     const int64_t* const rows = g.row_ids.const_data_ptr<int64_t>();
     const int64_t* const columns = g.column_ids.const_data_ptr<int64_t>();
@@ -151,9 +153,8 @@ class Partition {
   int64_t run_, runs_;
 };
 
-std::tuple<Tensor, Tensor> class_sums(const Tensor& x, const Tensor& y, const Tensor& row_ids,
-                                      const Tensor& column_ids, std::string similarity, int64_t label_offset,
-                                      bool labelled) {
+std::tuple<Tensor, Tensor> class_sums(const Tensor& x, const Tensor& y, const Tensor& row_ids, const Tensor& column_ids,
+                                      std::string similarity, int64_t label_offset, bool labelled) {
   const Given g = check(x, y, row_ids, column_ids, similarity, label_offset, labelled);
   const Partition partition(g);
   std::vector<double> rows(partition.runs() * g.n(), 0.), columns(partition.runs() * g.m(), 0.);
@@ -201,7 +202,9 @@ std::tuple<Tensor, Tensor> class_sums_backward(const Tensor& grad_row, const Ten
   const double* const by_rows = of_rows.const_data_ptr<double>();
   const double* const by_columns = of_columns.const_data_ptr<double>();
   const Partition partition(g);
-  Tensor grad_x = gradient_of(g.x, needs[0], x.scalar_type()), grad_y = gradient_of(g.y, needs[1], y.scalar_type());
+  const Tensor none = empty(x, {0}, x.scalar_type());
+  // Not from the caching allocator, which would hold them beside the gradients that they are added to.
+  const Tensor grad_x = needs[0] ? fresh_like(g.x) : none, grad_y = needs[1] ? fresh_like(g.y) : none;
   by_dtype(x.scalar_type(), [&]<class T>(const ClassSums<T>& kernels) {
     T* const to_x = static_cast<T*>(grad_x.data_ptr());
     T* const to_y = static_cast<T*>(grad_y.data_ptr());
@@ -209,8 +212,7 @@ std::tuple<Tensor, Tensor> class_sums_backward(const Tensor& grad_row, const Ten
       std::vector<double> scratch(2 * depth);
       const ClassBlock<T> block = partition.block<T>(g, of, first, depth);
       if (needs[0]) form(kernels, block, of.pairs, by_rows, by_columns, scratch.data(), to_x + first);
-      if (needs[1])
-        form(kernels, partition.turned(block), of.pairs, by_columns, by_rows, scratch.data(), to_y + first);
+      if (needs[1]) form(kernels, partition.turned(block), of.pairs, by_columns, by_rows, scratch.data(), to_y + first);
     });
   });
   return {grad_x, grad_y};

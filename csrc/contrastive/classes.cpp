@@ -171,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contr
                                          {row_ids, col_ids, row_limit, col_limit, guide_x, guide_y, guide_row_limit,
                                           guide_col_limit, false, false, parse_label(label)},
                                          equal);
-  const int64_t n = a.n(), m = a.m(), kept_rows = std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item_bytes(a.type)));
+  const int64_t n = a.n(), m = a.m(),
+                kept_rows = std::min(n, std::max<int64_t>(work_bytes, 0) / (m * item_bytes(a.type)));
   const auto vector = [&](int64_t count) { return empty(x, {count}, ScalarType::Double); };
   ClassesOutputs out{.rows = {vector(n), vector(n)},
                      .columns = {vector(m), vector(m)},

@@ -57,7 +57,8 @@ void sums(const ClassBlock<T>& b, double* scratch, double* out) {
 
 template <class T>
 void gradient(const ClassBlock<T>& b, const double* by_own, const double* by_other, double* scratch, T* out) {
-  double *__restrict total = scratch, *__restrict weighted = scratch + b.depth;
+  double* __restrict total = scratch;
+  double* __restrict weighted = scratch + b.depth;
   for (int64_t c = 0; c < 2 * b.depth; ++c) total[c] = 0;
   double weights = 0;
   for (int64_t k = 0; k < b.other.count; ++k) {
@@ -81,8 +82,7 @@ void gradient(const ClassBlock<T>& b, const double* by_own, const double* by_oth
       for (int64_t c = 0; c < b.depth; ++c)
         narrowed(2 * (own * total[c] + weighted[c] - of_label * widened(y[c]) - of_itself * widened(x[c])), to + c);
     else
-      for (int64_t c = 0; c < b.depth; ++c)
-        narrowed(own * total[c] + weighted[c] - of_label * widened(y[c]), to + c);
+      for (int64_t c = 0; c < b.depth; ++c) narrowed(own * total[c] + weighted[c] - of_label * widened(y[c]), to + c);
   }
 }
 

@@ -80,7 +80,8 @@ def _both_ways(
         row_ids, col_ids = pairs.dense(*(batch.constant(t) for t in two_ids))
         options = {"row_ids": row_ids[own], "col_ids": col_ids, "equal": "positive"}
     s = scale.reshape(()).double()
-    rests, means = [], ()
+    rests: list[Tensor] = []
+    means: tuple[Tensor, ...] = ()
     if two_ids is not None:
         labels = (row_ids[own] == col_ids[own]).double()  # whether they are among the equal ids
         for ids, of in (col_ids, row_ids[own]), (row_ids, col_ids[own]):

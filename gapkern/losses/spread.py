@@ -161,9 +161,7 @@ class Spread:
         found = self.masked_lse(self.mine, scale, **options)
         return found.row_negative, found.row_positive
 
-    def class_sums(
-        self, x: Tensor, row_ids: Tensor, col_ids: Tensor, similarity: str = "dot"
-    ) -> tuple[Tensor, Tensor]:
+    def class_sums(self, x: Tensor, row_ids: Tensor, col_ids: Tensor, similarity: str = "dot") -> tuple[Tensor, Tensor]:
         """`contrastive.class_sums` of x (n, D) against the N rows, whose ids are `col_ids`, without the labels.
 
         Row i of x has row i of this rank's as its label. The columns' sums are over this rank's x, (N,).

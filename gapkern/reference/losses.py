@@ -82,6 +82,31 @@ def masked_lse(
     return *found, counted
 
 
+def class_sums(
+    x: Tensor,
+    y: Tensor,
+    row_ids: Tensor,
+    col_ids: Tensor,
+    *,
+    similarity: str = "dot",
+    label_offset: int = 0,
+    labelled: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Rows' and columns' sums of t over the pairs of equal ids, where `labelled` without the labels.
+
+    Example:
+        >>> row, column = class_sums(torch.eye(2), torch.eye(2), torch.tensor([0, 0]), torch.tensor([0, 1]))
+        >>> row.tolist(), column.tolist()
+        ([0.0, 0.0], [0.0, 0.0])
+    """
+    equal = row_ids[:, None] == col_ids
+    if labelled:
+        rows, columns = (torch.arange(n, device=x.device) for n in equal.shape)
+        equal = equal & (columns != rows[:, None] + label_offset)
+    t = torch.where(equal, similarities(x, y, similarity), 0)
+    return t.sum(1), t.sum(0)
+
+
 def reduced(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """A weighted mean, sum, or the weighted losses."""
     weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)

@@ -108,9 +108,7 @@ def _sums(classes: _Classes, x: Tensor, y: Tensor, euclidean: bool) -> Tensor:
     return found
 
 
-def _gradient(
-    classes: _Classes, x: Tensor, y: Tensor, by_own: Tensor, by_other: Tensor, euclidean: bool
-) -> Tensor:
+def _gradient(classes: _Classes, x: Tensor, y: Tensor, by_own: Tensor, by_other: Tensor, euclidean: bool) -> Tensor:
     """Of x's rows, over a few columns in float64; gradients as columns of a matrix."""
     own, labels = classes.own, classes.labels
     found = by_own * classes.summed(classes.columns, y)[classes.rows]
@@ -180,7 +178,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, *grads):
     x, y = ctx.saved_tensors[:2]
-    grads = (x.new_zeros(len(t), dtype=torch.float64) if g is None else g for t, g in zip((x, y), grads, strict=True))
+    pairs = zip((x, y), grads, strict=True)
+    grads = tuple(t.new_zeros(t.shape[0], dtype=torch.float64) if g is None else g for t, g in pairs)
     needs = list(ctx.needs_input_grad[:2])
     found = torch.ops.gapkern.contrastive_class_sums_backward(*grads, *ctx.saved_tensors, *ctx.options, needs)
     return *(g if needed else None for g, needed in zip(found, needs, strict=True)), *(None,) * 5
