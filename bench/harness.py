@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench import LIMITS
 from gapkern import files
 from gapkern.experiments import environment
 
@@ -58,6 +59,24 @@ class Case:
     check: Callable[[dict[str, Any]], dict[str, str] | None] = field(default=lambda results: None)
     baseline: str = ""
     traffic: int | None = None  # bytes that must move, for bandwidths
+
+
+def equal_to(baseline: str, where: str, other_results: tuple[str, ...] = ("limit", "other")):
+    """All against the baseline, but for names that start as `other_results`."""
+
+    def check(results: dict[str, Any]) -> None:
+        expected = results[baseline]
+        for name, found in results.items():
+            if name.startswith(other_results):
+                continue
+            tolerance = 2e-2 if "bfloat16" in name else 2e-5
+            for ours, theirs in zip(found, expected, strict=True):
+                # The gradient of logit_scale is a small difference of large sums: it is judged by the loss.
+                size = theirs.norm() if theirs.dim() else expected[0].abs()
+                error = float((ours - theirs).norm() / size)
+                assert error < tolerance, f"{name} at {where}: relative error {error:.1e}"
+
+    return check
 
 
 def stopwatch(device: str) -> Callable[[Callable[[], Any]], Callable[[], float]]:
@@ -209,6 +228,7 @@ def facts(name: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "clock": "processor time of one thread" if _cpu_clock is time.process_time else "time",
+        "limits": {name: os.environ[name] for names in LIMITS.values() for name in names if name in os.environ},
         "env": environment.describe(),
     }
 

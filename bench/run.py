@@ -12,18 +12,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BENCHMARKS = ("contrastive", "indexes", "meanshift", "perturb", "projection", "quantisers", "retrieval", "robustness")
-TABLES = ("indexes", "projection")  # without a plot
-# A processor without AVX-512, for everybody: our kernels, ATen's, MKL's, oneDNN's; Inductor's by `simdlen`.
-LIMITS = {
-    "avx2": {
-        "GAPKERN_ISA": "avx2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-    }
-}
-WITH_ISA = ("contrastive", "meanshift", "perturb", "robustness")
+from bench import LIMITS  # noqa: E402
+
+BENCHMARKS = (
+    "contrastive",
+    "indexes",
+    "losses",
+    "meanshift",
+    "perturb",
+    "projection",
+    "quantisers",
+    "retrieval",
+    "robustness",
+)
+TABLES = ("indexes", "losses", "projection")  # without a plot
+WITH_ISA = ("contrastive", "losses", "meanshift", "perturb", "robustness")
 
 
 def main() -> None:

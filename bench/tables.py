@@ -17,20 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import harness  # noqa: E402
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _machine(result: dict[str, Any]) -> str:
-    env, clock = result["env"], result.get("clock", "time")
-    cores = f"{result['cores']} cores" if clock == "time" else clock
-    return (
-        f"{env['processor']}, {cores}, {env['kernels']['libgapkern_cpu']}, "
-        f"torch {env['versions']['torch']}, medians, {result['date']}."
-    )
+from bench.losses_table import losses  # noqa: E402
+from bench.markdown import machine, table  # noqa: E402
 
 
 def demo() -> str:
@@ -41,10 +29,10 @@ def demo() -> str:
     for alpha in (0.0, 0.5, 1.0, 1.5):
         row = at(report, alpha, perturbation="gaussian", scale="per_coordinate", variance=0.001)
         rows.append([f"{alpha:g}", *(f"{row[k]:.3f}" for k in ("robustness", "accuracy", "clean_accuracy"))])
-    table = _table(["share of the gap closed, α", "robustness", "accuracy under noise", "clean accuracy"], rows)
+    lines = table(["share of the gap closed, α", "robustness", "accuracy under noise", "clean accuracy"], rows)
     return (
         f"Gap norm {report['gap_norm']:.3f}, of which {report['orthogonality']:.1%} can be closed without touching a "
-        f"neighbour. Gaussian noise of variance 0.001 per coordinate on the class prompts:\n\n{table}\n\n"
+        f"neighbour. Gaussian noise of variance 0.001 per coordinate on the class prompts:\n\n{lines}\n\n"
         "Each image projected on the prompts' hull, which goes [beyond the paper](#close-the-gap); robustness / "
         f"accuracy under noise:\n\n{_moves(report, moved)}"
     )
@@ -57,7 +45,7 @@ def _moves(report: dict[str, Any], moved: Any) -> str:
         [row["moved"], *(f"{c[i]['robustness']:.3f} / {c[i]['accuracy']:.3f}" for c in columns)]
         for i, row in enumerate(columns[0])
     ]
-    return _table(["variance per coordinate", *(f"{v:g}" for v in variances)], rows)
+    return table(["variance per coordinate", *(f"{v:g}" for v in variances)], rows)
 
 
 CONTENDERS = {
@@ -83,7 +71,7 @@ def _against_open_clip(cases: Iterable[dict[str, Any]], names: dict[str, str]) -
         taken = {name: r["median"] for name, r in case["results"].items()}
         cells = [f"{taken[base] / taken[name]:.2f}x" for name in others]
         rows.append([str(case["N"]), f"{1e3 * taken[base]:.{1 if taken[base] < 1 else 0}f}", *cells])
-    return _table(["batch", *names.values()], rows)
+    return table(["batch", *names.values()], rows)
 
 
 def contrastive() -> str:
@@ -91,9 +79,9 @@ def contrastive() -> str:
     wanted = [c for c in result["cases"] if c["D"] == 512 and c["pass"] == "forward+backward"]
     dot = {c["N"]: c for c in wanted if c["similarity"] == "dot"}
     theirs = dot[8192]["results"]["open_clip"]
-    table = _against_open_clip(dot.values(), CONTENDERS)
+    lines = _against_open_clip(dot.values(), CONTENDERS)
     return (
-        f"{table}\n\n{_machine(result)} open_clip's matrices are fresh memory in "
+        f"{lines}\n\n{machine(result)} open_clip's matrices are fresh memory in "
         f"every step, and its time varies with how fast the system hands that out: {theirs['p20']:.1f} to "
         f"{theirs['p80']:.1f} s at 8192 (20th to 80th percentile).\n\n{_distances(wanted)}"
     )
@@ -115,7 +103,7 @@ def speed() -> str:
         rows.append([f"{case['N']:,}", f"{base:,.0f} ms", *times, *mib])
     times = ["open_clip", "torch.compile", "**gapkern**", "kept", "bfloat16"]
     header = ["batch", *times, "memory: open_clip", "**gapkern**", "kept"]
-    return f"{_table(header, rows)}\n\n{_machine(result)} {_largest_with_avx2()}"
+    return f"{table(header, rows)}\n\n{machine(result)} {_largest_with_avx2()}"
 
 
 def _largest_with_avx2() -> str:
@@ -134,8 +122,8 @@ def avx2() -> str:
     """The loss where neither our kernels nor PyTorch's may use more than AVX2."""
     result = harness.load("contrastive-avx2")
     names = {name: title for name, title in CONTENDERS.items() if "bfloat16" not in name}
-    table = _against_open_clip((case for case in result["cases"] if case["similarity"] == "dot"), names)
-    return f"{table}\n\n{_machine(result)}\n\n{_distances(result['cases'])}"
+    lines = _against_open_clip((case for case in result["cases"] if case["similarity"] == "dot"), names)
+    return f"{lines}\n\n{machine(result)}\n\n{_distances(result['cases'])}"
 
 
 def _distances(cases: list[dict[str, Any]]) -> str:
@@ -155,7 +143,7 @@ def memory() -> str:
     rows = harness.load("contrastive")["peak_memory_mib"]
     names = [name for name in rows[0] if name not in ("N", "D")]
     cells = [[f"{row[name]:.0f}" if name in row else "" for name in names] for row in rows]
-    return _table(["batch", *names], [[str(row["N"]), *line] for row, line in zip(rows, cells, strict=True)])
+    return table(["batch", *names], [[str(row["N"]), *line] for row, line in zip(rows, cells, strict=True)])
 
 
 def others() -> str:
@@ -171,7 +159,7 @@ def others() -> str:
             row = [what, f"{size} {case.get('dtype', 'float32')}", case["baseline"], f"{base / ours:.1f}x", limit]
             rows.append(row)
     peak = harness.load("retrieval")["peak_memory_mib"][-1]
-    return _table(["operation", "size", "against", "faster", "time over the limit"], rows) + (
+    return table(["operation", "size", "against", "faster", "time over the limit"], rows) + (
         "\n\nThe limit is a plain clone of the data, into fresh memory as the operators write it (they ask for huge "
         "pages, a clone does not), for robustness one search without noise, for recall one product into a matrix that "
         f"is there. Recall of {peak['Q']:,} texts and {peak['G']:,} images takes {peak['gapkern']:.0f} MiB beside them "
@@ -201,8 +189,8 @@ def quantisers() -> str:
         f"recall@{k}",
         "queries/s",
     ]
-    table = _table(header, rows)
-    return f"{table}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
+    lines = table(header, rows)
+    return f"{lines}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
 
 
 def projection() -> str:
@@ -223,7 +211,7 @@ def projection() -> str:
         "L2: none → shift → projection",
         "inner product: none → projection",
     ]
-    return f"{_table(header, rows)}\n\nNoise of total variance {result['variance']:g}; {result['date']}."
+    return f"{table(header, rows)}\n\nNoise of total variance {result['variance']:g}; {result['date']}."
 
 
 def reduced() -> str:
@@ -238,7 +226,7 @@ def reduced() -> str:
             [case["data"], case["metric"], gallery, f"{case['components']}", f"{case['identical']:.2%}", *cells]
         )
     header = ["embeddings", "metric", "gallery", "k", "of the first 10 neighbours kept", "bytes a row", "queries/s"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _recalls(case: dict[str, Any], side: str, kind: str) -> list[str]:
@@ -265,7 +253,7 @@ def _indexes(cases: list[dict[str, Any]], result: dict[str, Any], sides: tuple[s
         *("gallery, metric", "queries", "index", "parameters", "none", "shift", "projection", "centring"),
         *("projection at none's speed", "bytes a row", "s to build", "queries/s"),
     ]
-    return f"{_table(header, rows)}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
+    return f"{table(header, rows)}\n\n{result['env']['processor']}, {result['cores']} cores, {result['date']}."
 
 
 def indexes() -> str:
@@ -286,6 +274,7 @@ PAGES = {
         "others": others,
         "quantisers": quantisers,
     },
+    "docs/losses.md": {"losses": losses},
     "docs/projection.md": {"projection": projection, "reduced": reduced, "indexes": indexes},
 }
 DEMO = ("report.json", "pca.png", "robustness.png", "projection.png")

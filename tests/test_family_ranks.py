@@ -56,6 +56,16 @@ CALLS = {
     "hardness": lambda t, s, **o: losses.info_nce_loss(
         t["x"], t["y"], s, directions=("q-d", "d-q"), hardness=3.0, hardness_of="all", hard_negatives=t["hard"], **o
     ),
+    "d-q": lambda t, s, **o: losses.info_nce_loss(
+        t["x"], t["y"], s, directions=("d-q", "d-d"), ids=(t["ids"], t["other"]), decoupled=True, **o
+    ),
+    "ntxent, decoupled": lambda t, s, **o: losses.ntxent_loss(
+        t["x"], t["y"], s, decoupled=True, ids=t["ids"], weights=t["weights"], **o
+    ),
+    "matryoshka": lambda t, s, **o: losses.Matryoshka(losses.contrastive_loss, (6, 4, 2))(t["x"], t["y"], s, **o),
+    "matryoshka, ids": lambda t, s, **o: losses.Matryoshka(losses.info_nce_loss, (6, 3), (1.0, 0.5))(
+        t["x"], t["y"], s, hard_negatives=t["hard"], ids=t["ids"], margin=0.3, **o
+    ),
     "ntxent": lambda t, s, **o: losses.ntxent_loss(t["x"], t["y"], s, **o),
     "plain clip": lambda t, s, **o: losses.contrastive_loss(t["x"], t["y"], s, **o),
     "plain sum": lambda t, s, **o: losses.contrastive_loss(
@@ -72,7 +82,23 @@ CALLS = {
     "soft siglip": lambda t, s, **o: losses.sigmoid_loss(
         t["x"], t["y"], s, -2.0, ids=t["ids"], positives="mean", symmetric=False, soft_label=True, **o
     ),
+    "supcon in": lambda t, s, **o: losses.supcon_loss(
+        t["x"], t["ids"], s, positives="in", weights=t["weights"], reduction="sum", **o
+    ),
     "supcon": lambda t, s, **o: losses.supcon_loss(t["x"], t["ids"], s, **o),
+    "mil, weights": lambda t, s, **o: losses.mil_nce_loss(t["x"], t["hard"], s, weights=t["weights"], **o),
+    "gist, relative": lambda t, s, **o: losses.gist_loss(
+        t["x"],
+        t["y"],
+        s,
+        t["u"],
+        t["v"],
+        margin=0.05,
+        margin_strategy="relative",
+        contrast_queries=False,
+        weights=t["weights"],
+        **o,
+    ),
     "mil": lambda t, s, **o: losses.mil_nce_loss(t["x"], t["hard"], s, **o),
     "gist": lambda t, s, **o: losses.gist_loss(t["x"], t["y"], s, t["u"], t["v"], margin=0.1, **o),
     "uniformity": lambda t, s, **o: losses.uniformity_loss(t["x"], s, **o),
@@ -85,6 +111,14 @@ def value_and_gradients(call, leaves, constants, **options):
     value = call(leaves | constants, s, **options)
     gradients = torch.autograd.grad(value, (*leaves.values(), s), allow_unused=True)
     return value.detach(), gradients
+
+
+def test_every_loss_is_called_over_ranks():
+    """Whatever `gapkern.losses` has that takes a group."""
+    named = set().union(*(call.__code__.co_names for call in CALLS.values()))
+    takes_group = {name for name in losses.__all__ if "group" in getattr(getattr(losses, name), "__annotations__", {})}
+    assert takes_group <= named, takes_group - named
+    assert "info_nce_loss" in takes_group
 
 
 def equal_to_one_process(rank, world):
