@@ -28,7 +28,7 @@ LAYERS = (
         "testing",
     ),
     ("_formats", "_load", "_search", "figures"),
-    ("layout",),
+    ("_writing", "layout"),
     ("files", "ops"),
     ("losses", "perturb", "prompts", "ranks"),
     ("captions", "gap", "models"),
