@@ -60,6 +60,11 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       "sigmoid_loss(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, int label_offset,"
       " str precision, bool[2] needs) -> (Tensor loss, Tensor grad_images, Tensor grad_texts,"
       " Tensor grad_logit_scale, Tensor grad_logit_bias)");
+  // The same with positives by ids, of which gapkern/ops/contrastive/masked_sigmoid.py has the contract.
+  m.def(
+      "contrastive_masked_sigmoid(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor row_ids,"
+      " Tensor col_ids, Tensor row_weights, Tensor col_weights, bool soft_targets, str precision, bool[2] needs)"
+      " -> (Tensor loss, Tensor grad_x, Tensor grad_y, Tensor grad_logit_scale, Tensor grad_logit_bias)");
   // The losses' steps between library products, for a chunk of rows (contrastive/kernels.cuh; in PyTorch's operations
   // gapkern/ops/contrastive/chunked.py). Sums come as the tiles' partial sums. Norms are empty for the dot product. The
   // log-sum-exps are over all but the labels; grad_label is dS there.

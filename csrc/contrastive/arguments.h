@@ -70,7 +70,8 @@ Engine<T> engine_for(const Arguments& a) {
       return a.bf16_products ? kernels.bf16 : kernels.f32;
   };
   return {of(GAPKERN_FOR_ACTIVE_ISA(product_kernels)), of(GAPKERN_FOR_ACTIVE_ISA(softmax_kernels)),
-          of(GAPKERN_FOR_ACTIVE_ISA(classes_kernels)), of(GAPKERN_FOR_ACTIVE_ISA(sigmoid_kernels))};
+          of(GAPKERN_FOR_ACTIVE_ISA(classes_kernels)), of(GAPKERN_FOR_ACTIVE_ISA(sigmoid_kernels)),
+          of(GAPKERN_FOR_ACTIVE_ISA(masked_sigmoid_kernels))};
 }
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> size, ScalarType type) {

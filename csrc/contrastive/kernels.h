@@ -168,6 +168,19 @@ struct SigmoidBlock : LogitBlock<T> {
   GradientOutput out;
 };
 
+// Ids are compared exactly, in lanes as wide as T.
+template <class T>
+using Id = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// The same with positives by ids: pairs of equal ids, with a = row_weight + column_weight,
+//   loss += a softplus(-l),  dS = -a sigmoid(-l),
+// or, where a is a soft target, (1 - a) softplus(l) and (1 - a) sigmoid(l) more. There is no label.
+template <class T>
+struct MaskedSigmoidBlock : SigmoidBlock<T> {
+  const Id<T>*row_ids, *column_ids;
+  const T *row_weight, *column_weight;
+};
+
 // C [rows, cols] (=, +=) A B: A is dS of one stripe, B packed slices of the other side that follow each other. Each
 // panel of A's rows meets all the slices before the next: it stays in the first-level cache, and they come in order.
 template <class T>
@@ -219,6 +232,12 @@ struct SigmoidKernels {
   void (*sigmoid)(const SigmoidBlock<T>&);
 };
 
+// kernels_masked_sigmoid.cpp
+template <class T>
+struct MaskedSigmoidKernels {
+  void (*masked_sigmoid[2])(const MaskedSigmoidBlock<T>&);  // by weights, and by soft targets
+};
+
 // One file's kernels in each arithmetic.
 template <template <class> class Kernels>
 struct KernelSet {
@@ -231,10 +250,11 @@ struct KernelSet {
 GAPKERN_DECLARE_FOR_EACH_ISA(const KernelSet<ProductKernels>& product_kernels();
                              const KernelSet<SoftmaxKernels>& softmax_kernels();
                              const KernelSet<ClassesKernels>& classes_kernels();
-                             const KernelSet<SigmoidKernels>& sigmoid_kernels())
+                             const KernelSet<SigmoidKernels>& sigmoid_kernels();
+                             const KernelSet<MaskedSigmoidKernels>& masked_sigmoid_kernels())
 
 // All kernels of one arithmetic.
 template <class T>
-struct Engine : ProductKernels<T>, SoftmaxKernels<T>, ClassesKernels<T>, SigmoidKernels<T> {};
+struct Engine : ProductKernels<T>, SoftmaxKernels<T>, ClassesKernels<T>, SigmoidKernels<T>, MaskedSigmoidKernels<T> {};
 
 }  // namespace gapkern::contrastive

@@ -254,6 +254,34 @@ def contrastive_loss(
     return reduced(losses / 2, weights, reduction)
 
 
+def masked_sigmoid_sum(
+    x: Tensor,
+    y: Tensor,
+    s: Tensor | float,
+    bias: Tensor | float,
+    row_ids: Tensor,
+    col_ids: Tensor,
+    row_weights: Tensor,
+    col_weights: Tensor,
+    *,
+    soft_targets: bool = False,
+) -> Tensor:
+    """sum_ij a_ij softplus(-S_ij) + b_ij softplus(S_ij); of equal ids a are weights, or with soft_targets targets.
+
+    Example:
+        >>> x, ids, half = torch.eye(2), torch.arange(2), torch.full((2,), 0.5)
+        >>> round(float(masked_sigmoid_sum(x, x, 10.0, -10.0, ids, ids, half, half)), 4)
+        1.3864
+    """
+    logits = s * (x @ y.T) + bias
+    given = (row_weights[:, None] + col_weights).to(logits.dtype)
+    right = row_ids[:, None] == col_ids
+    a = torch.where(right, given, 0)
+    b = torch.where(right, 1 - given if soft_targets else 0, 1)
+    softplus = [-torch.nn.functional.logsigmoid(v) for v in (-logits, logits)]
+    return (a * softplus[1] + b * softplus[0]).sum()
+
+
 def sigmoid_loss(
     x: Tensor,
     y: Tensor,
@@ -272,17 +300,14 @@ def sigmoid_loss(
         0.6932
     """
     id_x, id_y = ids if isinstance(ids, tuple) else (ids, ids)
-    logits = s * (x @ y.T) + bias
     right = id_x[:, None] == id_y
-    weights = torch.ones_like(logits)
+    weights = [torch.full(t.shape, 0.5, dtype=x.dtype, device=x.device) for t in (id_x, id_y)]
     if positives == "mean":
-        of_rows, of_columns = (1 / right.sum(dim, keepdim=True, dtype=x.dtype).clamp_min(1) for dim in (1, 0))
-        weights = torch.where(right, (of_rows + of_columns) / 2 if symmetric else of_rows, weights)
-    if soft_label:
-        target = torch.where(right, weights, torch.zeros_like(weights))
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(x)
-    z = torch.where(right, 1.0, -1.0).to(logits.dtype)
-    return -(weights * torch.nn.functional.logsigmoid(z * logits)).sum() / len(x)
+        shares = (0.5, 0.5) if symmetric else (1, 0)
+        weights = [
+            share / right.sum(dim, dtype=x.dtype).clamp_min(1) for share, dim in zip(shares, (1, 0), strict=True)
+        ]
+    return masked_sigmoid_sum(x, y, s, bias, id_x, id_y, *weights, soft_targets=soft_label) / len(x)
 
 
 def supcon_loss(

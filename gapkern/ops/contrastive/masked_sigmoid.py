@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from gapkern.ops import autocast, derivatives
-from gapkern.ops.contrastive import dispatch, saved
+from gapkern.ops.contrastive import dispatch, masked_tangents, saved
 from gapkern.ops.precision import matmul_precision
 
-_library = torch.library.Library("gapkern", "FRAGMENT")
-_library.define(
-    "contrastive_masked_sigmoid(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor row_ids,"
-    " Tensor col_ids, Tensor row_weights, Tensor col_weights, bool soft_targets, str precision, bool[2] needs)"
-    " -> (Tensor loss, Tensor grad_x, Tensor grad_y, Tensor grad_logit_scale, Tensor grad_logit_bias)"
-)
+_library = torch.library.Library("gapkern", "IMPL")
 
 
 def masked_sigmoid_sum(
@@ -37,7 +32,7 @@ def masked_sigmoid_sum(
     Args:
         x, y: (N, D), (M, D).
         logit_scale, logit_bias: one element each.
-        row_ids, col_ids: (N,), (M,) integers.
+        row_ids, col_ids: (N,), (M,) int64.
         row_weights, col_weights: (N,), (M,) float64, whose sums a_ij are the weights of positive pairs.
         soft_targets: a_ij is the target probability of a positive pair instead, of weight 1.
 
@@ -80,7 +75,11 @@ def _(x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights,
     )
 
 
-derivatives.register("contrastive_masked_sigmoid", saved.backward, save=saved.save, arguments=saved.needed)
+def _jvp(inputs, tangents):
+    return masked_tangents.masked_sigmoid(inputs, tangents), None, None, None, None
+
+
+derivatives.register("contrastive_masked_sigmoid", saved.backward, save=saved.save, jvp=_jvp, arguments=saved.needed)
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("contrastive_masked_sigmoid", autocast.rounded(torch.ops.gapkern.contrastive_masked_sigmoid), _key)

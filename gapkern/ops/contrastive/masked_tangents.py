@@ -49,3 +49,20 @@ def masked_lse(inputs, tangents) -> tuple[Tensor | None, ...]:
             labels_of.append(torch.nn.functional.pad(masks.labels(ds, before), padding))
     label = torch.cat(labels_of) if labels_of else rows_of[0][0][:0]
     return torch.cat(rows_of[0]), columns_of[0], torch.cat(rows_of[1]), columns_of[1], label, None, None, None
+
+
+def masked_sigmoid(inputs, tangents) -> Tensor:
+    """The tangent of the summed sigmoid loss, 0-d float64."""
+    logits = _Logits(inputs, tangents, "dot")
+    bias, row_ids, col_ids, row_weights, col_weights = inputs[3:8]
+    bias, row_weights, col_weights = (t.to(logits.work) for t in (bias.reshape(()), row_weights, col_weights))
+    of_bias = 0 if tangents[3] is None else tangents[3].reshape(()).to(logits.work)
+    total = torch.zeros((), dtype=torch.float64, device=bias.device)
+    for rows in logits.chunks():
+        positive = row_ids[rows, None] == col_ids
+        a = torch.where(positive, row_weights[rows, None] + col_weights, 0)
+        b = torch.where(positive, 1 - a if inputs[8] else 0, 1)
+        s = logits.of(rows) + bias
+        gradient = b * torch.sigmoid(s) - a * torch.sigmoid(-s)
+        total = total + (gradient * (logits.tangent(rows) + of_bias)).sum(dtype=torch.float64)
+    return total
