@@ -78,6 +78,24 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def(
       "contrastive_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, int label_offset, Tensor like)"
       " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
+  // The same steps where pairs are of classes (contrastive/classes.cuh; in PyTorch's operations
+  // gapkern/ops/contrastive/masked_steps.py). Tensors without elements are absent; `positive`: pairs of equal ids are
+  // positives, else left out. Log-sum-exps and their gradients are [classes, n] and [classes, M], negatives first,
+  // positives where there are any; grad_label is dS at the labels. of_all: sums of dS.
+  m.def(
+      "contrastive_masked_chunk_lse(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale,"
+      " Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor guide, Tensor guide_row_limit,"
+      " Tensor guide_col_limit, int label_offset, bool positive) -> (Tensor row_lse, Tensor col_lse)");
+  m.def(
+      "contrastive_masked_chunk_gradient(Tensor products, Tensor row_norms, Tensor col_norms, Tensor logit_scale,"
+      " Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor guide, Tensor guide_row_limit,"
+      " Tensor guide_col_limit, int label_offset, bool positive, Tensor row_lse2, Tensor col_lse2, Tensor grad_row,"
+      " Tensor grad_col, Tensor grad_label, Tensor like)"
+      " -> (Tensor ds, Tensor of_scale, Tensor of_all, Tensor row_sums, Tensor col_sums)");
+  m.def(
+      "contrastive_masked_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, Tensor row_ids,"
+      " Tensor col_ids, Tensor row_weights, Tensor col_weights, Tensor like)"
+      " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
   // The softmax losses' steps on Hopper (contrastive/sm90.cuh; in PyTorch's operations
   // gapkern/ops/contrastive/emulation.py). control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up
   // to 8] receives them, unless empty. Sums and log-sum-exps are over all but the labels; grad_label is dS there.

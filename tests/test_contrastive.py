@@ -10,7 +10,7 @@ from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 from gapkern.testing import assert_near, assert_three_way
 from tests.contrasted import NAMES, pair, value_and_gradients
-from tests.software_gpu import problems
+from tests.software_gpu import chunk_problems
 from tests.software_gpu.torch_device import TorchDevice
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -259,10 +259,10 @@ def test_medium_precision_is_near_and_the_others_are_exact(precision):
 
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (70, 150), (64, 256), (130, 129)])
-@pytest.mark.parametrize("dtype", problems.DTYPES)
+@pytest.mark.parametrize("dtype", chunk_problems.DTYPES)
 def test_the_steps_between_products(poisoned, squared, shape, dtype):
     """In PyTorch's operations; CUDA's kernels: tests/test_software_gpu.py."""
-    problems.steps_between_products(TorchDevice("cpu"), *shape, dtype, squared)
+    chunk_problems.steps_between_products(TorchDevice("cpu"), *shape, dtype, squared)
 
 
 def test_the_smallest_float16_gradients_survive_the_chunked_path(monkeypatch):

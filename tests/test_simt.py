@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parent / "simt"
-CAPABILITIES = ["contrastive", "meanshift", "perturb", "robustness", "sm90"]
-FOLDERS = {"sm90": "contrastive"}  # where not named as the capability
+CAPABILITIES = ["classes", "contrastive", "meanshift", "perturb", "robustness", "sm90"]
+FOLDERS = {"classes": "contrastive", "sm90": "contrastive"}  # where not named as the capability
 
 
 @pytest.fixture(scope="module")

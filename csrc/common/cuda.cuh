@@ -13,7 +13,7 @@
 #define GAPKERN_SHARED(type, name, count) __shared__ type name[count]
 #else
 #include "simt.h"
-#define GAPKERN_SHARED(type, name, count) type* const name = simt::shared<type>(count, __LINE__)
+#define GAPKERN_SHARED(type, name, count) type* const name = simt::shared<type>(count, GAPKERN_SITE)
 #endif
 
 namespace gapkern {

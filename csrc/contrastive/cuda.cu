@@ -1,64 +1,22 @@
 // The contrastive losses' chunks on CUDA: what lies between the library's products.
-#include "common/cuda_host.h"
+#include "contrastive/chunk.h"
 #include "contrastive/kernels.cuh"
 
 namespace gapkern::contrastive {
+
+void combine(const Tensor& part, int64_t classes, int64_t tiles, int64_t count, Tensor& out) {
+  for (int64_t of = 0; of < classes; ++of) {
+    lse_combine<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(part)>>>(
+        static_cast<const Partial*>(part.data_ptr()) + of * tiles * count, tiles, count,
+        out.mutable_data_ptr<double>() + of * count);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
 namespace {
 
-int64_t tiles(int64_t count, int64_t per_tile) { return (count + per_tile - 1) / per_tile; }
-
-struct Arguments {
-  Tensor products, row_norms, col_norms, scale;
-  int64_t rows, columns, across, down;
-  bool packed;
-  dim3 grid() const { return dim3(unsigned(across), unsigned(down)); }
-};
-
-// All in the type of the arithmetic; norms are empty for the dot product.
-Arguments check(const Tensor& products, const Tensor& row_norms, const Tensor& col_norms, const Tensor& scale) {
-  STD_TORCH_CHECK(products.dim() == 2 && products.numel() > 0, "products: expected a filled matrix");
-  const ScalarType type = products.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "products: expected float32 or float64");
-  Arguments a{torch::stable::contiguous(products),
-              as_type(row_norms, type),
-              as_type(col_norms, type),
-              as_type(scale, type),
-              products.size(0),
-              products.size(1),
-              0,
-              0,
-              false};
-  expect(products, a.scale, 1, "logit_scale");
-  const bool norms = a.row_norms.numel() > 0;
-  expect(products, a.row_norms, norms ? a.rows : 0, "row_norms");
-  expect(products, a.col_norms, norms ? a.columns : 0, "col_norms");
-  a.across = tiles(a.columns, kTileColumns);
-  a.down = tiles(a.rows, kTileRows);
-  STD_TORCH_CHECK(a.down <= 65535, "products: expected at most ", 65535 * kTileRows, " rows, got ", a.rows);
-  a.packed = packs(a.products, a.columns);
-  return a;
-}
-
 template <class R>
-Chunk<R> chunk_of(const Arguments& a) {
-  const bool norms = a.row_norms.numel() > 0;
-  return {a.products.const_data_ptr<R>(), norms ? a.row_norms.const_data_ptr<R>() : nullptr,
-          norms ? a.col_norms.const_data_ptr<R>() : nullptr, a.rows, a.columns};
-}
-
-Tensor partials(const Tensor& like, int64_t tiles, int64_t count) {
-  return torch::stable::new_empty(like, {tiles, count, 2}, ScalarType::Double);
-}
-
-void combine(const Tensor& part, Tensor& out) {
-  const int64_t count = part.size(1);
-  lse_combine<<<blocks(count, 128, int64_t(1) << 31), 128, 0, stream_of(part)>>>(
-      static_cast<const Partial*>(part.data_ptr()), part.size(0), count, out.mutable_data_ptr<double>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <class R>
-void launch_lse(const Arguments& a, int64_t label_offset, Tensor& row_part, Tensor& col_part) {
+void launch_lse(const ChunkArguments& a, int64_t label_offset, Tensor& row_part, Tensor& col_part) {
   const auto kernel = a.packed ? lse_tiles<R, true> : lse_tiles<R, false>;
   kernel<<<a.grid(), kTileThreads, 0, stream_of(a.products)>>>(chunk_of<R>(a), a.scale.const_data_ptr<R>(),
                                                                label_offset, static_cast<Partial*>(row_part.data_ptr()),
@@ -69,7 +27,7 @@ void launch_lse(const Arguments& a, int64_t label_offset, Tensor& row_part, Tens
 std::tuple<Tensor, Tensor> chunk_lse(const Tensor& products, const Tensor& row_norms, const Tensor& col_norms,
                                      const Tensor& logit_scale, int64_t label_offset) {
   const torch::stable::accelerator::DeviceGuard guard(products.get_device_index());
-  const Arguments a = check(products, row_norms, col_norms, logit_scale);
+  const ChunkArguments a = check_chunk(products, row_norms, col_norms, logit_scale);
   Tensor row_part = partials(products, a.across, a.rows), col_part = partials(products, a.down, a.columns);
   if (products.scalar_type() == ScalarType::Double)
     launch_lse<double>(a, label_offset, row_part, col_part);
@@ -77,43 +35,9 @@ std::tuple<Tensor, Tensor> chunk_lse(const Tensor& products, const Tensor& row_n
     launch_lse<float>(a, label_offset, row_part, col_part);
   Tensor row = torch::stable::new_empty(products, {a.rows}, ScalarType::Double);
   Tensor col = torch::stable::new_empty(products, {a.columns}, ScalarType::Double);
-  combine(row_part, row);
-  combine(col_part, col);
+  combine(row_part, 1, a.across, a.rows, row);
+  combine(col_part, 1, a.down, a.columns, col);
   return {row, col};
-}
-
-// dS and the partial sums of its tiles, allocated.
-struct Gradient {
-  Tensor ds, of_scale, rows, columns;
-  template <class R>
-  TileSums<R> sums() {
-    const bool wanted = rows.numel() > 0;
-    return {of_scale.mutable_data_ptr<double>(), wanted ? rows.mutable_data_ptr<R>() : nullptr,
-            wanted ? columns.mutable_data_ptr<R>() : nullptr};
-  }
-};
-
-Gradient allocate(const Arguments& a, const Tensor& like) {
-  const Tensor& p = a.products;
-  const bool norms = a.row_norms.numel() > 0;
-  return {torch::stable::new_empty(p, {a.rows, a.columns}, like.scalar_type()),
-          torch::stable::new_empty(p, {a.across * a.down}, ScalarType::Double),
-          torch::stable::new_empty(p, {norms ? a.across : 0, a.rows}, p.scalar_type()),
-          torch::stable::new_empty(p, {norms ? a.down : 0, a.columns}, p.scalar_type())};
-}
-
-// Calls f with null pointers to the type of the arithmetic and of the result.
-template <class F>
-void by_types(const Tensor& products, const Tensor& like, const F& f) {
-  if (products.scalar_type() == ScalarType::Double) {
-    STD_TORCH_CHECK(like.scalar_type() == ScalarType::Double, "like: expected float64 as products");
-    return f(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-  }
-  STD_TORCH_CHECK(like.scalar_type() != ScalarType::Double, "like: expected a dtype no wider than products'");
-  by_dtype(like, [&](auto* out) {
-    using O = std::remove_pointer_t<decltype(out)>;
-    if constexpr (!std::is_same_v<O, double>) f(static_cast<float*>(nullptr), out);
-  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_gradient(const Tensor& products, const Tensor& row_norms,
@@ -123,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_gradient(const Tensor& products
                                                           const Tensor& grad_label, int64_t label_offset,
                                                           const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(products.get_device_index());
-  const Arguments a = check(products, row_norms, col_norms, logit_scale);
-  Gradient out = allocate(a, like);
+  const ChunkArguments a = check_chunk(products, row_norms, col_norms, logit_scale);
+  ChunkGradient out = allocate(a, like);
   by_types(products, like, [&](auto* real, auto* result) {
     using R = std::remove_pointer_t<decltype(real)>;
     using O = std::remove_pointer_t<decltype(result)>;
@@ -152,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_sigmoid(const Tensor& products,
                                                          const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(products.get_device_index());
   const Tensor none = torch::stable::new_empty(products, {0}, products.scalar_type());
-  const Arguments a = check(products, none, none, logit_scale);
-  Gradient out = allocate(a, like);
+  const ChunkArguments a = check_chunk(products, none, none, logit_scale);
+  ChunkGradient out = allocate(a, like);
   Tensor loss = torch::stable::empty_like(out.of_scale), of_bias = torch::stable::empty_like(out.of_scale);
   expect(products, logit_bias, 1, "logit_bias");
   by_types(products, like, [&](auto* real, auto* result) {

@@ -1,61 +1,9 @@
-// Device kernels over a chunk of logits, t = S / logit_scale [rows, M], that a library product has written.
-// Each reads t once. Exponents are relative to a row's or column's own maximum within a tile and cannot overflow; the
-// second exponential hides behind the memory traffic.
-//
-// A block has a tile of kTileRows x kTileColumns: a warp 8 rows of it, a thread 4 neighbouring columns.
+// Device kernels over a chunk of logits (chunk.cuh). Each reads t once. Exponents are relative to a row's or column's
+// own maximum within a tile and cannot overflow; the second exponential hides behind the memory traffic.
 #pragma once
-#include "common/cuda.cuh"
-#include "contrastive/exponents.cuh"
+#include "contrastive/chunk.cuh"
 
 namespace gapkern::contrastive {
-
-inline constexpr int kTileWarps = 8, kWarpRows = 8, kThreadColumns = 4;
-inline constexpr int kTileRows = kTileWarps * kWarpRows, kTileColumns = kWarp * kThreadColumns;
-inline constexpr int kTileThreads = kTileWarps * kWarp;
-
-// A log-sum in two parts, log2 = high + log2(sum).
-struct Partial {
-  double high, sum;
-};
-
-// The chunk, and what turns its products into t: 2 t - row_norms - column_norms for squared distances.
-template <class R>
-struct Chunk {
-  const R* products;
-  const R* row_norms;     // [rows], null for the dot product
-  const R* column_norms;  // [M]
-  int64_t rows, columns;
-
-  template <bool pack>
-  __device__ __forceinline__ void load(int64_t row, int64_t column, R (&t)[kThreadColumns]) const {
-    const R* from = products + row * columns + column;
-    if (pack && column + kThreadColumns <= columns) {
-      const Pack<R, kThreadColumns> values = *reinterpret_cast<const Pack<R, kThreadColumns>*>(from);
-      for (int c = 0; c < kThreadColumns; ++c) t[c] = values.value[c];
-    } else {
-      for (int c = 0; c < kThreadColumns; ++c) t[c] = column + c < columns ? from[c] : R(0);
-    }
-    if (row_norms)
-      for (int c = 0; c < kThreadColumns; ++c)
-        if (column + c < columns) t[c] = 2 * t[c] - row_norms[row] - column_norms[column + c];
-  }
-};
-
-struct Place {
-  int lane, warp;
-  int64_t row, column;  // the thread's first
-  __device__ __forceinline__ Place()
-      : lane(threadIdx.x % kWarp),
-        warp(threadIdx.x / kWarp),
-        row(blockIdx.y * int64_t(kTileRows) + warp * kWarpRows),
-        column(blockIdx.x * int64_t(kTileColumns) + lane * kThreadColumns) {}
-};
-
-// What exponents are taken relative to: the maximum, or zero where there is nothing.
-template <class R>
-__device__ __forceinline__ R reference(R maximum) {
-  return maximum > kNothing<R> ? maximum : R(0);
-}
 
 // row_part [tiles across, rows], column_part [tiles down, M]: log-sums of every tile's rows and columns without the
 // labels, which are added in float64: a small loss is the log1p of the other terms over the label's, and would cancel.
@@ -136,16 +84,6 @@ inline __global__ void lse_combine(const Partial* part, int64_t tiles, int64_t c
   out[i] = kLn2 * base + log(sum);
 }
 
-// A log-sum-exp in units of log 2 in two parts: k t - high is exact where the two are close (Sterbenz), low is added
-// then.
-template <class R>
-struct Split {
-  R high = 0, low = 0;
-  Split() = default;
-  __device__ __forceinline__ explicit Split(double lse) : high(R(lse)), low(R(lse - double(R(lse)))) {}
-  __device__ __forceinline__ R probability(R v) const { return exp2_of((v - high) - low); }
-};
-
 // dS = grad_row e^(S - row_lse) + grad_col e^(S - col_lse), but grad_label at the label: p - 1 of a rounded p cancels
 // for a small loss.
 template <class R>
@@ -157,71 +95,6 @@ struct Weights {
   const R* grad_col;
   int64_t label_offset;  // the label of row 0 of the chunk
 };
-
-// Block sums of a tile's dS t; rows and columns of dS where a gradient of squared distances needs them.
-template <class R>
-struct TileSums {
-  double* scale;  // [tiles]
-  R* rows;        // [tiles across, rows], or null
-  R* columns;     // [tiles down, M], or null
-};
-
-// The sum of x over the block, for its first thread; scratch [kTileWarps].
-__device__ __forceinline__ double block_sum(double x, double* scratch) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  x = warp_sum(x);
-  if (lane == 0) scratch[warp] = x;
-  __syncthreads();
-  double total = 0;
-  if (threadIdx.x == 0)
-    for (int w = 0; w < kTileWarps; ++w) total += scratch[w];
-  return total;
-}
-
-// Writes a tile of dS and its sums. w[r][c] is dS, `of_scale` this thread's part of the sum of dS t.
-template <class R, class O, bool pack>
-__device__ __forceinline__ void store_tile(const Chunk<R>& chunk, const Place& at,
-                                           const R (&w)[kWarpRows][kThreadColumns], double of_scale,
-                                           const TileSums<R>& sums, O* ds) {
-  GAPKERN_SHARED(double, scratch, kTileWarps);
-  GAPKERN_SHARED(R, part, kTileWarps * kTileColumns);
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    if (at.row + r >= chunk.rows) continue;
-    O* to = ds + (at.row + r) * chunk.columns + at.column;
-    Pack<O, kThreadColumns> narrow;
-    for (int c = 0; c < kThreadColumns; ++c) from_wide(w[r][c], narrow.value + c);
-    if (pack && at.column + kThreadColumns <= chunk.columns)
-      *reinterpret_cast<Pack<O, kThreadColumns>*>(to) = narrow;
-    else
-      for (int c = 0; c < kThreadColumns; ++c)
-        if (at.column + c < chunk.columns) to[c] = narrow.value[c];
-  }
-  const double total = block_sum(of_scale, scratch);
-  if (threadIdx.x == 0) sums.scale[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = total;
-  if (!sums.rows) return;
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    R sum = 0;
-    for (int c = 0; c < kThreadColumns; ++c) sum += w[r][c];
-    sum = warp_sum(sum);
-    if (at.lane == 0 && at.row + r < chunk.rows) sums.rows[blockIdx.x * chunk.rows + at.row + r] = sum;
-  }
-#pragma unroll
-  for (int c = 0; c < kThreadColumns; ++c) {
-    R sum = 0;
-#pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) sum += w[r][c];
-    part[at.warp * kTileColumns + at.lane * kThreadColumns + c] = sum;
-  }
-  __syncthreads();
-  for (int column = threadIdx.x; column < kTileColumns; column += kTileThreads) {
-    const int64_t j = blockIdx.x * int64_t(kTileColumns) + column;
-    R sum = 0;
-    for (int warp = 0; warp < kTileWarps; ++warp) sum += part[warp * kTileColumns + column];
-    if (j < chunk.columns) sums.columns[blockIdx.y * chunk.columns + j] = sum;
-  }
-}
 
 // dS of the softmax losses, rounded once.
 template <class R, class O, bool pack>

@@ -82,7 +82,7 @@ inline void kernel(const std::string& name, double tolerance, const std::functio
     return false;
   };
   simt::barriers.clear();
-  simt::skipped = -1;
+  simt::skipped = {};
   double worst = 0;
   std::string trouble;
   for (bool reversed : {false, true}) {
@@ -97,11 +97,11 @@ inline void kernel(const std::string& name, double tolerance, const std::functio
   }
   report(worst <= tolerance, name, trouble.empty() ? "error " + digits(worst) : trouble);
   if (!every_barrier) return;
-  for (const int line : std::set<int>(simt::barriers)) {
-    simt::skipped = line;
-    report(fails(), name, "the barrier at line " + std::to_string(line) + " is needed");
+  for (const simt::Site& site : std::set<simt::Site>(simt::barriers)) {
+    simt::skipped = site;
+    report(fails(), name, "the barrier at " + site.text() + " is needed");
   }
-  simt::skipped = -1;
+  simt::skipped = {};
 }
 
 inline int result() { return all_passed ? 0 : 1; }

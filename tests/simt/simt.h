@@ -35,13 +35,28 @@ namespace simt {
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
+// Where in the kernels' sources.
+struct Site {
+  const char* file = "";
+  int line = 0;
+  bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+  bool operator!=(const Site& other) const { return !(*this == other); }
+  bool operator<(const Site& other) const {
+    const int order = std::strcmp(file, other.file);
+    return order < 0 || (order == 0 && line < other.line);
+  }
+  std::string text() const {
+    return std::string(file).substr(std::string(file).rfind('/') + 1) + ":" + std::to_string(line);
+  }
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state;
   unsigned mask;
   uint64_t slot;
-  int line;
+  Site site;
   static constexpr size_t kStack = 256 << 10;
 };
 
@@ -50,25 +65,25 @@ inline ucontext_t scheduler;
 inline int current = 0;
 inline std::function<void()> body;
 inline dim3 grid, block, block_index;
-inline std::map<int, std::vector<char>> shared_arrays;
+inline std::map<Site, std::vector<char>> shared_arrays;
 inline bool reversed = false;
-inline int skipped = -1;        // the barrier to leave out
-inline std::set<int> barriers;  // lines of those that were reached
+inline Site skipped;             // the barrier to leave out
+inline std::set<Site> barriers;  // those that were reached
 
 inline constexpr size_t kMargin = 4096;  // bytes on either side of a shared array that nobody may write
 
 template <class T>
-T* shared(size_t count, int line) {
-  std::vector<char>& bytes = shared_arrays[line];
+T* shared(size_t count, Site site) {
+  std::vector<char>& bytes = shared_arrays[site];
   if (bytes.empty()) bytes.assign(count * sizeof(T) + 2 * kMargin, char(0xff));  // NaN
   return reinterpret_cast<T*>(bytes.data() + kMargin);
 }
 
 inline void check_margins() {
-  for (const auto& [line, bytes] : shared_arrays)
+  for (const auto& [site, bytes] : shared_arrays)
     for (size_t i = 0; i < kMargin; ++i)
       if (bytes[i] != char(0xff) || bytes[bytes.size() - 1 - i] != char(0xff))
-        throw std::runtime_error("a write beside the shared array at line " + std::to_string(line));
+        throw std::runtime_error("a write beside the shared array at " + site.text());
 }
 
 inline void enter() {
@@ -77,17 +92,17 @@ inline void enter() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-inline void park(State state, unsigned mask, int line) {
+inline void park(State state, unsigned mask, Site site) {
   Fiber& me = fibers[current];
   me.state = state;
   me.mask = mask;
-  me.line = line;
+  me.site = site;
   swapcontext(&me.context, &scheduler);
 }
 
-inline void barrier(int line) {
-  barriers.insert(line);
-  if (line != skipped) park(State::at_barrier, 0, line);
+inline void barrier(Site site) {
+  barriers.insert(site);
+  if (site != skipped) park(State::at_barrier, 0, site);
 }
 
 // Lets a warp go on whose named lanes have all arrived at one shuffle.
@@ -96,11 +111,11 @@ inline bool release_warp(int first, int lane) {
   for (int other = 0; other < 32; ++other) {
     if (!(asking.mask >> other & 1)) continue;
     if (first + other >= int(fibers.size()) || fibers[first + other].state == State::done)
-      throw std::runtime_error("a shuffle at line " + std::to_string(asking.line) + " names a lane that has left");
+      throw std::runtime_error("a shuffle at " + asking.site.text() + " names a lane that has left");
     const Fiber& f = fibers[first + other];
     if (f.state != State::at_shuffle) return false;
-    if (f.mask != asking.mask || f.line != asking.line)
-      throw std::runtime_error("lanes of a warp at different shuffles, line " + std::to_string(asking.line));
+    if (f.mask != asking.mask || f.site != asking.site)
+      throw std::runtime_error("lanes of a warp at different shuffles, " + asking.site.text());
   }
   for (int other = 0; other < 32; ++other)
     if (asking.mask >> other & 1) fibers[first + other].state = State::ready;
@@ -113,7 +128,7 @@ inline bool release_block() {
   if (waiting == 0 || waiting + done < int(fibers.size())) return false;
   if (done) throw std::runtime_error("__syncthreads after some threads have left");
   for (const Fiber& f : fibers)
-    if (f.line != fibers[0].line) throw std::runtime_error("threads of a block at different barriers");
+    if (f.site != fibers[0].site) throw std::runtime_error("threads of a block at different barriers");
   for (Fiber& f : fibers) f.state = State::ready;
   return true;
 }
@@ -178,26 +193,26 @@ struct ThreadIndex {
 };
 
 template <class T>
-T shuffle(unsigned mask, T value, int source, int line) {
+T shuffle(unsigned mask, T value, int source, Site site) {
   static_assert(sizeof(T) <= 8);
   const int me = current;
   memcpy(&fibers[me].slot, &value, sizeof(T));
-  park(State::at_shuffle, mask, line);
+  park(State::at_shuffle, mask, site);
   const uint64_t got = fibers[me / 32 * 32 + (source & 31)].slot;
-  park(State::at_shuffle, mask, line);  // nobody overwrites a slot before all have read
+  park(State::at_shuffle, mask, site);  // nobody overwrites a slot before all have read
   memcpy(&value, &got, sizeof(T));
   return value;
 }
 
 // One bit for each lane; those that `mask` does not name are zero.
-inline unsigned ballot(unsigned mask, bool value, int line) {
+inline unsigned ballot(unsigned mask, bool value, Site site) {
   const int me = current;
   fibers[me].slot = value;
-  park(State::at_shuffle, mask, line);
+  park(State::at_shuffle, mask, site);
   unsigned bits = 0;
   for (int lane = 0; lane < 32; ++lane)
     if (mask >> lane & 1) bits |= unsigned(fibers[me / 32 * 32 + lane].slot) << lane;
-  park(State::at_shuffle, mask, line);
+  park(State::at_shuffle, mask, site);
   return bits;
 }
 
@@ -207,7 +222,8 @@ inline simt::ThreadIndex threadIdx;
 #define blockIdx simt::block_index
 #define blockDim simt::block
 #define gridDim simt::grid
-#define __syncthreads() simt::barrier(__LINE__)
-#define __shfl_xor_sync(mask, value, lanes) simt::shuffle(mask, value, (simt::current & 31) ^ (lanes), __LINE__)
-#define __ballot_sync(mask, value) simt::ballot(mask, value, __LINE__)
+#define GAPKERN_SITE (simt::Site{__FILE__, __LINE__})
+#define __syncthreads() simt::barrier(GAPKERN_SITE)
+#define __shfl_xor_sync(mask, value, lanes) simt::shuffle(mask, value, (simt::current & 31) ^ (lanes), GAPKERN_SITE)
+#define __ballot_sync(mask, value) simt::ballot(mask, value, GAPKERN_SITE)
 #define __popc __builtin_popcount

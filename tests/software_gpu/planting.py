@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import problems
+from . import chunk_problems, problems
 from .device import Device, quiet
 
 SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_tEv", "4SumsINS_10bfloat16_tES", "GradientsINS_10bfloat16_tELi1"
@@ -66,7 +66,7 @@ def nearest(device):
 
 
 def chunk(device):
-    problems.steps_between_products(device, 64, 132, torch.float32, False)
+    chunk_problems.steps_between_products(device, 64, 132, torch.float32, False)
 
 
 def statistics(device):

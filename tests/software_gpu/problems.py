@@ -16,9 +16,10 @@ from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import robustness as robustness_reference
 from gapkern.testing import assert_near, assert_three_way
 
+from . import chunk_problems
+from .chunk_problems import DTYPES
 from .fixture import on_gpu
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # What rounding dS and the results once costs; statistics are never rounded.
 ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 5e-3}
 # What exponentials and weights cost in float32, where nothing is rounded to less, and separate weights: exponents of
@@ -231,55 +232,6 @@ def sigmoid_elements(device, n, m, d, dtype, offset=0):
 # --- the other kernels
 
 
-def steps_between_products(device, n, m, dtype, squared):
-    """contrastive_chunk_*: one kernel each on CUDA, PyTorch's operations elsewhere."""
-    work = torch.promote_types(dtype, torch.float32)
-    generator = torch.Generator().manual_seed(n)
-
-    def draw(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(work)
-
-    products, norms = 0.5 * draw(n, m), (draw(n).abs(), draw(m).abs()) if squared else (draw(0), draw(0))
-    scale, offset = torch.tensor(30.0, dtype=work), 2
-    t = 2 * products - norms[0][:, None] - norms[1] if squared else products
-    s = (t.double() * 30).requires_grad_()
-    rows = torch.arange(max(0, min(n, m - offset)))
-    at_label = torch.zeros(n, m, dtype=torch.bool)
-    at_label[rows, rows + offset] = True
-    others = s.masked_fill(at_label, -math.inf)
-    row, col = others.logsumexp(1), others.logsumexp(0)
-    found = device.call("contrastive_chunk_lse", products, *norms, scale, offset)
-    for ours, truth in zip(found, (row, col), strict=True):
-        assert ours.dtype == torch.float64
-        assert_near(ours, truth.detach(), 1e-13 if work == torch.float64 else 2e-6)
-    weights = draw(n), draw(m), draw(n)
-    (truth,) = torch.autograd.grad(row @ weights[0].double() + col @ weights[1].double(), s)
-    truth[rows, rows + offset] = weights[2][rows].double()
-    row, col = (v.detach() / math.log(2) for v in (row, col))
-    like = products.to(dtype)
-    ds, of_scale, row_sums, col_sums = device.call(
-        "contrastive_chunk_gradient", products, *norms, scale, row, col, *weights, offset, like
-    )
-    tolerance = 1e-12 if dtype == torch.float64 else max(2e-5, torch.finfo(dtype).eps)
-    assert ds.dtype == dtype
-    assert_near(ds, truth, tolerance)
-    assert abs(float(of_scale.sum()) - float((truth * t).sum())) < 2e-5 * float((truth * t).abs().sum())
-    if squared:
-        assert_near(row_sums.sum(0), truth.sum(1), 1e-4)
-        assert_near(col_sums.sum(0), truth.sum(0), 1e-4)
-    bias = torch.tensor(-2.0, dtype=work)
-    z = -torch.ones(n, m, dtype=torch.float64)
-    z[rows, rows + offset] = 1
-    u = z * (products.double() * 30 - 2)
-    loss, ds, of_scale, of_bias = device.call("contrastive_chunk_sigmoid", products, scale, bias, offset, like)
-    truth = -z * torch.sigmoid(-u)
-    assert_near(ds, truth, tolerance)
-    assert_near(loss.sum(), -torch.nn.functional.logsigmoid(u).sum(), 2e-5)
-    assert_near(of_bias.sum(), truth.sum(), 2e-5)
-    assert abs(float(of_scale.sum()) - float((truth * products).sum())) < 2e-5 * float((truth * products).abs().sum())
-    return [*found, ds, of_scale, of_bias]
-
-
 def mean_shift(device, shape, dtype):
     generator = torch.Generator().manual_seed(shape[0])
     x = (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
@@ -455,10 +407,7 @@ def _kernels():
         yield sigmoid, (129, 300, 72, dtype), {"offset": offset}
         for shape in on_gpu((1, 1, 8), (515, 515, 136), (1025, 2311, 768), (17000, 1000, 64)):
             yield sigmoid, (*shape, dtype), {"offset": offset}
-    for dtype, (n, m), squared in itertools.product(DTYPES, ((70, 150), (64, 132), (130, 261)), (False, True)):
-        yield steps_between_products, (n, m, dtype, squared), {}
-    yield steps_between_products, (1, 1, f32, True), {}
-    yield steps_between_products, (5, 3, f64, False), {}
+    yield from chunk_problems.kernels()
     for dtype, shape in itertools.product(
         DTYPES, ((1, 1), (513, 64), (70, 33), (9, 1031), (0, 4), *on_gpu((2000, 130)))
     ):

@@ -3,7 +3,6 @@
 On the CPU half the logits are formed (csrc/contrastive/classes.cpp); elsewhere they are `contrastive_masked_lse`'s.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -112,7 +111,7 @@ def _forward(*inputs):
 def _backward_kernel(*inputs):
     grads, lses, arguments, needs = inputs[:2], inputs[2:4], SelfArguments(*inputs[6:-1]), inputs[-1]
     pairs, none = arguments.pairs(), grads[0].new_empty(0)
-    zero, nowhere = torch.zeros_like(grads[0]), torch.full_like(grads[0], math.inf)  # columns have no gradient
+    zero, nowhere = torch.zeros_like(grads[0]), torch.full_like(grads[0], 1e30)  # columns have no gradient
     dx, dy, of_scale = dispatch.masked_lse_backward(
         MaskedBackwardArguments(
             grads=(grads[0], zero, grads[1], zero, none),

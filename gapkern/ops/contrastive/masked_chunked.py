@@ -1,157 +1,142 @@
 """The operators over classes of pairs in chunks of rows, between library matrix products: CUDA and other devices.
 
-Contract: `masked` and `masked_sigmoid`. Memory is linear in N + M, and a chunk of logits in several copies.
+Contract: `masked` and `masked_sigmoid`. What lies between the products is `masked_steps`. Memory is linear in N + M.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gapkern.ops.contrastive.arguments import MaskedArguments, MaskedBackwardArguments
-from gapkern.ops.contrastive.chunked import _Gradients, _Logits
+from gapkern.ops.contrastive.chunked import _Gradients, _labels, _Logits
+from gapkern.ops.contrastive.masked_steps import ChunkClasses
 from gapkern.ops.products import matmul
 
-CHUNK_ELEMENTS = 2**20  # logits at a time, in several copies: 4 MiB each in float32
-CUDA_CHUNK_ELEMENTS = 2**25
+CHUNK_ELEMENTS = 2**20  # logits at a time where steps make several copies: 4 MiB each in float32
+_LN2 = math.log(2.0)
+_NOWHERE = -(2**40)  # a label's column where no pair is a label
 
 
-class Masks:
-    """Classes of a chunk's pairs."""
-
-    def __init__(self, arguments: MaskedArguments, work: torch.dtype):
-        self.arguments, self.work = arguments, work
-        self.guided = bool(arguments.guide_x.numel())
-
-    def labels(self, matrix: Tensor, first: int) -> Tensor:
-        """A view of a chunk's labels, as many as it holds; `first` is the chunk's first row."""
-        offset = first + self.arguments.label_offset
-        if self.arguments.label != "none" and -matrix.shape[0] < offset < matrix.shape[1]:
-            return matrix.diagonal(offset)
-        return matrix[:0, 0]
-
-    def rows_with_labels(self, rows: slice) -> slice:
-        """Those of `rows`, as `labels` has them."""
-        offset, m = self.arguments.label_offset, self.arguments.y.shape[0]
-        if self.arguments.label == "none":
-            return slice(0, 0)
-        first = min(max(rows.start, -offset), rows.stop)
-        return slice(first, max(first, min(rows.stop, m - offset)))
-
-    def __call__(self, t: Tensor, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Which pairs of t (n, M) are no negatives, and which are positives; None: none."""
-        a = self.arguments
-        positive, other = None, None
-
-        def also(mask: Tensor | None, found: Tensor) -> Tensor:
-            return found if mask is None else mask.logical_or_(found)
-
-        for matrix, row_limit, col_limit in (
-            (t, a.row_limit, a.col_limit),
-            (None, a.guide_row_limit, a.guide_col_limit),
-        ):
-            if not (row_limit.numel() or col_limit.numel()):
-                continue
-            if matrix is None:
-                matrix = matmul(a.guide_x[rows].to(self.work), a.guide_y.to(self.work).T, self.work)
-            if row_limit.numel():
-                other = also(other, matrix > row_limit[rows, None].to(self.work))
-            if col_limit.numel():
-                other = also(other, matrix > col_limit.to(self.work))
-        if a.row_ids.numel():
-            same = a.row_ids[rows, None] == a.col_ids
-            other = also(other, same)
-            positive = same.clone() if a.equal == "positive" else None
-        if a.label != "none":
-            if other is None:
-                other = torch.zeros_like(t, dtype=torch.bool)
-            self.labels(other, rows.start).fill_(True)
-            if positive is not None:
-                self.labels(positive, rows.start).fill_(False)
-        return other, positive
+def rows_with_labels(arguments: MaskedArguments, rows: slice) -> slice:
+    """Those of `rows`."""
+    if arguments.label == "none":
+        return slice(0, 0)
+    offset = arguments.label_offset
+    first = min(max(rows.start, -offset), rows.stop)
+    return slice(first, max(first, min(rows.stop, arguments.y.shape[0] - offset)))
 
 
-def _logits_of(x: Tensor, y: Tensor, similarity: str) -> _Logits:
+def classes_of(arguments: MaskedArguments, rows: slice, work: torch.dtype) -> ChunkClasses:
+    """Of a chunk of rows; the guide's products are formed in `work`."""
+    a = arguments
+    guide = a.guide_row_limit.new_empty(0, 0)
+    if a.guide_row_limit.numel() or a.guide_col_limit.numel():
+        guide = matmul(a.guide_x[rows].to(work), a.guide_y.to(work).T, work)
+    return ChunkClasses(
+        row_ids=a.row_ids[rows],
+        col_ids=a.col_ids,
+        row_limit=a.row_limit[rows],
+        col_limit=a.col_limit,
+        guide=guide,
+        guide_row_limit=a.guide_row_limit[rows],
+        guide_col_limit=a.guide_col_limit,
+        label_offset=_NOWHERE if a.label == "none" else rows.start + a.label_offset,
+        positive=a.equal == "positive" and a.row_ids.numel() > 0,
+    )
+
+
+def _logits_of(x: Tensor, y: Tensor, similarity: str, matrices: int = 1) -> _Logits:
+    """`matrices` of a chunk's size are formed at once."""
     logits = _Logits(x, y, similarity)
-    logits.step = max(1, (CUDA_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // y.shape[0])
+    logits.step = max(1, logits.step // matrices if x.is_cuda else CHUNK_ELEMENTS // y.shape[0])
     return logits
 
 
-def _similarities(logits: _Logits, rows: slice) -> Tensor:
-    products = logits.products(rows)
-    if not logits.euclidean:
-        return products
-    row_norms, col_norms = logits.norms(rows)
-    return products.mul_(2).sub_(row_norms[:, None]).sub_(col_norms).clamp_(max=0)
+class _Chunks:
+    """The chunks of a problem, and the labels' t, where they are counted, met on the way."""
+
+    def __init__(self, arguments: MaskedArguments):
+        self.arguments = arguments
+        a, guided = arguments, bool(arguments.guide_x.numel())
+        self.logits = _logits_of(a.x, a.y, a.similarity, 1 + guided)
+        count = a.x.shape[0] if a.label == "counted" else 0
+        self.label_t = torch.full((count,), -math.inf, dtype=torch.float64, device=a.x.device)
+
+    def __iter__(self) -> Iterator[tuple[slice, tuple]]:
+        """Rows and the arguments of their steps: products, norms, logit_scale and classes."""
+        for rows in self.logits.chunks():
+            products, norms = self.logits.products(rows), self.logits.norms(rows)
+            classes = classes_of(self.arguments, rows, self.logits.dtype)
+            if len(self.label_t):
+                self._read_labels(rows, products, norms)
+            yield rows, (products, *norms, self.arguments.logit_scale, *classes)
+
+    def _read_labels(self, rows: slice, products: Tensor, norms: tuple[Tensor, Tensor]) -> None:
+        own, offset = rows_with_labels(self.arguments, rows), self.arguments.label_offset
+        t = _labels(products, rows.start + offset)
+        if self.logits.euclidean:
+            of_rows = norms[0][own.start - rows.start : own.stop - rows.start]
+            t = (2 * t - of_rows - norms[1][own.start + offset : own.stop + offset]).clamp_(max=0)
+        self.label_t[own] = t.double()
 
 
 def masked_lse(arguments: MaskedArguments) -> tuple[Tensor, ...]:
     """The results of `contrastive_masked_lse`; nothing is kept."""
-    logits = _logits_of(arguments.x, arguments.y, arguments.similarity)
-    masks = Masks(arguments, logits.dtype)
+    chunks = _Chunks(arguments)
     n, m = arguments.counts()
-    scale = arguments.logit_scale.reshape(())
-    empty = torch.full((n + m,), -math.inf, dtype=torch.float64, device=arguments.x.device)
-    row_negative, col_negative = (part.clone() for part in empty.split([n, m]))
-    row_positive, col_positive = (part.clone() for part in empty.split([n, m]))
-    label_t = empty[:n].clone() if arguments.label == "counted" else empty[:0].clone()
-    for rows in logits.chunks():
-        t = _similarities(logits, rows)
-        other, positive = masks(t, rows)
-        if label_t.numel():
-            label_t[masks.rows_with_labels(rows)] = masks.labels(t, rows.start).double()
-        s = t.mul_(scale.to(t.dtype))
-        if positive is not None:
-            apart = s.masked_fill(~positive, -math.inf)
-            row_positive[rows] = apart.logsumexp(1).double()
-            col_positive = torch.logaddexp(col_positive, apart.logsumexp(0).double())
-        if other is not None:
-            s.masked_fill_(other, -math.inf)
-        row_negative[rows] = s.logsumexp(1).double()
-        col_negative = torch.logaddexp(col_negative, s.logsumexp(0).double())
+    row, col = (chunks.label_t.new_full((2, count), -math.inf) for count in (n, m))
+    for rows, chunk in chunks:
+        row_lse, col_lse = torch.ops.gapkern.contrastive_masked_chunk_lse(*chunk)
+        row[: len(row_lse), rows] = row_lse
+        col[: len(col_lse)] = torch.logaddexp(col[: len(col_lse)], col_lse)
+    label_t = chunks.label_t
     there = label_t > -math.inf  # a negative scale leaves a missing label at -inf
-    label_logit = torch.where(there, label_t * scale.double(), label_t)
-    none = empty[:0].clone()
-    return row_negative, col_negative, row_positive, col_positive, label_logit, none, none.clone(), none.clone()
+    label_logit = torch.where(there, label_t * arguments.logit_scale.reshape(()).double(), label_t)
+    none = label_t[:0]
+    classes = row[0], col[0], row[1], col[1], label_logit
+    return *(v.clone() for v in classes), none.clone(), none.clone(), none.clone()
 
 
-def _weights(s: Tensor, lse: Tensor, gradient: Tensor) -> Tensor:
-    """g e^(s - lse). Where a sum is empty it is no number, and none of its pairs are of the class: they are masked."""
-    return (s - lse.to(s.dtype)).exp_().mul_(gradient.to(s.dtype))
+def _exact_sum(given: MaskedBackwardArguments, label_t: Tensor, factor: Tensor) -> Tensor:
+    """The sum of dS, 0-d: that of the incoming gradients of sums that are not empty, times `factor`."""
+    classes = zip(given.grads[:4], given.lses, strict=True)
+    parts = [g.double().masked_fill(lse == -math.inf, 0).sum() for g, lse in classes]
+    at_label = given.grads[4].double().masked_fill(label_t == -math.inf, 0).sum()
+    return factor * (torch.stack(parts).sum() + at_label)
 
 
 def masked_lse_backward(given: MaskedBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `masked_lse`."""
     grads, lses, arguments, needs = given.grads, given.lses, given.pairs, given.needs
-    logits = _logits_of(arguments.x, arguments.y, arguments.similarity)
-    masks = Masks(arguments, logits.dtype)
-    low = arguments.x.dtype if not logits.euclidean else logits.dtype
+    chunks = _Chunks(arguments)
+    logits = chunks.logits
+    low = logits.images if not logits.euclidean else logits.image_norms  # whose dtype dS has
     loss_scale = torch.ones((), dtype=torch.float64, device=arguments.x.device)
-    if low == torch.float16:  # gradients of 1/N underflow
+    if low.dtype == torch.float16:  # gradients of 1/N underflow
         largest = torch.stack([g.abs().amax() for g in grads if g.numel()]).amax()
         loss_scale = torch.exp2(13 - torch.log2(largest.double()).ceil().nan_to_num(0, 0, 0))
     gradients = _Gradients(logits, needs, loss_scale)
-    row_negative, col_negative, row_positive, col_positive, at_label = (g.double() * loss_scale for g in grads)
-    scale = arguments.logit_scale.reshape(()).to(logits.dtype)
-    for rows in logits.chunks():
-        t = _similarities(logits, rows)
-        other, positive = masks(t, rows)
-        s = t * scale
-        ds = _weights(s, lses[0][rows, None], row_negative[rows, None])
-        ds += _weights(s, lses[1], col_negative)
-        if other is not None:
-            ds.masked_fill_(other, 0)
-        if positive is not None:
-            of_positives = _weights(s, lses[2][rows, None], row_positive[rows, None])
-            of_positives += _weights(s, lses[3], col_positive)
-            ds += of_positives.masked_fill_(~positive, 0)
-        if at_label.numel():
-            masks.labels(ds, rows.start).copy_(at_label[masks.rows_with_labels(rows)])
-        sums = (ds.sum(1)[None], ds.sum(0)[None]) if logits.euclidean else (ds[:0, 0], ds[:0, 0])
-        of_scale = torch.sum(t.mul_(ds), dtype=torch.float64).reshape(1)
-        gradients.add(rows, ds.to(low), of_scale, *sums)
-    dx, dy, of_scale = gradients.finish(scale)
+    of_row, of_col = (torch.stack(pair).double() * loss_scale for pair in (grads[:4:2], grads[1:4:2]))
+    row_lse2, col_lse2 = (torch.stack(pair).double() / _LN2 for pair in (lses[::2], lses[1::2]))
+    at_label = grads[4].double() * loss_scale
+    of_all = torch.zeros_like(loss_scale)
+    for rows, chunk in chunks:
+        classes = 2 if chunk[-1] else 1
+        weights = row_lse2[:classes, rows], col_lse2[:classes], of_row[:classes, rows], of_col[:classes]
+        ds, of_scale, all_of_chunk, *sums = torch.ops.gapkern.contrastive_masked_chunk_gradient(
+            *chunk, *weights, at_label[rows], low
+        )
+        of_all += all_of_chunk.sum()
+        gradients.add(rows, ds, of_scale, *sums)
+    label_t = chunks.label_t
+    if len(label_t):
+        # Around a label that outweighs all others dS is a difference of large numbers: what its sum has too much of is
+        # taken off at the labels' mean.
+        mean_t = label_t.masked_fill(label_t == -math.inf, 0).mean()
+        gradients.of_scale -= mean_t * (of_all - _exact_sum(given, label_t, loss_scale))
+    dx, dy, of_scale = gradients.finish(arguments.logit_scale.reshape(()))
     of_scale = of_scale.reshape(1).clone() if needs[2] else of_scale.new_empty(0)
     return dx.to(arguments.x.dtype), dy.to(arguments.y.dtype), of_scale.to(arguments.logit_scale.dtype)
 
@@ -174,28 +159,14 @@ def masked_sigmoid(
     gradients = _Gradients(logits, needs)
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     grad_bias = torch.zeros_like(loss)
-    scale, bias = (v.reshape(()).to(logits.dtype) for v in (logit_scale, logit_bias))
-    row_weights, col_weights = (w.to(logits.dtype) for w in (row_weights, col_weights))
-    none = x.new_empty(0, dtype=logits.dtype)
+    none = logits.image_norms
     for rows in logits.chunks():
-        t = logits.products(rows)
-        positive = row_ids[rows, None] == col_ids
-        z = positive.to(t.dtype).mul_(2).sub_(1)
-        a = torch.where(positive, row_weights[rows, None] + col_weights, 1.0)
-        s = z * (t * scale + bias)
-        ds = torch.sigmoid(-s).mul_(z).neg_()
-        losses = torch.nn.functional.logsigmoid(s).neg_()
-        if soft_targets:
-            # a softplus(-S) + (1 - a) softplus(S) = softplus(-S) + (1 - a) S, without cancellation where a = 1.
-            rest = 1 - a
-            losses += rest * s
-            ds += rest
-        else:
-            losses *= a
-            ds *= a
-        loss += torch.sum(losses, dtype=torch.float64)
-        grad_bias += ds.sum(dtype=torch.float64)
-        of_scale = torch.sum(ds * t, dtype=torch.float64).reshape(1)
-        gradients.add(rows, ds.to(x.dtype), of_scale, none, none)
-    dx, dy, of_scale = gradients.finish(scale)
+        ids, weights = (row_ids[rows], col_ids), (row_weights[rows], col_weights)
+        losses, ds, of_scale, of_bias = torch.ops.gapkern.contrastive_masked_chunk_sigmoid(
+            logits.products(rows), logit_scale, logit_bias, *ids, *weights, soft_targets, x
+        )
+        loss += losses.sum()
+        grad_bias += of_bias.sum()
+        gradients.add(rows, ds, of_scale, none, none)
+    dx, dy, of_scale = gradients.finish(logit_scale.reshape(()))
     return loss, dx, dy, of_scale.clone(), grad_bias

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gapkern.ops.contrastive.arguments import MaskedArguments
-from gapkern.ops.contrastive.masked_chunked import Masks
+from gapkern.ops.contrastive.chunked import _labels
+from gapkern.ops.contrastive.masked_chunked import classes_of, rows_with_labels
 from gapkern.ops.contrastive.tangents import _Logits
 
 
@@ -14,12 +15,11 @@ def masked_lse(inputs, tangents) -> tuple[Tensor | None, ...]:
     """Tangents of the operator's results, in float64; None for what is kept."""
     arguments = MaskedArguments(*inputs)
     logits = _Logits(inputs, tangents, arguments.similarity)
-    masks = Masks(arguments, logits.work)
     chunks = logits.chunks()
 
     def classes(rows):
         s = logits.of(rows).double()
-        other, positive = masks(logits.products(rows).detach(), rows)
+        other, positive = classes_of(arguments, rows, logits.work).of(logits.products(rows).detach())
         negative = torch.ones_like(s, dtype=torch.bool) if other is None else ~other
         return s, negative, torch.zeros_like(negative) if positive is None else positive
 
@@ -44,9 +44,10 @@ def masked_lse(inputs, tangents) -> tuple[Tensor | None, ...]:
                 else:
                     columns_of[k] = columns_of[k] + part
         if arguments.label == "counted":
-            own, before = masks.rows_with_labels(rows), rows.start
-            padding = (own.start - before, rows.stop - own.stop)
-            labels_of.append(torch.nn.functional.pad(masks.labels(ds, before), padding))
+            own = rows_with_labels(arguments, rows)
+            padding = (own.start - rows.start, rows.stop - own.stop)
+            at_labels = _labels(ds, rows.start + arguments.label_offset)
+            labels_of.append(torch.nn.functional.pad(at_labels, padding))
     label = torch.cat(labels_of) if labels_of else rows_of[0][0][:0]
     return torch.cat(rows_of[0]), columns_of[0], torch.cat(rows_of[1]), columns_of[1], label, None, None, None
 
