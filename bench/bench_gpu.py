@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from bench import harness  # noqa: E402
-from bench.gpu import losses, operators, results, rivals, rowwise  # noqa: E402
+from bench.gpu import losses, masked, operators, results, rivals, rowwise  # noqa: E402
 from gapkern import files  # noqa: E402
 
 SECTIONS: dict[str, Callable[[str, bool], Iterator[Any]]] = {
@@ -33,6 +33,7 @@ SECTIONS: dict[str, Callable[[str, bool], Iterator[Any]]] = {
     "contrastive": losses.contrastive,
     "sigmoid": losses.sigmoid,
     "float32": losses.float32,
+    "masked": masked.masked,
     "largest": losses.largest,
     "rowwise": rowwise.rowwise,
     "search": rowwise.search,

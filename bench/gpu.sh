@@ -95,6 +95,7 @@ measure rivals 75
 measure contrastive 90
 measure sigmoid 40
 measure float32 45
+measure masked 40
 measure largest 30
 measure rowwise 45
 measure search 35

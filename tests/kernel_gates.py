@@ -29,11 +29,12 @@ SHARED_MEMORY = 232_448  # bytes, of a Hopper block
 # Registers may differ by what ptxas gives back for an unrelated change: one allocation unit.
 SPARE_REGISTERS = 8
 # Static exponentials a kernel must have, or a multiple where the compiler made copies of the loop. The tiles of
-# contrastive/kernels.cuh have 32 elements a thread and form two exponentials for each; sigmoid_tiles one.
+# contrastive/kernels.cuh have 32 elements a thread and form two exponentials for each; the sigmoid losses' one.
 EXPONENTIALS = {
     "contrastive::lse_tiles<float": 64,
     "contrastive::lse_gradient<float": 64,
     "contrastive::sigmoid_tiles<float": 32,
+    "contrastive::sigmoid_of_ids<float": 32,
 }
 
 _COUNTED = {

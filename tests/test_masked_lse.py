@@ -12,6 +12,8 @@ from gapkern.ops.contrastive import itself, masked, masked_chunked, masked_lse, 
 from gapkern.reference import losses as reference
 from gapkern.testing import assert_near, assert_three_way
 from tests import warm
+from tests.software_gpu import chunk_problems
+from tests.software_gpu.torch_device import TorchDevice
 from tests.warm import peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,6 +211,12 @@ def test_the_steps_of_other_devices_agree_with_the_processors():
     plain_backward = masked._backward_kernel(*grads, *plain[:4], *plain[5:], *whole[:-1], [True, True, True])
     for a, b in zip((*native[:5], *backward), (*plain[:5], *plain_backward), strict=True):
         assert_near(a, b, 1e-12)
+
+
+@pytest.mark.parametrize(("function", "arguments", "options"), list(chunk_problems.of_pairs()))
+def test_the_steps_between_products(poisoned, function, arguments, options):
+    """In PyTorch's operations; CUDA's kernels: tests/test_software_gpu.py."""
+    function(TorchDevice("cpu"), *arguments, **options)
 
 
 def test_gradcheck_reverse_and_forward():

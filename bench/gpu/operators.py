@@ -22,6 +22,8 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
     shift = torch.linspace(-1, 1, 36, device=device, dtype=torch.float64)
     squared = (torch.cdist(x.cpu().double(), y.cpu().double()) ** 2).to(device)
     targets = torch.arange(77, device=device).reshape(77, 1)
+    ids, limit = torch.arange(77, device=device) % 5, torch.full((77,), 0.3, device=device)
+    classes = (ids, ids, limit, limit, t, limit, limit, 0, True)
     found = {
         "contrastive_chunk_lse": lambda: [
             v.double().logsumexp(0) if v.dim() > 1 else v for v in ops.contrastive_chunk_lse(t, none, none, scale, 0)
@@ -30,6 +32,13 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
             t, none, none, scale, row, col, grad, grad, -grad, 0, x
         )[0],
         "contrastive_chunk_sigmoid": lambda: ops.contrastive_chunk_sigmoid(t, scale, bias, 0, x)[1],
+        "contrastive_masked_chunk_lse": lambda: ops.contrastive_masked_chunk_lse(t, none, none, scale, *classes),
+        "contrastive_masked_chunk_gradient": lambda: ops.contrastive_masked_chunk_gradient(
+            t, none, none, scale, *classes, *(v.expand(2, 77) for v in (row, col, grad, grad)), -grad, x
+        )[0],
+        "contrastive_masked_chunk_sigmoid": lambda: ops.contrastive_masked_chunk_sigmoid(
+            t, scale, bias, ids, ids, grad, grad, x
+        )[1],
         "meanshift_sum": lambda: ops.meanshift_sum(x),
         "meanshift_apply": lambda: ops.meanshift_apply(x, shift, True),
         "perturb_bits": lambda: ops.perturb_bits(x, 1, 2, 3),

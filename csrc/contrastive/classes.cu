@@ -29,6 +29,10 @@ struct Given {
   }
 };
 
+void check_columns(const ChunkArguments& a) {
+  STD_TORCH_CHECK(a.columns < int64_t(1) << 31, "products: expected fewer than 2^31 columns, got ", a.columns);
+}
+
 void expect_or_none(const Tensor& like, const Tensor& x, int64_t count, const char* name) {
   expect(like, x, x.numel() > 0 ? count : 0, name);
 }
@@ -38,6 +42,7 @@ Given check_classes(const ChunkArguments& a, const Tensor& row_ids, const Tensor
                     const Tensor& guide_col_limit, int64_t label_offset, bool positive) {
   const Tensor& like = a.products;
   const ScalarType type = like.scalar_type();
+  check_columns(a);
   Given g{as_type(row_ids, ScalarType::Long),
           as_type(col_ids, ScalarType::Long),
           as_type(row_limit, type),
@@ -148,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_sigmoid(const Tensor& products,
   const ScalarType type = products.scalar_type();
   const Tensor none = torch::stable::new_empty(products, {0}, type);
   const ChunkArguments a = check_chunk(products, none, none, logit_scale);
+  check_columns(a);
   const Tensor bias = as_type(logit_bias, type);
   const Tensor of_rows = as_type(row_ids, ScalarType::Long), of_columns = as_type(col_ids, ScalarType::Long);
   const Tensor by_row = as_type(row_weights, type), by_column = as_type(col_weights, type);

@@ -3,6 +3,7 @@
 // a thread's 32 pairs are of a class is a bit of a word: what decides it is compared once, and every use tests a bit.
 #pragma once
 #include "contrastive/chunk.cuh"
+#include "contrastive/epilogue.cuh"
 
 namespace gapkern::contrastive {
 
@@ -14,6 +15,23 @@ __device__ __forceinline__ constexpr uint32_t column_bits(int c) { return 0x1111
 // A thread's part of a tile.
 template <class R>
 using Pairs = R[kWarpRows][kThreadColumns];
+
+// Where a thread reads what belongs to its r-th row and its c-th column: beyond the chunk at its last, without a
+// branch. No bit is set there. Both counts are below 2^31.
+template <class R>
+__device__ __forceinline__ int row_of(const Chunk<R>& chunk, const Place& at, int r) {
+  const int row = int(at.row) + r, last = int(chunk.rows) - 1;
+  return row < last ? row : last;
+}
+template <class R>
+__device__ __forceinline__ int column_of(const Chunk<R>& chunk, const Place& at, int c) {
+  const int column = int(at.column) + c, last = int(chunk.columns) - 1;
+  return column < last ? column : last;
+}
+
+// Terms below 2^-126 of a sum's largest vanish in its rounding.
+__device__ __forceinline__ float exp2_term(float x) { return sm90::exp2_fast(x); }
+__device__ __forceinline__ double exp2_term(double x) { return exp2_of(x); }
 
 // What decides the classes of a chunk's pairs; null where absent.
 template <class R>
@@ -34,40 +52,36 @@ struct Members {
   uint32_t label, positive, negative;
 };
 
-template <bool pack, class R>
-__device__ __forceinline__ void load_rows(const Chunk<R>& products, const Place& at, Pairs<R>& v) {
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    if (at.row + r < products.rows) {
-      products.template load<pack>(at.row + r, at.column, v[r]);
-    } else {
-      for (int c = 0; c < kThreadColumns; ++c) v[r][c] = R(0);
-    }
-  }
-}
-
-// `packed`: rows can be read 16 bytes at a time.
+// `packed`, of float32: rows can be read 16 bytes at a time.
 template <class R>
-__device__ __forceinline__ void load_tile(const R* from, int64_t rows, int64_t columns, bool packed, const Place& at,
+__device__ __forceinline__ void load_tile(const R* from, const Chunk<R>& chunk, bool packed, const Place& at,
                                           Pairs<R>& v) {
-  const Chunk<R> products{from, nullptr, nullptr, rows, columns};
-  if (packed)
-    load_rows<true>(products, at, v);
-  else
-    load_rows<false>(products, at, v);
+  if (sizeof(R) < 8 && packed) {
+    const R* const first = from + (at.column < chunk.columns ? at.column : chunk.columns - kThreadColumns);
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const auto values =
+          *reinterpret_cast<const Pack<R, kThreadColumns>*>(first + row_of(chunk, at, r) * chunk.columns);
+      for (int c = 0; c < kThreadColumns; ++c) v[r][c] = values.value[c];
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r)
+      for (int c = 0; c < kThreadColumns; ++c)
+        v[r][c] = from[row_of(chunk, at, r) * chunk.columns + column_of(chunk, at, c)];
+  }
 }
 
 // t of the chunk: distances that rounding makes negative are zero, as limits of theirs are.
 template <class R>
 __device__ __forceinline__ void load_tile(const Chunk<R>& chunk, bool packed, const Place& at, Pairs<R>& t) {
-  load_tile(chunk.products, chunk.rows, chunk.columns, packed, at, t);
+  load_tile(chunk.products, chunk, packed, at, t);
   if (!chunk.row_norms) return;
   R of_column[kThreadColumns];
-  for (int c = 0; c < kThreadColumns; ++c)
-    of_column[c] = at.column + c < chunk.columns ? chunk.column_norms[at.column + c] : R(0);
+  for (int c = 0; c < kThreadColumns; ++c) of_column[c] = chunk.column_norms[column_of(chunk, at, c)];
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
-    const R of_row = at.row + r < chunk.rows ? chunk.row_norms[at.row + r] : R(0);
+    const R of_row = chunk.row_norms[row_of(chunk, at, r)];
     for (int c = 0; c < kThreadColumns; ++c) {
       const R distance = 2 * t[r][c] - of_row - of_column[c];
       t[r][c] = distance > 0 ? R(0) : distance;
@@ -84,7 +98,7 @@ __device__ __forceinline__ uint32_t equal_ids(const Chunk<R>& chunk, const Place
   uint32_t found = 0;
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
-    const int64_t of_row = at.row + r < chunk.rows ? row_ids[at.row + r] : 0;
+    const int64_t of_row = row_ids[row_of(chunk, at, r)];
     for (int c = 0; c < kThreadColumns; ++c) found |= of_row == of_column[c] ? bit(r, c) : 0;
   }
   return found;
@@ -96,12 +110,11 @@ __device__ __forceinline__ uint32_t above_limits(const Chunk<R>& chunk, const Pl
                                                  const R* row_limit, const R* column_limit) {
   const R never = -kNothing<R>;
   R of_column[kThreadColumns];
-  for (int c = 0; c < kThreadColumns; ++c)
-    of_column[c] = column_limit && at.column + c < chunk.columns ? column_limit[at.column + c] : never;
+  for (int c = 0; c < kThreadColumns; ++c) of_column[c] = column_limit ? column_limit[column_of(chunk, at, c)] : never;
   uint32_t found = 0;
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
-    const R of_row = row_limit && at.row + r < chunk.rows ? row_limit[at.row + r] : never;
+    const R of_row = row_limit ? row_limit[row_of(chunk, at, r)] : never;
     for (int c = 0; c < kThreadColumns; ++c)
       found |= (value[r][c] > of_row) | (value[r][c] > of_column[c]) ? bit(r, c) : 0;
   }
@@ -131,12 +144,29 @@ __device__ __forceinline__ Members members_of(const Chunk<R>& chunk, const Chunk
     above = above_limits(chunk, at, t, classes.row_limit, classes.column_limit);
   if (classes.guide) {
     Pairs<R> u;
-    load_tile(classes.guide, chunk.rows, chunk.columns, packed, at, u);
+    load_tile(classes.guide, chunk, packed, at, u);
     above |= above_limits(chunk, at, u, classes.guide_row_limit, classes.guide_column_limit);
   }
   label &= there;
   const uint32_t others = there & ~label;
   return {label, classes.positive ? others & equal : 0, others & ~equal & ~above};
+}
+
+// The rows' v combined over the lanes, v[r] being the lane's part of row r, each by its own quarter of an octet of
+// lanes: lane i has that of row i / 4. Nine shuffles for eight rows, where row by row would be forty.
+template <class R, class F>
+__device__ __forceinline__ R fold_rows(R (&v)[kWarpRows], int lane, const F& f) {
+#pragma unroll
+  for (int rows = kWarpRows / 2; rows > 0; rows /= 2) {
+    const bool upper = lane & (rows * 4);
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+      const R mine = upper ? v[r + rows] : v[r], other = upper ? v[r] : v[r + rows];
+      v[r] = f(mine, __shfl_xor_sync(kEveryLane, other, rows * 4));
+    }
+  }
+  for (int o = 2; o > 0; o /= 2) v[0] = f(v[0], __shfl_xor_sync(kEveryLane, v[0], o));
+  return v[0];
 }
 
 // row_part [classes, tiles across, rows], column_part [classes, tiles down, M]: log-sums of every tile's rows and
@@ -149,6 +179,8 @@ __global__ void __launch_bounds__(kTileThreads) class_tiles(Chunk<R> chunk, bool
   GAPKERN_SHARED(R, sums, kTileWarps * kTileColumns);
   const Place at;
   const R none = kNothing<R>, k = R(kLog2e) * *scale;
+  const auto greater = [](R a, R b) { return larger(a, b); };
+  const auto plus = [](R a, R b) { return a + b; };
   Pairs<R> t;
   load_tile(chunk, packed, at, t);
   const Members members = members_of(chunk, classes, packed, at, t);
@@ -156,53 +188,46 @@ __global__ void __launch_bounds__(kTileThreads) class_tiles(Chunk<R> chunk, bool
   for (int of = 0; of < (classes.positive ? 2 : 1); ++of) {
     const uint32_t counts = of == 0 ? members.negative : members.positive;
     Pairs<R> v;
+    R part[kWarpRows];
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
       for (int c = 0; c < kThreadColumns; ++c) v[r][c] = counts & bit(r, c) ? k * t[r][c] : none;
-      R base = 0, sum = 0;
-      if (__ballot_sync(kEveryLane, (counts & row_bits(r)) != 0)) {
-        R most = v[r][0];
-        for (int c = 1; c < kThreadColumns; ++c) most = larger(most, v[r][c]);
-        base = reference(warp_max(most));
-#pragma unroll
-        for (int c = 0; c < kThreadColumns; ++c) sum += exp2_of(v[r][c] - base);
-        sum = warp_sum(sum);
-      }
-      if (at.lane == 0 && at.row + r < chunk.rows)
-        row_part[(of * int64_t(gridDim.x) + blockIdx.x) * chunk.rows + at.row + r] = {double(base), double(sum)};
+      part[r] = larger(larger(v[r][0], v[r][1]), larger(v[r][2], v[r][3]));
     }
+    const R row_base = reference(fold_rows(part, at.lane, greater));
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const R base = __shfl_sync(kEveryLane, row_base, r * 4);
+      part[r] = 0;
+      if (__ballot_sync(kEveryLane, (counts & row_bits(r)) != 0))
+        for (int c = 0; c < kThreadColumns; ++c) part[r] += exp2_term(v[r][c] - base);
+    }
+    const R row_sum = fold_rows(part, at.lane, plus);
+    const int64_t row = at.row + at.lane / 4;
+    if (at.lane % 4 == 0 && row < chunk.rows)
+      row_part[(of * int64_t(gridDim.x) + blockIdx.x) * chunk.rows + row] = {double(row_base), double(row_sum)};
     if (of > 0) __syncthreads();
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
-      R most = v[0][c];
+      R most = v[0][c], sum = 0;
       for (int r = 1; r < kWarpRows; ++r) most = larger(most, v[r][c]);
-      highest[at.warp * kTileColumns + at.lane * kThreadColumns + c] = most;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int c = 0; c < kThreadColumns; ++c) {
-      const int column = at.lane * kThreadColumns + c;
-      R sum = 0;
-      if (__ballot_sync(kEveryLane, (counts & column_bits(c)) != 0)) {
-        R most = highest[column];
-        for (int w = 1; w < kTileWarps; ++w) most = larger(most, highest[w * kTileColumns + column]);
-        const R base = reference(most);
-#pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) sum += exp2_of(v[r][c] - base);
-      }
-      sums[at.warp * kTileColumns + column] = sum;
+      const R base = reference(most);
+      if (__ballot_sync(kEveryLane, (counts & column_bits(c)) != 0))
+        for (int r = 0; r < kWarpRows; ++r) sum += exp2_term(v[r][c] - base);
+      const int to = at.warp * kTileColumns + at.lane * kThreadColumns + c;
+      highest[to] = most;
+      sums[to] = sum;
     }
     __syncthreads();
     for (int column = threadIdx.x; column < kTileColumns; column += kTileThreads) {
       const int64_t j = blockIdx.x * int64_t(kTileColumns) + column;
       if (j >= chunk.columns) continue;
-      R most = highest[column];
-      double sum = 0;
-      for (int w = 0; w < kTileWarps; ++w) {
-        most = larger(most, highest[w * kTileColumns + column]);
-        sum += double(sums[w * kTileColumns + column]);
-      }
-      column_part[(of * int64_t(gridDim.y) + blockIdx.y) * chunk.columns + j] = {double(reference(most)), sum};
+      R most = highest[column], sum = 0;
+      for (int w = 1; w < kTileWarps; ++w) most = larger(most, highest[w * kTileColumns + column]);
+      const R base = reference(most);
+      for (int w = 0; w < kTileWarps; ++w)
+        sum += sums[w * kTileColumns + column] * exp2_term(highest[w * kTileColumns + column] - base);
+      column_part[(of * int64_t(gridDim.y) + blockIdx.y) * chunk.columns + j] = {double(base), double(sum)};
     }
   }
 }
@@ -210,7 +235,7 @@ __global__ void __launch_bounds__(kTileThreads) class_tiles(Chunk<R> chunk, bool
 template <class R, class O>
 __device__ __forceinline__ void store(const Chunk<R>& chunk, bool packed, const Place& at, const Pairs<R>& w,
                                       double of_scale, const TileSums<R>& sums, O* ds) {
-  if (packed)
+  if (sizeof(R) < 8 && packed)
     store_values<R, O, true>(chunk, at, w, ds);
   else
     store_values<R, O, false>(chunk, at, w, ds);
@@ -220,7 +245,7 @@ __device__ __forceinline__ void store(const Chunk<R>& chunk, bool packed, const 
 // One class's part of dS = grad_row e^(S - row_lse) + grad_col e^(S - col_lse); log-sum-exps in units of log 2.
 template <class R>
 struct WeightsOfClass {
-  const double* row_lse;  // [rows]; those of no pair are not read
+  const double* row_lse;  // [rows]
   const R* grad_row;
   const double* column_lse;  // [M]
   const R* grad_column;
@@ -231,6 +256,12 @@ struct WeightsOfClasses {
   WeightsOfClass<R> negative, positive;
   const R* grad_label;  // [rows], dS at the labels; null: zero
 };
+
+// e^(S - lse), of v = log2(e) S. Where a sum is empty it is no number, and no pair has it.
+template <class R>
+__device__ __forceinline__ R probability(const Split<R>& lse, R v) {
+  return exp2_term((v - lse.high) - lse.low);
+}
 
 // dS by the class of its pair, rounded once; of_all [tiles] are sums of dS.
 template <class R, class O>
@@ -243,43 +274,42 @@ __global__ void __launch_bounds__(kTileThreads)
   Pairs<R> t;
   load_tile(chunk, packed, at, t);
   const Members members = members_of(chunk, classes, packed, at, t);
+  const WeightsOfClass<R>&negative = weights.negative, &positive = weights.positive;
   R column_grad[kThreadColumns];
   Split<R> column_lse[kThreadColumns];
 #pragma unroll
   for (int c = 0; c < kThreadColumns; ++c) {
-    const bool there = at.column + c < chunk.columns;
-    if (there) column_lse[c] = Split<R>(weights.negative.column_lse[at.column + c]);
-    column_grad[c] = there ? weights.negative.grad_column[at.column + c] : R(0);
+    const int column = column_of(chunk, at, c);
+    column_lse[c] = Split<R>(negative.column_lse[column]);
+    column_grad[c] = negative.grad_column[column];
   }
   double scale_sum = 0, all_sum = 0;
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
-    const int64_t row = at.row + r;
-    const bool there = row < chunk.rows;
-    const Split<R> row_lse(there ? weights.negative.row_lse[row] : 0.);
-    const R row_grad = there ? weights.negative.grad_row[row] : R(0);
+    const int row = row_of(chunk, at, r);
+    const Split<R> row_lse(negative.row_lse[row]);
+    const R row_grad = negative.grad_row[row];
     R w[kThreadColumns];
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
       const R v = k * t[r][c];
-      const R weight = row_grad * row_lse.probability(v) + column_grad[c] * column_lse[c].probability(v);
+      const R weight = row_grad * probability(row_lse, v) + column_grad[c] * probability(column_lse[c], v);
       w[c] = members.negative & bit(r, c) ? weight : R(0);
     }
     if (members.positive & row_bits(r)) {
-      const WeightsOfClass<R>& positive = weights.positive;
-      const Split<R> row_lse_of(positive.row_lse[row]);
+      const Split<R> lse_of_row(positive.row_lse[row]);
+      const R grad_of_row = positive.grad_row[row];
 #pragma unroll
       for (int c = 0; c < kThreadColumns; ++c) {
-        if (!(members.positive & bit(r, c))) continue;
+        const int column = column_of(chunk, at, c);
         const R v = k * t[r][c];
-        w[c] = positive.grad_row[row] * row_lse_of.probability(v) +
-               positive.grad_column[at.column + c] * Split<R>(positive.column_lse[at.column + c]).probability(v);
+        const R weight = grad_of_row * probability(lse_of_row, v) +
+                         positive.grad_column[column] * probability(Split<R>(positive.column_lse[column]), v);
+        w[c] = members.positive & bit(r, c) ? weight : w[c];
       }
     }
-    if (weights.grad_label && (members.label & row_bits(r))) {
-      for (int c = 0; c < kThreadColumns; ++c)
-        if (members.label & bit(r, c)) w[c] = weights.grad_label[row];
-    }
+    if (weights.grad_label && (members.label & row_bits(r)))
+      for (int c = 0; c < kThreadColumns; ++c) w[c] = members.label & bit(r, c) ? weights.grad_label[row] : w[c];
     R of_scale = 0, all = 0;
     for (int c = 0; c < kThreadColumns; ++c) {
       of_scale += w[c] * t[r][c];
@@ -304,6 +334,16 @@ struct WeightedIds {
   const R* column_weights;    // [M]
 };
 
+// softplus(x) and its derivative.
+struct Softplus {
+  double loss, gradient;
+};
+__device__ __forceinline__ sm90::SigmoidTerms softplus(float x) { return sm90::sigmoid_of_other(x, 1, 0); }
+__device__ __forceinline__ Softplus softplus(double x) {
+  const double e = exp2_of(-kLog2e * (x < 0 ? -x : x));
+  return {(x > 0 ? x : 0.) + log1p_of(e), (x > 0 ? 1. : e) / (1 + e)};
+}
+
 // The weighted sigmoid loss and its dS = -w z sigmoid(-z (s t + bias)).
 template <class R, class O>
 __global__ void __launch_bounds__(kTileThreads)
@@ -322,19 +362,18 @@ __global__ void __launch_bounds__(kTileThreads)
     R losses = 0, all = 0, products = 0;
     R weight[kThreadColumns] = {R(1), R(1), R(1), R(1)};
     if (equal & row_bits(r)) {
+      const R of_row = ids.row_weights[row_of(chunk, at, r)];
       for (int c = 0; c < kThreadColumns; ++c)
-        if (equal & bit(r, c)) weight[c] = ids.row_weights[at.row + r] + ids.column_weights[at.column + c];
+        weight[c] = equal & bit(r, c) ? of_row + ids.column_weights[column_of(chunk, at, c)] : R(1);
     }
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
       const bool positive = equal & bit(r, c);
-      const R v = s * t[r][c] + b, u = positive ? v : -v;
-      const R e = exp2_of(R(-kLog2e) * (u < 0 ? -u : u));
-      const R softplus = (u < 0 ? -u : R(0)) + log1p_of(e);  // of -u
-      const R sigmoid = (u < 0 ? R(1) : e) / (1 + e);        // of -u
-      const bool counts = there & bit(r, c);
-      const R w = counts ? weight[c] * (positive ? -sigmoid : sigmoid) : R(0);
-      losses += counts ? weight[c] * softplus : R(0);
+      const R logit = s * t[r][c] + b;
+      const auto terms = softplus(positive ? -logit : logit);
+      const R counted = there & bit(r, c) ? weight[c] : R(0);
+      const R w = counted * (positive ? -terms.gradient : terms.gradient);
+      losses += counted * terms.loss;
       all += w;
       products += w * t[r][c];
       t[r][c] = w;

@@ -225,5 +225,6 @@ inline simt::ThreadIndex threadIdx;
 #define GAPKERN_SITE (simt::Site{__FILE__, __LINE__})
 #define __syncthreads() simt::barrier(GAPKERN_SITE)
 #define __shfl_xor_sync(mask, value, lanes) simt::shuffle(mask, value, (simt::current & 31) ^ (lanes), GAPKERN_SITE)
+#define __shfl_sync(mask, value, lane) simt::shuffle(mask, value, lane, GAPKERN_SITE)
 #define __ballot_sync(mask, value) simt::ballot(mask, value, GAPKERN_SITE)
 #define __popc __builtin_popcount

@@ -160,12 +160,9 @@ def of_ids(device, n, m, dtype):
     return [loss, ds, of_scale, of_bias]
 
 
-def kernels():
-    f32, f64 = torch.float32, torch.float64
-    for dtype, (n, m), squared in itertools.product(DTYPES, ((70, 150), (64, 132), (130, 261)), (False, True)):
-        yield steps_between_products, (n, m, dtype, squared), {}
-    yield steps_between_products, (1, 1, f32, True), {}
-    yield steps_between_products, (5, 3, f64, False), {}
+def of_pairs():
+    """Problems of the kernels whose pairs are of classes."""
+    f32 = torch.float32
     for dtype, (n, m), squared in itertools.product(DTYPES, ((70, 150), (64, 132)), (False, True)):
         yield of_classes, (n, m, dtype, squared), {}
     # Equal ids left out, no positives; one side's limits; a guide alone; labels beyond most rows, left out, of no pair.
@@ -178,3 +175,11 @@ def kernels():
     for dtype, (n, m) in itertools.product(DTYPES, ((70, 150), (64, 132), *on_gpu((3000, 5000)))):
         yield of_ids, (n, m, dtype), {}
     yield of_ids, (1, 1, f32), {}
+
+
+def kernels():
+    for dtype, (n, m), squared in itertools.product(DTYPES, ((70, 150), (64, 132), (130, 261)), (False, True)):
+        yield steps_between_products, (n, m, dtype, squared), {}
+    yield steps_between_products, (1, 1, torch.float32, True), {}
+    yield steps_between_products, (5, 3, torch.float64, False), {}
+    yield from of_pairs()
