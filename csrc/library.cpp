@@ -94,7 +94,7 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
       " -> (Tensor ds, Tensor of_scale, Tensor of_all, Tensor row_sums, Tensor col_sums)");
   m.def(
       "contrastive_masked_chunk_sigmoid(Tensor products, Tensor logit_scale, Tensor logit_bias, Tensor row_ids,"
-      " Tensor col_ids, Tensor row_weights, Tensor col_weights, Tensor like)"
+      " Tensor col_ids, Tensor row_weights, Tensor col_weights, bool soft_targets, Tensor like)"
       " -> (Tensor loss, Tensor ds, Tensor of_scale, Tensor of_bias)");
   // The softmax losses' steps on Hopper (contrastive/sm90.cuh; in PyTorch's operations
   // gapkern/ops/contrastive/emulation.py). control = {k, -c}: exponentials are 2^(k <x, y> - c). kept [n, M rounded up

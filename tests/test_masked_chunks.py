@@ -86,6 +86,7 @@ LOSSES = [
     (contrastive_loss, reference.contrastive_loss, (), {"ids": "row_ids", "positives": "in"}),
     (losses.gist_loss, reference.gist_loss, ("guide_x", "guide_x"), {}),
     (sigmoid_loss, reference.sigmoid_loss, ("bias",), {"ids": "row_ids", "positives": "mean"}),
+    (sigmoid_loss, reference.sigmoid_loss, ("bias",), {"ids": "row_ids", "positives": "mean", "soft_label": True}),
 ]
 
 
@@ -97,7 +98,7 @@ def test_losses(cuda_device, in_chunks, ours, plain, constants, options, dtype):
     y, s = rounded(y, {})[0], torch.tensor(20.0)
     named = {**masks, "bias": torch.tensor(-3.0)}
     arguments = [named[name] for name in constants]
-    options = {k: named.get(v, v) for k, v in options.items()}
+    options = {k: named[v] if v in named else v for k, v in options.items()}
     found = cuda_device.on(with_gradients, ours, x, y, s, *arguments, **options)
     wide = [t.double() if t.is_floating_point() else t for t in arguments]
     truth = with_gradients(plain, x.double(), y.double(), s.double(), *wide, **options)

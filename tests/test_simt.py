@@ -80,7 +80,9 @@ PLANTED = {
         ("all += w[c];", ""),
         ("positive ? -logit : logit", "logit"),
         ("of_row + ids.column_weights", "of_row - ids.column_weights"),
-        ("R counted = there & bit(r, c) ?", "R counted = true ?"),
+        ("const bool counts = there & bit(r, c);", "const bool counts = true;"),
+        ("ids.soft_targets ? 1 - a : R(0)", "ids.soft_targets ? a : R(0)"),
+        ("+ rest[c] * logit", ""),
         ("if (of > 0) __syncthreads();", ""),
     ],
     "contrastive": [

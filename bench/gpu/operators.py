@@ -37,7 +37,7 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
             t, none, none, scale, *classes, *(v.expand(2, 77) for v in (row, col, grad, grad)), -grad, x
         )[0],
         "contrastive_masked_chunk_sigmoid": lambda: ops.contrastive_masked_chunk_sigmoid(
-            t, scale, bias, ids, ids, grad, grad, x
+            t, scale, bias, ids, ids, grad, grad, True, x
         )[1],
         "meanshift_sum": lambda: ops.meanshift_sum(x),
         "meanshift_apply": lambda: ops.meanshift_apply(x, shift, True),

@@ -148,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> chunk_gradient(
 std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_sigmoid(const Tensor& products, const Tensor& logit_scale,
                                                          const Tensor& logit_bias, const Tensor& row_ids,
                                                          const Tensor& col_ids, const Tensor& row_weights,
-                                                         const Tensor& col_weights, const Tensor& like) {
+                                                         const Tensor& col_weights, bool soft_targets,
+                                                         const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(products.get_device_index());
   const ScalarType type = products.scalar_type();
   const Tensor none = torch::stable::new_empty(products, {0}, type);
@@ -166,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_sigmoid(const Tensor& products,
     using R = std::remove_pointer_t<decltype(real)>;
     using O = std::remove_pointer_t<decltype(result)>;
     const WeightedIds<R> ids{of_rows.const_data_ptr<int64_t>(), of_columns.const_data_ptr<int64_t>(),
-                             by_row.const_data_ptr<R>(), by_column.const_data_ptr<R>()};
+                             by_row.const_data_ptr<R>(), by_column.const_data_ptr<R>(), soft_targets};
     sigmoid_of_ids<R, O><<<a.grid(), kTileThreads, 0, stream_of(products)>>>(
         chunk_of<R>(a), a.packed, ids, a.scale.const_data_ptr<R>(), bias.const_data_ptr<R>(), out.template sums<R>(),
         loss.mutable_data_ptr<double>(), of_bias.mutable_data_ptr<double>(), static_cast<O*>(out.ds.data_ptr()));

@@ -324,14 +324,15 @@ __global__ void __launch_bounds__(kTileThreads)
   store(chunk, packed, at, t, scale_sum, sums, ds);
 }
 
-// What decides the sigmoid loss's pairs: z = 1 and the weight row_weights + column_weights where ids are equal, else -1
-// and 1.
+// What decides the sigmoid loss's pairs: where ids are equal z = 1 and a = row_weights + column_weights, which is the
+// weight, or the target of weight 1; else z = -1 and the weight 1.
 template <class R>
 struct WeightedIds {
   const int64_t* row_ids;     // [rows]
   const int64_t* column_ids;  // [M]
   const R* row_weights;       // [rows]
   const R* column_weights;    // [M]
+  bool soft_targets;
 };
 
 // softplus(x) and its derivative.
@@ -344,7 +345,7 @@ __device__ __forceinline__ Softplus softplus(double x) {
   return {(x > 0 ? x : 0.) + log1p_of(e), (x > 0 ? 1. : e) / (1 + e)};
 }
 
-// The weighted sigmoid loss and its dS = -w z sigmoid(-z (s t + bias)).
+// The sigmoid loss and its dS = -w z sigmoid(-z (s t + bias)), and 1 - a more at a soft target.
 template <class R, class O>
 __global__ void __launch_bounds__(kTileThreads)
     sigmoid_of_ids(Chunk<R> chunk, bool packed, WeightedIds<R> ids, const R* scale, const R* bias, TileSums<R> sums,
@@ -360,20 +361,24 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     R losses = 0, all = 0, products = 0;
-    R weight[kThreadColumns] = {R(1), R(1), R(1), R(1)};
+    R weight[kThreadColumns] = {R(1), R(1), R(1), R(1)}, rest[kThreadColumns] = {};
     if (equal & row_bits(r)) {
       const R of_row = ids.row_weights[row_of(chunk, at, r)];
-      for (int c = 0; c < kThreadColumns; ++c)
-        weight[c] = equal & bit(r, c) ? of_row + ids.column_weights[column_of(chunk, at, c)] : R(1);
+      for (int c = 0; c < kThreadColumns; ++c) {
+        const R a = equal & bit(r, c) ? of_row + ids.column_weights[column_of(chunk, at, c)] : R(1);
+        weight[c] = ids.soft_targets ? R(1) : a;
+        rest[c] = ids.soft_targets ? 1 - a : R(0);
+      }
     }
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
       const bool positive = equal & bit(r, c);
       const R logit = s * t[r][c] + b;
       const auto terms = softplus(positive ? -logit : logit);
-      const R counted = there & bit(r, c) ? weight[c] : R(0);
-      const R w = counted * (positive ? -terms.gradient : terms.gradient);
-      losses += counted * terms.loss;
+      // a softplus(-S) + (1 - a) softplus(S) = softplus(-S) + (1 - a) S.
+      const bool counts = there & bit(r, c);
+      const R w = counts ? weight[c] * (positive ? -terms.gradient : terms.gradient) + rest[c] : R(0);
+      losses += counts ? weight[c] * terms.loss + rest[c] * logit : R(0);
       all += w;
       products += w * t[r][c];
       t[r][c] = w;

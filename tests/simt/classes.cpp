@@ -136,7 +136,7 @@ void gradient(const std::string& name, double tolerance, const Classified<R>& p,
 }
 
 template <class R, class O, bool pack>
-void sigmoid(const std::string& name, double tolerance, const Classified<R>& p) {
+void sigmoid(const std::string& name, double tolerance, const Classified<R>& p, bool soft_targets) {
   check::vector<R> row_weights = check::random<R>(p.rows, 0.1), column_weights = check::random<R>(p.columns, 0.1);
   for (R& w : row_weights) w += R(0.5);
   for (R& w : column_weights) w += R(0.5);
@@ -145,17 +145,20 @@ void sigmoid(const std::string& name, double tolerance, const Classified<R>& p) 
   for (int64_t i = 0; i < p.rows; ++i)
     for (int64_t j = 0; j < p.columns; ++j) {
       const bool equal = p.row_ids[i] == p.column_ids[j];
-      const double z = equal ? 1 : -1, u = z * (double(p.scale[0]) * p.t(i, j) + double(p.bias[0]));
-      const double w = equal ? double(row_weights[i]) + double(column_weights[j]) : 1;
-      loss_truth += w * (std::max(-u, 0.) + std::log1p(std::exp(-std::abs(u))));
-      truth[i * p.columns + j] = -w * z / (1 + std::exp(u));
+      const double logit = double(p.scale[0]) * p.t(i, j) + double(p.bias[0]);
+      const double a = equal ? double(row_weights[i]) + double(column_weights[j]) : 0;
+      const double b = !equal ? 1 : soft_targets ? 1 - a : 0;  // a softplus(-S) + b softplus(S)
+      const double up = std::max(logit, 0.) + std::log1p(std::exp(-std::abs(logit))), down = up - logit;
+      loss_truth += a * down + b * up;
+      truth[i * p.columns + j] = b / (1 + std::exp(-logit)) - a / (1 + std::exp(logit));
       bias_truth += truth[i * p.columns + j];
     }
   check::kernel("sigmoid loss of ids, " + name, tolerance, [&] {
     check::vector<O> ds = check::poisoned<O>(p.rows * p.columns);
     check::vector<double> loss = check::poisoned<double>(p.tiles()), of_bias = loss, of_scale = loss;
     const TileSums<R> sums{of_scale.data(), nullptr, nullptr};
-    const WeightedIds<R> ids{p.row_ids.data(), p.column_ids.data(), row_weights.data(), column_weights.data()};
+    const WeightedIds<R> ids{p.row_ids.data(), p.column_ids.data(), row_weights.data(), column_weights.data(),
+                             soft_targets};
     simt::launch(p.grid, kTileThreads, sigmoid_of_ids<R, O>, p.chunk(), pack, ids, p.scale.data(), p.bias.data(), sums,
                  loss.data(), of_bias.data(), ds.data());
     double loss_sum = 0, bias_sum = 0;
@@ -194,8 +197,9 @@ int main() {
   gradient<float, float, false>("a guide alone", 1e-4, guided, true);
   gradient<float, float, true>("no negatives", 1e-4, nothing, true);
   gradient<double, double, false>("float64", 1e-11, wide, true);
-  sigmoid<float, float, false>("ragged", 1e-5, ragged);
-  sigmoid<float, BFloat16, true>("bfloat16", 5e-3, even);
-  sigmoid<double, double, false>("float64", 1e-12, Classified<double>(66, 130, 2, 5, false));
+  sigmoid<float, float, false>("ragged", 1e-5, ragged, false);
+  sigmoid<float, float, true>("soft targets", 1e-5, even, true);
+  sigmoid<float, BFloat16, true>("bfloat16", 5e-3, even, false);
+  sigmoid<double, double, false>("float64", 1e-12, Classified<double>(66, 130, 2, 5, false), true);
   return check::result();
 }

@@ -135,26 +135,28 @@ def of_classes(device, n, m, dtype, squared, masks=MASKS, equal="positive", labe
     return [*found, ds, of_scale, of_all]
 
 
-def of_ids(device, n, m, dtype):
+def of_ids(device, n, m, dtype, soft_targets=False):
     """contrastive_masked_chunk_sigmoid."""
     work = torch.promote_types(dtype, torch.float32)
     generator = torch.Generator().manual_seed(n)
     products = 0.3 * torch.randn(n, m, generator=generator, dtype=torch.float64).to(work)
     row_ids, col_ids = (torch.randint(5, (k,), generator=generator) << 33 for k in (n, m))
-    weights = [torch.rand(k, generator=generator, dtype=torch.float64) for k in (n, m)]
+    weights = [torch.rand(k, generator=generator, dtype=torch.float64) / 2 for k in (n, m)]
     scale, bias = torch.tensor(20.0, dtype=work), torch.tensor(-2.0, dtype=work)
-    loss, ds, of_scale, of_bias = device.call(
-        "contrastive_masked_chunk_sigmoid", products, scale, bias, row_ids, col_ids, *weights, products.to(dtype)
-    )
+    given = (products, scale, bias, row_ids, col_ids, *weights, soft_targets, products.to(dtype))
+    loss, ds, of_scale, of_bias = device.call("contrastive_masked_chunk_sigmoid", *given)
     same, t = row_ids[:, None] == col_ids, products.double()
-    z, w = torch.where(same, 1.0, -1.0).double(), torch.where(same, weights[0][:, None] + weights[1], 1.0)
-    u = z * (20 * t - 2)
-    truth = -w * z * torch.sigmoid(-u)
+    a = torch.where(same, weights[0][:, None] + weights[1], 0.0)
+    b = torch.where(same, 1 - a if soft_targets else 0.0, 1.0)
+    logits = 20 * t - 2
+    truth = b * torch.sigmoid(logits) - a * torch.sigmoid(-logits)
+    size = b * torch.sigmoid(logits) + a * torch.sigmoid(-logits)
     assert ds.dtype == dtype
     tolerance = 1e-12 if dtype == torch.float64 else max(2e-5, torch.finfo(dtype).eps)
-    off = (ds.double() - truth).abs() > tolerance * truth.abs() + (6e-8 if dtype == torch.float16 else 1e-30)
+    off = (ds.double() - truth).abs() > tolerance * size + (6e-8 if dtype == torch.float16 else 1e-30)
     assert not off.any(), f"{int(off.sum())} elements, first at {off.nonzero()[0].tolist()}"
-    assert_near(loss.sum(), -(w * torch.nn.functional.logsigmoid(u)).sum(), 2e-5)
+    losses = a * torch.nn.functional.softplus(-logits) + b * torch.nn.functional.softplus(logits)
+    assert_near(loss.sum(), losses.sum(), 2e-5)
     for sum_of, exact in ((of_scale, truth * t), (of_bias, truth)):
         assert abs(float(sum_of.sum()) - float(exact.sum())) <= 2e-5 * float(exact.abs().sum())
     return [loss, ds, of_scale, of_bias]
@@ -175,6 +177,8 @@ def of_pairs():
     for dtype, (n, m) in itertools.product(DTYPES, ((70, 150), (64, 132), *on_gpu((3000, 5000)))):
         yield of_ids, (n, m, dtype), {}
     yield of_ids, (1, 1, f32), {}
+    yield of_ids, (66, 132, f32), {"soft_targets": True}
+    yield of_ids, (66, 131, torch.float64), {"soft_targets": True}
 
 
 def kernels():

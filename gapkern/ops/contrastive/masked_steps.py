@@ -103,19 +103,29 @@ def _masked_chunk_gradient(products, row_norms, col_norms, logit_scale, *rest):
     return ds.to(like.dtype, copy=True), of_scale, of_all, *sums
 
 
-def _masked_chunk_sigmoid(products, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, like):
-    """The weighted sigmoid loss of a chunk, dS = -w z sigmoid(-z S), and the sums of dS t and of dS."""
+def _masked_chunk_sigmoid(
+    products, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, soft_targets, like
+):
+    """The sigmoid loss of a chunk, dS = -w z sigmoid(-z S), and the sums of dS t and of dS."""
     scale, bias, row_weights, col_weights = (
         v.to(products.dtype) for v in (logit_scale.reshape(()), logit_bias.reshape(()), row_weights, col_weights)
     )
     positive = row_ids[:, None] == col_ids
     z = positive.to(products.dtype).mul_(2).sub_(1)
-    w = torch.where(positive, row_weights[:, None] + col_weights, 1.0)
+    a = torch.where(positive, row_weights[:, None] + col_weights, 1.0)
     s = z * (products * scale + bias)
-    ds = torch.sigmoid(-s).mul_(z).mul_(w).neg_()
-    loss = -torch.sum(torch.nn.functional.logsigmoid(s).mul_(w), dtype=torch.float64)
-    sums = (torch.sum(v, dtype=torch.float64).reshape(1) for v in (ds * products, ds))
-    return loss.reshape(1), ds.to(like.dtype, copy=True), *sums
+    ds = torch.sigmoid(-s).mul_(z).neg_()
+    losses = torch.nn.functional.logsigmoid(s).neg_()
+    if soft_targets:
+        # a softplus(-S) + (1 - a) softplus(S) = softplus(-S) + (1 - a) S, without cancellation where a = 1.
+        rest = 1 - a
+        losses += rest * s
+        ds += rest
+    else:
+        losses *= a
+        ds *= a
+    loss, of_scale, of_bias = (torch.sum(v, dtype=torch.float64).reshape(1) for v in (losses, ds * products, ds))
+    return loss, ds.to(like.dtype, copy=True), of_scale, of_bias
 
 
 STEPS = {
