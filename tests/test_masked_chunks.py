@@ -98,7 +98,7 @@ def test_losses(cuda_device, in_chunks, ours, plain, constants, options, dtype):
     y, s = rounded(y, {})[0], torch.tensor(20.0)
     named = {**masks, "bias": torch.tensor(-3.0)}
     arguments = [named[name] for name in constants]
-    options = {k: named[v] if v in named else v for k, v in options.items()}
+    options = {k: named.get(v, v) for k, v in options.items()}
     found = cuda_device.on(with_gradients, ours, x, y, s, *arguments, **options)
     wide = [t.double() if t.is_floating_point() else t for t in arguments]
     truth = with_gradients(plain, x.double(), y.double(), s.double(), *wide, **options)
