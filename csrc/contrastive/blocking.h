@@ -61,24 +61,27 @@ struct Blocking {
     }
   }
 
-  // Calls f(BlockIndex, item) in parallel for all items(chunk) blocks of the chunk against every stripe, numbered in
-  // rasterisation order: kTogether blocks meet all stripes before the next, so that both stay in the second-level
-  // cache.
-  template <class F>
-  void for_each_block(const Chunk& chunk, const F& f) const {
-    parallel(items(chunk), [&](int64_t item) {
-      const int64_t first = item / (stripes * kTogether) * kTogether, size = std::min(kTogether, chunk.blocks - first);
-      const int64_t rest = item - first * stripes;
-      f(BlockIndex{.stripe = rest / size, .block = first + rest % size}, item);
-    });
-  }
-  // The same of a side with itself, for the blocks that reach above the diagonal.
-  std::vector<BlockIndex> blocks_above(const Chunk& chunk) const {
+  // All items(chunk) blocks of the chunk against every stripe in rasterisation order: kTogether blocks meet all stripes
+  // before the next, so that both stay in the second-level cache.
+  std::vector<BlockIndex> blocks(const Chunk& chunk) const {
     std::vector<BlockIndex> found;
     for (int64_t first = 0; first < chunk.blocks; first += kTogether)
       for (int64_t t = 0; t < stripes; ++t)
         for (int64_t b = first; b < std::min(first + kTogether, chunk.blocks); ++b)
-          if (end_of_stripe(t) > chunk.row0 + b * block) found.push_back({.stripe = t, .block = b});
+          found.push_back({.stripe = t, .block = b});
+    return found;
+  }
+  // Calls f(BlockIndex, item) in parallel for all of them.
+  template <class F>
+  void for_each_block(const Chunk& chunk, const F& f) const {
+    const std::vector<BlockIndex> found = blocks(chunk);
+    parallel(int64_t(found.size()), [&](int64_t item) { f(found[item], item); });
+  }
+  // Of a side with itself those that reach above the diagonal.
+  std::vector<BlockIndex> blocks_above(const Chunk& chunk) const {
+    std::vector<BlockIndex> found = blocks(chunk);
+    std::erase_if(found,
+                  [&](const BlockIndex& at) { return end_of_stripe(at.stripe) <= chunk.row0 + at.block * block; });
     return found;
   }
   int64_t end_of_stripe(int64_t t) const { return std::min((t + 1) * stripe, m); }

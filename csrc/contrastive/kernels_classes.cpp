@@ -159,25 +159,19 @@ struct ClassWeightsOf {
   V weight, reference, log2;
 };
 
-// Of dS t and of dS.
-struct ClassSums {
-  double of_scale = 0, of_all = 0;
-};
-
 template <class K, Range kRange, class T>
-GAPKERN_INLINE ClassSums class_gradient(const ClassesGradientBlock<T>& b, const PanelClasses<K, T>& panel,
-                                        const T* logits, int64_t stride, T* tile, int rows, int64_t i0, int64_t j0) {
+GAPKERN_INLINE GradientSums class_gradient(const ClassesGradientBlock<T>& b, const PanelClasses<K, T>& panel,
+                                           const T* logits, int64_t stride, T* tile, int rows, int64_t i0, int64_t j0) {
   using V = typename Vec<T>::type;
   using Lanes = typename PanelClasses<K, T>::Lanes;
   constexpr bool kTracked = kRange == Range::tracked;
   constexpr int classes = K::positive ? kClasses : 1;
   const T k = b.exponents.k;
-  ClassSums sums;
+  GradientSums sums;
   for (int r = 0; r < rows; ++r) {
     const T* t = logits + r * stride;
     T* const out = tile + r * kStripe;
     const int64_t label = b.label + i0 + r;
-    const bool labelled = !K::own && label >= 0 && label < b.cols;
     ClassWeightsOf<V> of_row[kClasses];
     for (int c = 0; c < classes; ++c) {
       of_row[c].weight = splat<T>(b.rows_of[c].weight[i0 + r]);
@@ -218,18 +212,7 @@ GAPKERN_INLINE ClassSums class_gradient(const ClassesGradientBlock<T>& b, const 
       store(out + j, d);
     }
     for (int64_t j = 0; j < j0 && j < b.cols; j += Vec<T>::size) store(out + j, V{});
-    T row_total = sum<T>(row);
-    sums.of_scale += sum<T>(dot);
-    sums.of_all += row_total;
-    if (labelled) {
-      const T d = b.label_gradient[i0 + r];
-      out[label] = d;
-      row_total += d;
-      if (d != 0) sums.of_scale += double(d) * b.label_t[i0 + r];
-      sums.of_all += d;
-      if (b.column_sum != nullptr) b.column_sum[label] += d;
-    }
-    if (b.row_sum != nullptr) b.row_sum[i0 + r] = row_total;
+    sums.end_row(b, i0 + r, !K::own && label < b.cols ? label : -1, out, dot, row);
   }
   return sums;
 }
@@ -242,7 +225,7 @@ void gradient(const ClassesGradientBlock<typename E::T>& b) {
   const Range range = b.exponents.range;
   if (b.column_sum != nullptr)
     for (int64_t j = 0; j < kStripe; ++j) b.column_sum[j] = T(0);
-  ClassSums all;
+  GradientSums all;
   for (int64_t i0 = 0; i0 < b.rows; i0 += kRows) {
     const int rows = b.rows - i0 < kRows ? int(b.rows - i0) : kRows;
     const int64_t j0 = first_column<K, E>(b, i0);
@@ -252,7 +235,7 @@ void gradient(const ClassesGradientBlock<typename E::T>& b) {
     const T* const t = b.kept.t == nullptr ? tile : b.kept.t + i0 * b.cols;
     const int64_t stride = b.kept.t == nullptr ? kStripe : b.cols;
     const PanelClasses<K, T> panel(b.classes, i0, guide);
-    const ClassSums sums =
+    const GradientSums sums =
         range == Range::tracked   ? class_gradient<K, Range::tracked>(b, panel, t, stride, tile, rows, i0, j0)
         : range == Range::shifted ? class_gradient<K, Range::shifted>(b, panel, t, stride, tile, rows, i0, j0)
                                   : class_gradient<K, Range::normal>(b, panel, t, stride, tile, rows, i0, j0);

@@ -31,7 +31,6 @@ GAPKERN_INLINE GradientSums logit_gradient(const GradientBlock<T>& b, const T* l
     const T* t = logits + r * stride;
     T* const out = tile + r * kStripe;
     const int64_t label = b.label + i0 + r;
-    const bool labelled = label >= 0 && label < b.cols;
     const V weight = splat<T>(b.row_weight[i0 + r]);
     const V reference = splat<T>(kTracked ? b.row_reference[i0 + r] : T(0));
     const V log2 = splat<T>(kTracked ? b.row_log2[i0 + r] : T(0));
@@ -57,18 +56,7 @@ GAPKERN_INLINE GradientSums logit_gradient(const GradientBlock<T>& b, const T* l
       if (b.column_sum != nullptr) store(b.column_sum + j, load(b.column_sum + j) + d);
       store(out + j, d);
     }
-    T row_total = sum<T>(row);
-    sums.of_scale += sum<T>(dot);
-    sums.of_all += row_total;
-    if (labelled) {
-      const T d = b.label_gradient[i0 + r];
-      out[label] = d;
-      row_total += d;
-      sums.of_scale += double(d) * b.label_t[i0 + r];
-      sums.of_all += d;
-      if (b.column_sum != nullptr) b.column_sum[label] += d;
-    }
-    if (b.row_sum != nullptr) b.row_sum[i0 + r] = row_total;
+    sums.end_row(b, i0 + r, label < b.cols ? label : -1, out, dot, row);
   }
   return sums;
 }

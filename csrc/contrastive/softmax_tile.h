@@ -85,6 +85,23 @@ GAPKERN_INLINE auto load_first(const T* p, int64_t count) {
 // Of dS t and of dS.
 struct GradientSums {
   double of_scale = 0, of_all = 0;
+
+  // Adds row i's sums, and sets dS at its label, a column of the stripe or -1.
+  template <class Block, class T, class V>
+  [[gnu::always_inline]] void end_row(const Block& b, int64_t i, int64_t label, T* out, V of_t, V of_row) {
+    T row = sum<T>(of_row);
+    of_scale += sum<T>(of_t);
+    of_all += row;
+    if (label >= 0) {
+      const T d = b.label_gradient[i];
+      out[label] = d;
+      row += d;
+      if (d != 0) of_scale += double(d) * b.label_t[i];
+      of_all += d;
+      if (b.column_sum != nullptr) b.column_sum[label] += d;
+    }
+    if (b.row_sum != nullptr) b.row_sum[i] = row;
+  }
 };
 
 }  // namespace
