@@ -274,12 +274,11 @@ def masked_sigmoid_sum(
         1.3864
     """
     logits = s * (x @ y.T) + bias
-    given = (row_weights[:, None] + col_weights).to(logits.dtype)
     right = row_ids[:, None] == col_ids
-    a = torch.where(right, given, 0)
-    b = torch.where(right, 1 - given if soft_targets else 0, 1)
-    softplus = [-torch.nn.functional.logsigmoid(v) for v in (-logits, logits)]
-    return (a * softplus[1] + b * softplus[0]).sum()
+    a = torch.where(right, (row_weights[:, None] + col_weights).to(logits.dtype), 1)
+    losses = -torch.nn.functional.logsigmoid(torch.where(right, logits, -logits))
+    # b = 1 - a: a softplus(-S) + b softplus(S) = softplus(-S) + b S
+    return (losses + (1 - a) * logits).sum() if soft_targets else (a * losses).sum()
 
 
 def sigmoid_loss(

@@ -10,6 +10,7 @@ from tests import emulated
 TESTS = (
     "test_contrastive.py",
     "test_contrastive_contract.py",
+    "test_masked_sigmoid.py",
     "test_meanshift.py",
     "test_perturb.py",
     "test_robustness_ops.py",
