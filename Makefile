@@ -137,10 +137,10 @@ $(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/setti
 	@sed -n 's/^-- \(gapkern: \)/\1/p' build/cmake-*/build.log
 	@touch $@
 
-# Packages whose metrics and losses ours must equal. They ask for much that these do not import; what they do import, the
+# Packages whose metrics and losses ours must equal, and the Hugging Face hub's loader of kernels. They ask for much that these do not import; what they do import, the
 # extra `test` has, and transformers and tokenizers, which belong together: 153 MB and 12 s in all.
 WITHOUT_DEPENDENCIES := clip-benchmark==1.6.2 sentence-transformers==6.2.0 transformers==5.24.0 tokenizers==0.23.3 \
-                        pytorch-metric-learning==2.9.0 lightly==1.6.0
+                        pytorch-metric-learning==2.9.0 lightly==1.6.0 kernels==0.17.2
 
 # Beside a build, where make runs two jobs: no package is in both.
 $(STAMPS)/packages-%: pyproject.toml .ci/requirements.py | $(STAMPS)/requirements $(HEADERS)

@@ -90,7 +90,7 @@ _SUBMODULES = frozenset(
 
 def __getattr__(name: str) -> _ModuleType:
     if name in _SUBMODULES:
-        return _import_module(f"gapkern.{name}")
+        return _import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'gapkern' has no attribute {name!r}")
 
 
