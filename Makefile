@@ -43,7 +43,7 @@ help:
 	@echo "make test-slow  the slow tests: several processes, kills, whole runs, planted mistakes"
 	@echo "make fuzz       damaged files, hostile command lines, killed runs, full disks (FUZZ_ARGS=--help lists options)"
 	@echo "make sanitize   the CPU library's tests under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make lint       ruff, clang-format and mypy; fails on any difference (make format mends what it can)"
+	@echo "make lint       ruff, clang-format, mypy, workflows; fails on any difference (make format mends what it can)"
 	@echo "make bench      time the kernels against plain PyTorch and open_clip"
 	@echo "make docs       the documentation as a site, in build/docs; warnings are errors"
 	@echo "make build      set up $(VENV) and build the native libraries there"
@@ -92,6 +92,7 @@ lint: build $(STAMPS)/packages-lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/mypy
 
 mypy: build $(STAMPS)/packages-lint

@@ -19,13 +19,15 @@ BENCHMARKS = (
     "indexes",
     "losses",
     "meanshift",
+    "noise",
     "perturb",
+    "precision",
     "projection",
     "quantisers",
     "retrieval",
     "robustness",
 )
-TABLES = ("indexes", "losses", "projection")  # without a plot
+TABLES = ("indexes", "losses", "noise", "precision", "projection")  # without a plot
 WITH_ISA = ("contrastive", "losses", "meanshift", "perturb", "robustness")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import harness  # noqa: E402
+from bench import found, harness  # noqa: E402
 from bench.losses_table import losses  # noqa: E402
 from bench.markdown import machine, table  # noqa: E402
 
@@ -275,7 +275,10 @@ PAGES = {
         "quantisers": quantisers,
     },
     "docs/losses.md": {"losses": losses},
+    "docs/evaluate.md": {"noise": found.noise},
+    "docs/precision.md": {"training": found.training},
     "docs/projection.md": {"projection": projection, "reduced": reduced, "indexes": indexes},
+    "docs/science.md": {"command": found.command, "count": found.count, "claims": found.claims},
 }
 DEMO = ("report.json", "pca.png", "robustness.png", "projection.png")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import forks, mutations
+from tests import forks, fuzz_formats, mutations
 from tests.forks import HANG, Outcome, forked
 
 SLACK = 256 * 2**20  # bytes that libraries and models may take beside twice the files
@@ -514,8 +514,11 @@ class Fuzzer:
             self.good, folder, symlinks=True, ignore=lambda path, names: [n for n in names if n == "pipe.npy"]
         )
         os.mkfifo(folder / "pipe.npy")
-        sort = name.split(":")[0]
-        if sort == "command":
+        sort, drawn = name.split(":")[0], None
+        if sort in fuzz_formats.DRAWN:
+            kind, drawn = None, fuzz_formats.draw(sort, folder, self.others, rng)
+            words = fuzz_formats.command(drawn, rng)
+        elif sort == "command":
             kind = None
             base = KINDS[rng.choice(sorted(KINDS))]
             words = mutations.command_line(base.words, folder, rng)
@@ -526,14 +529,21 @@ class Fuzzer:
             path.write_bytes(mutations.mutated(path.read_bytes(), path.suffix, self.others, rng))
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
         outcome = forks.run(words, folder, self.place / "log")
-        return wrong(kind, folder, outcome, size), outcome, words, folder
+        outcome.err = fuzz_formats.said(sort, outcome.err)
+        found = wrong(kind, folder, outcome, size)
+        if drawn and not found:
+            try:
+                found = fuzz_formats.problem(drawn, folder, outcome.status, outcome.out)
+            except Exception as error:
+                found = f"what was read cannot be read otherwise ({type(error).__name__}: {error})"
+        return found, outcome, words, folder
 
 
 def names(cases: int, commands: int) -> list[str]:
-    total = sum(kind.weight for kind in KINDS.values())
+    weights = {sort: kind.weight for sort, kind in KINDS.items()} | dict.fromkeys(fuzz_formats.DRAWN, 8)
     found = []
-    for sort, kind in KINDS.items():
-        found += [f"{sort}:{i}" for i in range(-(-cases * kind.weight // total))]
+    for sort, weight in weights.items():
+        found += [f"{sort}:{i}" for i in range(-(-cases * weight // sum(weights.values())))]
     random.Random(0).shuffle(found)
     return [*found[:cases], *(f"command:{i}" for i in range(commands))]
 

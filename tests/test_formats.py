@@ -274,7 +274,7 @@ class Mine:
     pass
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -302,6 +302,19 @@ def test_archives_hold_one_matrix_or_are_asked(tmp_path):
     np.savez(path, a=np.array([[Mine()]]))
     with pytest.raises(ValueError, match="pickled objects, which are not loaded"):
         files.load_embeddings(f"{path}[a]")
+
+
+def test_matrices_in_groups_of_hdf5_are_found(tmp_path):
+    path = hdf5(tmp_path / "x.h5", np.zeros((ROWS, 2), np.int32))
+    with h5py.File(path, "a") as file:
+        file["group/deep/x"] = drawn()
+    assert np.array_equal(files.load_embeddings(path), drawn())
+    assert np.array_equal(files.load_embeddings(f"{path}[group/deep/x]"), drawn())
+    with h5py.File(path, "a") as file:
+        file["y"] = drawn(seed=1)
+    with pytest.raises(ValueError, match="got train, y, group/deep/x; choose one"):
+        files.load_embeddings(path)
+    assert np.array_equal(files.load_embeddings(f"{path}[y]"), drawn(seed=1))
 
 
 def refusal(path):

@@ -44,6 +44,15 @@ KINDS = (
     "image",
     "tar",
     "weights",
+    "drawn-arrow",
+    "drawn-bare",
+    "drawn-datasets",
+    "drawn-hdf5",
+    "drawn-npy",
+    "drawn-npz",
+    "drawn-parquet",
+    "drawn-pt",
+    "drawn-safetensors",
 )
 
 

@@ -197,8 +197,11 @@ def hdf5(file: Path, key: str | None, name: str) -> Matrix:
 
     try:
         with h5py.File(file, "r") as found:
-            there = {k: v.dtype for k, v in found.items() if isinstance(v, h5py.Dataset) and v.ndim == 2}
-            shapes = {k: tuple(found[k].shape) for k in there}
+            everything = dict(found.items())
+            found.visititems(lambda path, item: everything.update({path: item}))  # in groups, too
+            matrices = {k: v for k, v in everything.items() if isinstance(v, h5py.Dataset) and v.ndim == 2}
+            there = {k: v.dtype for k, v in matrices.items()}
+            shapes = {k: tuple(v.shape) for k, v in matrices.items()}
     except (RuntimeError, *UNREADABLE) as error:
         raise ValueError(f"{name}: expected an HDF5 file, got {file}: {reason(error)}") from None
     fits = {k: dtype.kind == "f" for k, dtype in there.items()}

@@ -187,7 +187,8 @@ class _OneLine:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (self.arrow.ArrowException, RuntimeError, *UNREADABLE)):
+        panic = type(error).__name__ == "PanicException"  # of Lance, in Rust: no Exception
+        if error and (panic or isinstance(error, (self.arrow.ArrowException, RuntimeError, *UNREADABLE))):
             raise ValueError(f"{self.said}: {reason(error)[:200]}") from None
 
 

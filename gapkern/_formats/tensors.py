@@ -1,6 +1,7 @@
 """Files of PyTorch's tensors: `.safetensors`, and `.pt` where nothing but tensors is in it; read by mapping."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,10 @@ def pickled(file: Path, key: str | None, name: str) -> Matrix:
 def _tensors(file: Path, name: str) -> dict[str, Tensor]:
     """A file's tensors by their names; a single one's is empty."""
     try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            # Of sparse tensors and of other pickle protocols, which are refused below.
+            warnings.simplefilter("ignore")
+            found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError:
         raise ValueError(
             f"{name}: expected tensors alone in {file}, got no such file, or other objects, which are not loaded"
