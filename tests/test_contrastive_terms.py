@@ -160,7 +160,14 @@ def test_products_in_blocks_of_rows(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 9, 16), (128, 256, 64), (300, 517, 72), (130, 260, 512)])
 @pytest.mark.parametrize(
     ("scale", "size", "margin"),
-    [(1.0, 1.0, MARGIN), (14.3, 1.0, MARGIN), (100.0, 1.0, MARGIN), (-7.0, 2.0, MARGIN), (10.0, 5.0, SEPARATE)],
+    [
+        (0.0, 1.0, MARGIN),
+        (1.0, 1.0, MARGIN),
+        (14.3, 1.0, MARGIN),
+        (100.0, 1.0, MARGIN),
+        (-7.0, 2.0, MARGIN),
+        (10.0, 5.0, SEPARATE),
+    ],
 )
 def test_orchestration_against_float64(poisoned, shape, scale, size, margin):
     n, m, d = shape

@@ -90,7 +90,7 @@ def _products(x: Tensor, y: Tensor, logit_scale: Tensor, similarity: str) -> tup
         return *lifted.operands(x, y), lifted.control(x, y, logit_scale)
     if _in_terms(x):
         y = torch.mul(y, logit_scale.reshape(1).double() / _LN2, out=torch.empty_like(y))
-        logit_scale = torch.full_like(logit_scale, _LN2)
+        logit_scale = torch.full_like(logit_scale, _LN2, dtype=torch.float32)
     norms = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float32) for v in (x, y)]
     control = torch.ops.gapkern.contrastive_sm90_shift(*norms, logit_scale)
     if _in_terms(x):
