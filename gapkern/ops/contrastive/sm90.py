@@ -2,8 +2,12 @@
 
 Same schemas and contract as csrc/contrastive/contrastive.h. The steps are the operators `contrastive_sm90_*`: CUDA
 kernels in csrc/contrastive/sm90.cuh, and their PyTorch emulation in emulation.py; dX and dY are library products with
-dS. No step synchronises with the host. float32 is rounded to bfloat16 once (precision "medium"), or multiplied and dS
-stored in terms (terms.py); its gradients are float32. Euclidean similarity is a product of longer rows (lifted.py).
+dS. float32 is rounded to bfloat16 once (precision "medium"), or multiplied and dS stored in terms (terms.py); its
+gradients are float32. Euclidean similarity is a product of longer rows (lifted.py).
+
+No step synchronises with the host, but for float32 in terms: where a sum leaves the range of the common shift, or a
+weight that of float32, what the kernels do instead has fewer bits than float32's, and the chunks take over. In a
+captured graph, which cannot ask, they do from the start.
 """
 
 import math
@@ -12,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive import labels, lifted, terms
+from gapkern.ops.contrastive import chunked, labels, lifted, terms
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.ops.products import add_matmul, write_matmul
 
@@ -20,7 +24,7 @@ SUPER_ROWS = 8192  # rows per call of contrastive_sm90_sums: they stay in L2 whi
 SHARE_OF_TERMS = 4  # a quarter of them where they are 6 D long
 GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB,
 LARGEST_GRADIENT, GRADIENT_ROWS = 2**30, 4096  # or 2 GiB for so many rows: dY is read and written once for each chunk
-_LN2 = math.log(2.0)
+_LN2, _FLOOR = math.log(2.0), -102
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and columns of a product's tile, and the SMs of an H100
 
 
@@ -43,6 +47,18 @@ def keeps(dtype: torch.dtype, precision: str) -> bool:
 
 def _in_terms(x: Tensor) -> bool:
     return x.dtype == torch.float32
+
+
+def _may_ask() -> bool:
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _complete(sums: Tensor, count: int) -> Tensor:
+    """Whether the common shift held every sum over `count` pairs (kFloor of csrc/contrastive/sm90_parts.cuh).
+
+    One pair alone is the label, whose sum is empty.
+    """
+    return ((sums >= (count if count > 1 else 0) * 2.0**_FLOOR) & (sums < 2.0**127)).all()
 
 
 def _rows(x: Tensor, side: int) -> Tensor:
@@ -110,6 +126,8 @@ def contrastive_lse(
     """See `gapkern.ops.contrastive.lse_pair`."""
     kept_bytes = max(work_bytes, 0) if keeps(images.dtype, precision) else 0
     images, texts = _operands(images, precision), _operands(texts, precision)
+    if _in_terms(images) and not _may_ask():
+        return chunked.contrastive_lse(images, texts, logit_scale, similarity, label_offset, precision, 0)
     x, y, control = _products(images, texts, logit_scale, similarity)
     n, m = x.shape[0], y.shape[0]
     kept = x.new_empty((min(n, kept_bytes // (4 * m)), m), dtype=torch.float32)
@@ -122,6 +140,8 @@ def contrastive_lse(
             _rows(x[rows], 0), columns, control, exponentials[rows], rows.start + label_offset
         )
         col_sums += part
+    if _in_terms(x) and not (_complete(row_sums, m) & _complete(col_sums, n)):
+        return chunked.contrastive_lse(images, texts, logit_scale, similarity, label_offset, precision, 0)
     row, col = torch.ops.gapkern.contrastive_sm90_lse(row_sums, col_sums, x, y, control, label_offset)
     label_similarities = lifted.labels if similarity == "sqeuclidean" else torch.ops.gapkern.contrastive_sm90_positive
     label_t = label_similarities(images, texts, label_offset)
@@ -132,12 +152,17 @@ def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, T
     """Gradients of `contrastive_lse`."""
     images, texts = (_operands(v, arguments.precision) for v in (arguments.images, arguments.texts))
     logit_scale, needs = arguments.logit_scale, arguments.needs
+    if _in_terms(images) and not _may_ask():
+        return chunked.contrastive_lse_backward(arguments)
     x, y, control = _products(images, texts, logit_scale, arguments.similarity)
     loss_scale = labels.loss_scale(arguments, x.dtype)
+    weights = _weights(arguments.scaled(loss_scale), control)
+    if _in_terms(x) and bool(weights[2].any()):
+        return chunked.contrastive_lse_backward(arguments)
     # <X, dX> is the gradient of the scale, as is <Y, dY>, and <X, dX> only where the texts do not carry the scale.
     by_rows = not _in_terms(x) and (needs[0] or not needs[1])
     products = needs[0] or (needs[2] and by_rows), needs[1] or (needs[2] and not by_rows)
-    dx, dy = _unscaled_gradients(x, y, control, arguments.scaled(loss_scale), products)
+    dx, dy = _unscaled_gradients(x, y, control, weights, arguments.scaled(loss_scale), products)
     of_scale = loss_scale.new_empty(0)
     if needs[2]:
         side, gradient = (x, dx) if by_rows else (texts, dy)
@@ -152,15 +177,25 @@ def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, T
     return dx, dy, of_scale.to(logit_scale.dtype)
 
 
+def _weights(arguments: LseBackwardArguments, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of rows and columns, and whether any is a separate one."""
+    return torch.ops.gapkern.contrastive_sm90_weights(
+        *labels.lse2(arguments), arguments.grad_row, arguments.grad_col, control
+    )
+
+
 def _unscaled_gradients(
-    x: Tensor, y: Tensor, control: Tensor, arguments: LseBackwardArguments, needs: Sequence[bool]
+    x: Tensor,
+    y: Tensor,
+    control: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    arguments: LseBackwardArguments,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """dS Y and dS^T X in float32, from dS of some rows at a time; empty where not needed."""
     n, m = x.shape[0], y.shape[0]
     grad_label = labels.gradient(arguments)
-    row_weight, col_weight, separate = torch.ops.gapkern.contrastive_sm90_weights(
-        *labels.lse2(arguments), arguments.grad_row, arguments.grad_col, control
-    )
+    row_weight, col_weight, separate = weights
     exponentials = _exponentials(arguments.kept, x, y)
     dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
     dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
