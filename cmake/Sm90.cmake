@@ -26,7 +26,8 @@ if(sm90_reason)
 endif()
 
 add_library(gapkern_sm90 OBJECT csrc/contrastive/sm90_forward.cu csrc/contrastive/sm90_gradient.cu
-            csrc/contrastive/sm90_sigmoid.cu)
+            csrc/contrastive/sm90_sigmoid.cu csrc/contrastive/sm90_masked_forward.cu
+            csrc/contrastive/sm90_masked_gradient.cu csrc/contrastive/sm90_masked_sigmoid.cu)
 set_target_properties(gapkern_sm90 PROPERTIES CUDA_ARCHITECTURES "90a-real;90a-virtual")
 target_include_directories(gapkern_sm90 PRIVATE csrc)
 target_include_directories(gapkern_sm90 SYSTEM PRIVATE "${cutlass_source}/include" "${cutlass_source}/tools/util/include")
@@ -35,5 +36,6 @@ target_compile_options(gapkern_sm90 PRIVATE -O3 --expt-relaxed-constexpr ${GAPKE
 # ptxas calls it mere information when it serialises the tensor cores' instructions.
 set_target_properties(gapkern_sm90 PROPERTIES CUDA_COMPILER_LAUNCHER
                       "${Python_EXECUTABLE};${CMAKE_CURRENT_SOURCE_DIR}/cmake/ptxas_gate.py")
-target_sources(gapkern_cuda PRIVATE csrc/contrastive/sm90.cu $<TARGET_OBJECTS:gapkern_sm90>)
+target_sources(gapkern_cuda PRIVATE csrc/contrastive/sm90.cu csrc/contrastive/sm90_masked.cu
+               $<TARGET_OBJECTS:gapkern_sm90>)
 message(STATUS "gapkern: building the Hopper kernels for 90a")

@@ -120,6 +120,23 @@ STABLE_TORCH_LIBRARY(gapkern, m) {
   m.def(
       "contrastive_sm90_sigmoid(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias,"
       " int label_offset, int terms=1) -> (Tensor sums, Tensor ds)");
+  // Over classes of pairs there (contrastive/sm90_masked.cuh; gapkern/ops/contrastive/masked_emulation.py). Marks are
+  // what the classes and the weights of a row or a column follow from; log-sum-exps of negatives, then of positives.
+  m.def(
+      "contrastive_sm90_masked_sums(Tensor images, Tensor texts, Tensor control, Tensor condition, Tensor row_marks,"
+      " Tensor col_marks, int label_offset, bool positive) -> (Tensor row_sums, Tensor col_sums)");
+  m.def(
+      "contrastive_sm90_masked_merge(Tensor row_sums, Tensor col_sums, Tensor control, Tensor(a!) row_lse,"
+      " Tensor(b!) col_lse) -> (Tensor condition, Tensor next_control)");
+  m.def(
+      "contrastive_sm90_masked_repair(Tensor images, Tensor texts, Tensor control, Tensor row_marks, Tensor col_marks,"
+      " int label_offset, Tensor(a!) row_lse, Tensor(b!) col_lse) -> ()");
+  m.def(
+      "contrastive_sm90_masked_gradient(Tensor images, Tensor texts, Tensor control, Tensor row_marks,"
+      " Tensor col_marks, Tensor grad_label, int label_offset) -> Tensor");
+  m.def(
+      "contrastive_sm90_masked_sigmoid(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias,"
+      " Tensor row_marks, Tensor col_marks, bool soft_targets) -> (Tensor sums, Tensor ds)");
   // Counter-based noise and quantisation of rows; perturb/perturb.h.
   m.def("perturb_bits(Tensor x, int seed, int trial, int first_row) -> Tensor");
   m.def("perturb_noise(Tensor x, str law, float std, int seed, int trial, int first_row) -> Tensor");

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parent / "simt"
-CAPABILITIES = ["classes", "contrastive", "meanshift", "perturb", "robustness", "sm90"]
-FOLDERS = {"classes": "contrastive", "sm90": "contrastive"}  # where not named as the capability
+CAPABILITIES = ["classes", "contrastive", "meanshift", "perturb", "robustness", "sm90", "sm90_masked"]
+FOLDERS = dict.fromkeys(("classes", "sm90", "sm90_masked"), "contrastive")  # where not named as the capability
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,31 @@ PLANTED = {
         ("(a + w.column_weight[column + c])", "(a + w.column_weight[c])"),
         ("exponent < least ? least :", ""),
     ],
+    "sm90_masked": [
+        ("control[2] + control[1] >= -125", "true"),
+        ("control[2] + control[1] >= -125", "false"),
+        ("if (sum == 0 && !flushed)", "if (sum == 0)"),
+        ("|| sum >= terms * 0x1p-102)", "|| true)"),
+        ("&& sum < 0x1p127;", ";"),
+        ("sum != sum && control[1] == control[1]", "sum != sum"),
+        ("floor(228 - log2(terms))", "floor(248 - log2(terms))"),
+        ("if (!condition || *condition != 0)", "if (condition)"),
+        ("if (i < count && lse[i] == pending()) {", "if (i < count) {"),
+        ("left = found == pending() ? 1 : 0;", ""),
+        ("left = block_max<kWarps>(left, scratch);", ""),
+        ("next[1] = control[1] + raise_of", "next[1] = control[1] - raise_of"),
+        ("*condition = found;", "*condition = 1;"),
+        ("(positive && positive[row0 + r] == pending())", "false"),
+        ("|| column0 + column == row0 + row + label) return;", ") return;"),
+        ("if (id[i] == to_bits(mark[0]))", "if (id[0] == to_bits(mark[0]))"),
+        ("product > limit[i] || product > mark[1]", "product > limit[i]"),
+        ("product > limit[i] || product > mark[1]", "product > mark[1]"),
+        ("lse && lse[row] == pending())", "lse)"),
+        ("positive && soft ? fmaf(-a, s, s) : 0.f", "0.f"),
+        ("positive && soft ? fmaf(-a, s, s) : 0.f", "(positive && soft) * fmaf(-a, s, s)"),
+        ("positive ? -weight : weight", "weight"),
+        ("positive && !soft ? a", "positive ? a"),
+    ],
 }
 
 
@@ -230,10 +255,12 @@ def test_a_planted_mistake_is_caught(built, tmp_path, capability):
 
     def unnoticed(number):
         right, wrong = PLANTED[capability][number]
-        kernels = next(path for path, text in texts.items() if right in text)
         changed = tmp_path / str(number)
         (changed / FOLDERS.get(capability, capability)).mkdir(parents=True)
-        (changed / kernels).write_text(texts[kernels].replace(right, wrong))
+        for path, text in texts.items():
+            if right in text:
+                (changed / path).write_text(text.replace(right, wrong))
+        assert list(changed.rglob("*.cuh")), f"nothing to plant it in: {right!r}"
         program = changed / "program"
         include = ["-I", changed, "-I", SOURCES, "-I", source]
         subprocess.run([*compiler, *include, SOURCES / f"{capability}.cpp", "-o", program], check=True)

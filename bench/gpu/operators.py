@@ -75,6 +75,48 @@ def _steps_on_hopper(device: str) -> dict[str, Callable[[], Any]]:
             x, y, control, common, *weights, none, grad, 0
         )[:, :77],
         "contrastive_sm90_sigmoid": lambda: [v[:, :77] for v in ops.contrastive_sm90_sigmoid(x, y, scale, bias, 0)],
+        **_classes_on_hopper(x, y, scale, bias),
+    }
+
+
+def _classes_on_hopper(x: torch.Tensor, y: torch.Tensor, scale: Any, bias: Any) -> dict[str, Callable[[], Any]]:
+    ops, device = torch.ops.gapkern, x.device
+    ids = torch.cat([torch.arange(77) % 7, torch.full((179,), -2)]).int()  # of columns to the end of a tile
+    values = torch.linspace(0.1, 0.5, 256)
+
+    def records(count: int, *columns: torch.Tensor) -> torch.Tensor:
+        bits = [ids, *(v.view(torch.int32) for v in columns)]
+        return torch.stack(bits, 1)[:count].contiguous().view(torch.float32).to(device)
+
+    marks = records(77, values), records(256, values)
+    even = (values.view(torch.int32) & ~1).view(torch.float32)
+    weighted = records(77, values, even, even), records(256, values, even, even)
+    control, always = torch.tensor([14.0, 0.0, -30.0], device=device), x.new_empty(0, dtype=torch.float32)
+    sums = torch.rand(2, 77, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    grad = torch.linspace(0.1, 1, 77, device=device, dtype=torch.float64)
+
+    def completed(step: Callable[[torch.Tensor, torch.Tensor], Any]) -> list[torch.Tensor]:
+        pending = torch.full((2, 77), torch.inf, device=device, dtype=torch.float64)
+        lse = pending, pending.clone()
+        step(*lse)
+        return list(lse)
+
+    return {
+        "contrastive_sm90_masked_sums": lambda: ops.contrastive_sm90_masked_sums(
+            x, y, control, always, *marks, 0, True
+        ),
+        "contrastive_sm90_masked_merge": lambda: completed(
+            lambda row, col: ops.contrastive_sm90_masked_merge(sums, sums, control, row, col)
+        ),
+        "contrastive_sm90_masked_repair": lambda: completed(
+            lambda row, col: ops.contrastive_sm90_masked_repair(x, y, control, *marks, 0, row, col)
+        ),
+        "contrastive_sm90_masked_gradient": lambda: ops.contrastive_sm90_masked_gradient(
+            x, y, control, *weighted, grad, 0
+        )[:, :77],
+        "contrastive_sm90_masked_sigmoid": lambda: [
+            v[:, :77] for v in ops.contrastive_sm90_masked_sigmoid(x, y, scale, bias, *marks, True)
+        ],
     }
 
 

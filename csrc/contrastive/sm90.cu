@@ -162,11 +162,7 @@ Tensor gradient(const Tensor& images, const Tensor& texts, const Tensor& control
     });
   }
   succeed(launch_gradient(in.problem(), arguments, ds.data_ptr(), pitch, int(terms), stream), "gradient");
-  in.with([&](auto products) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
-    set_labels<<<blocks(in.rows, 128, int64_t(1) << 31), 128, 0, stream>>>(
-        at_labels.const_data_ptr<double>(), label_offset, in.rows, pitch, int(terms), static_cast<T*>(ds.data_ptr()));
-  });
+  write_labels(in, at_labels, label_offset, terms, ds);
   return ds;
 }
 
@@ -196,6 +192,21 @@ std::tuple<Tensor, Tensor> sigmoid(const Tensor& images, const Tensor& texts, co
 }
 
 }  // namespace
+
+void write_labels(const Inputs& in, const Tensor& grad_label, int64_t label_offset, int64_t terms, Tensor& ds) {
+  const int64_t first = label_offset < 0 ? -label_offset : 0, pitch = pitch_of(in.columns);
+  const int64_t last = in.columns - label_offset < in.rows ? in.columns - label_offset : in.rows;
+  if (first >= last) return;
+  STD_TORCH_CHECK(terms == 1 || last - first == in.rows, "label_offset: expected a label of every row for ", terms,
+                  " terms");
+  in.with([&](auto products) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(products.x)>>;
+    set_labels<<<blocks(last - first, 128, int64_t(1) << 31), 128, 0, stream_of(ds)>>>(
+        grad_label.const_data_ptr<double>() + first, label_offset + first, last - first, pitch, int(terms),
+        static_cast<T*>(ds.data_ptr()) + first * pitch);
+  });
+}
+
 }  // namespace gapkern::contrastive::sm90
 
 STABLE_TORCH_LIBRARY_IMPL(gapkern, CUDA, m) {

@@ -82,6 +82,9 @@ inline void expect_labels(const Inputs& in, int64_t label_offset) {
   STD_TORCH_CHECK(label_offset >= 0 && label_offset + in.rows <= in.columns, "label_offset: outside texts");
 }
 
+// Puts grad_label [rows] float64 into dS at the labels, of the rows that have one.
+void write_labels(const Inputs& in, const Tensor& grad_label, int64_t label_offset, int64_t terms, Tensor& ds);
+
 inline void succeed(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, "gapkern: ", what, " on Hopper: ", cudaGetErrorString(status));
 }

@@ -1,6 +1,6 @@
 """Mistakes planted in the library's kernels, their launches and tensor maps, and what the device must say of each."""
 
-from . import class_mistakes, hopper_mistakes
+from . import class_mistakes, hopper_mistakes, masked_mistakes
 from .planting import (
     BITS,
     COLUMN_SUM,
@@ -271,4 +271,4 @@ def _mistakes():
     )
 
 
-MISTAKES = [*_mistakes(), *class_mistakes.MISTAKES, *hopper_mistakes.MISTAKES]
+MISTAKES = [*_mistakes(), *class_mistakes.MISTAKES, *hopper_mistakes.MISTAKES, *masked_mistakes.MISTAKES]

@@ -16,7 +16,7 @@ from gapkern.reference import meanshift as meanshift_reference
 from gapkern.reference import robustness as robustness_reference
 from gapkern.testing import assert_near, assert_three_way
 
-from . import chunk_problems
+from . import chunk_problems, masked_problems
 from .chunk_problems import DTYPES
 from .fixture import on_gpu
 
@@ -424,6 +424,6 @@ def _kernels():
         yield exact_inner, (gallery, dtype), {}
 
 
-KERNELS = list(_kernels())
+KERNELS = [*_kernels(), *masked_problems.KERNELS]
 # These call Hopper's kernels by name; the others go where the dispatcher leads them.
-HOPPERS = (float16_gradients_of_kept, gradient_elements, sigmoid_elements, in_terms)
+HOPPERS = (float16_gradients_of_kept, gradient_elements, sigmoid_elements, in_terms, *masked_problems.HOPPERS)

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive import chunked, masked_chunked, sm90
+from gapkern.ops.contrastive import chunked, masked_chunked, masked_sm90, sm90
 from gapkern.ops.contrastive.arguments import LseBackwardArguments, MaskedArguments, MaskedBackwardArguments
 
 _SM90_SCOPE = (
@@ -76,15 +76,27 @@ def unsupported_reason(
     return ""
 
 
-def uses_sm90(images: Tensor, similarity: str, precision: str = "highest") -> bool:
+def uses_sm90(
+    images: Tensor, similarity: str, precision: str = "highest", masked: bool = False, guided: bool = False
+) -> bool:
     """Whether the sm90 kernels take these embeddings; the same answer in the forward and the backward pass."""
     kernel = requested_kernel()
     if kernel == "chunked":
         return False
     reason = unsupported_reason(images.device, images.dtype, images.shape[1], similarity, precision)
+    if masked and not reason:
+        reason = _unsupported_masks(images.dtype, precision, guided)
     if reason and kernel == "sm90" and images.is_cuda:
         raise ValueError(f"GAPKERN_KERNEL=sm90: the Hopper kernels cannot run: {reason}")
     return not reason
+
+
+def _unsupported_masks(dtype: torch.dtype, precision: str, guided: bool) -> str:
+    if guided:
+        return "they have ids and limits, and no guide, whose products would be formed beside the logits"
+    if dtype == torch.float32 and precision != "medium":
+        return f"they take ids and limits of float32 with matmul precision 'medium', got {precision!r}"
+    return ""
 
 
 def keeps(images: Tensor, similarity: str, precision: str) -> bool:
@@ -130,14 +142,20 @@ def sigmoid_loss(
     return implementation.sigmoid_loss(images, texts, logit_scale, logit_bias, label_offset, precision, needs)
 
 
+def _masked_implementation(arguments: MaskedArguments) -> ModuleType:
+    guided = arguments.guide_x.numel() > 0
+    sm90_takes_them = uses_sm90(arguments.x, arguments.similarity, arguments.precision, True, guided)
+    return masked_sm90 if sm90_takes_them else masked_chunked
+
+
 def masked_lse(arguments: MaskedArguments) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.masked_lse`."""
-    return masked_chunked.masked_lse(arguments)
+    return _masked_implementation(arguments).masked_lse(arguments)
 
 
 def masked_lse_backward(arguments: MaskedBackwardArguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `masked_lse`."""
-    return masked_chunked.masked_lse_backward(arguments)
+    return _masked_implementation(arguments.pairs).masked_lse_backward(arguments)
 
 
 def masked_sigmoid(
@@ -154,6 +172,7 @@ def masked_sigmoid(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.masked_sigmoid_sum`."""
-    return masked_chunked.masked_sigmoid(
+    implementation = masked_sm90 if uses_sm90(x, "dot", precision, True) else masked_chunked
+    return implementation.masked_sigmoid(
         x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, soft_targets, precision, needs
     )

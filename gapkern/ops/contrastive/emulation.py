@@ -121,19 +121,11 @@ def gradient(
 ) -> Tensor:
     """dS (terms n, pitch) in the embeddings' dtype, grad_label at the labels."""
     m = texts.shape[0]
-    v = control[0] * (images.float() @ texts.float().T)
-    e = torch.exp2(v + control[1])
+    t = images.float() @ texts.float().T
+    e = torch.exp2(control[0] * t + control[1])
     if kept.numel():  # where a weight is separate they may have been flushed
         e = torch.where(separate.bool(), e, kept[:, :m].float())
-
-    def term(weight: Tensor) -> Tensor:
-        is_separate = _is_separate(weight)
-        exponent = torch.where(is_separate, weight, weight.abs().log2() + control[1])
-        negative = torch.where(is_separate, weight.view(torch.int32) & 2 != 0, weight < 0)
-        return torch.where(negative, -1, 1) * torch.exp2(v + exponent)
-
-    a, b = row_weight[:, None], col_weight[:m]
-    ds = torch.where(_is_separate(a) | _is_separate(b), term(a) + term(b), e * (a + b))
+    ds = weighted(t, e, control, row_weight[:, None], col_weight[:m])
     ds.diagonal(label_offset)[: len(images)] = grad_label.to(ds.dtype)
     return _stored(ds, images.dtype, terms)
 
@@ -164,6 +156,19 @@ def sigmoid(
     ds = -z * torch.sigmoid(-s)
     of_rows = [v.sum(1, dtype=torch.float64) for v in (-torch.nn.functional.logsigmoid(s), ds, ds * t)]
     return torch.stack(of_rows), _stored(ds, images.dtype, terms)
+
+
+def weighted(t: Tensor, e: Tensor, control: Tensor, row_weight: Tensor, col_weight: Tensor) -> Tensor:
+    """e (row_weight + col_weight), or by separate weights, of products t and their exponentials e."""
+
+    def term(weight: Tensor) -> Tensor:
+        is_separate = _is_separate(weight)
+        exponent = torch.where(is_separate, weight, weight.abs().log2() + control[1])
+        negative = torch.where(is_separate, weight.view(torch.int32) & 2 != 0, weight < 0)
+        return torch.where(negative, -1, 1) * torch.exp2(control[0] * t + exponent)
+
+    separate = _is_separate(row_weight) | _is_separate(col_weight)
+    return torch.where(separate, term(row_weight) + term(col_weight), e * (row_weight + col_weight))
 
 
 STEPS = {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gapkern.ops import autocast, derivatives
-from gapkern.ops.contrastive import chunked, dispatch, emulation, masked_steps, saved, tangents
+from gapkern.ops.contrastive import chunked, dispatch, emulation, masked_emulation, masked_steps, saved, tangents
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 
 
@@ -174,7 +174,7 @@ def _jvp(inputs, tangents_):
 derivatives.register("contrastive_lse", _backward, save=_save, jvp=_jvp)
 derivatives.register("contrastive_lse_backward", derivatives.refuse_twice, jvp=derivatives.refuse_jvp_twice)
 derivatives.register("sigmoid_loss", saved.backward, save=saved.save, jvp=_jvp_sigmoid, arguments=saved.needed)
-for _step in (*chunked.STEPS, *masked_steps.STEPS, *emulation.STEPS):
+for _step in (*chunked.STEPS, *masked_steps.STEPS, *emulation.STEPS, *masked_emulation.STEPS):
     derivatives.register(_step, derivatives.refuse_step, jvp=derivatives.refuse_jvp_step)
 
 _library = torch.library.Library("gapkern", "IMPL")
