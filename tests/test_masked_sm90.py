@@ -132,7 +132,8 @@ def test_orchestration_in_blocks(monkeypatch):
     monkeypatch.setattr(sm90, "SUPER_ROWS", 256)
     monkeypatch.setattr(sm90, "GRADIENT_ELEMENTS", 150 * 705)
     for name, a, b in zip(NAMES, steps(x, y, scale, masks, options), whole, strict=True):
-        assert_near(a, b, 5e-3 if name.startswith("grad") else 1e-12, name=name)
+        # The library adds up a product of float32 in an order that its number of rows decides.
+        assert_near(a, b, 5e-3 if name.startswith("grad") else 1e-6, name=name)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
