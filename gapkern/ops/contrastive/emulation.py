@@ -10,10 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from gapkern.ops.contrastive.lifted import CEILING, FLOOR
 from gapkern.ops.contrastive.sm90 import WIDTH, row_pitch
 
 _LN2, _LOG2E = math.log(2.0), 1 / math.log(2.0)
-_CEILING, _FLOOR, _WEIGHT_RANGE = 110, -102, 120  # kCeiling, kFloor, kWeightRange
+_WEIGHT_RANGE = 120  # kWeightRange
 _SMALLEST_NORMAL = 2.0**-126  # ex2.approx.ftz flushes subnormals to zero
 
 
@@ -25,8 +26,8 @@ def shift(
     """control (2,): k, and -c such that no sum overflows and, where that allows it, none loses terms to underflow."""
     k = _LOG2E * logit_scale.reshape(()).float()
     bound = k.abs() * row_norms.float().amax() * col_norms.float().amax() * 1.001
-    spare = _CEILING - math.log2(max(len(row_norms), len(col_norms)))
-    fitting = torch.minimum(bound, -(_FLOOR + bound)).floor()
+    spare = CEILING - math.log2(max(len(row_norms), len(col_norms)))
+    fitting = torch.minimum(bound, -(FLOOR + bound)).floor()
     return torch.stack([k, -torch.maximum((bound - spare).ceil(), fitting).clamp(min=0).float()])
 
 
@@ -62,7 +63,7 @@ def lse(
     logits.diagonal(label_offset)[: len(images)] = -math.inf
 
     def finish(sums: Tensor, terms: int, dim: int) -> Tensor:
-        complete = (sums >= terms * 2.0**_FLOOR) & (sums < 2.0**127)
+        complete = (sums >= terms * 2.0**FLOOR) & (sums < 2.0**127)
         exact = logits.logsumexp(dim).double()
         return torch.where(complete, _LN2 * (sums.log2() - control[1].double()), exact)
 
@@ -93,7 +94,7 @@ def weights(
     def weight(lse2: Tensor, grad: Tensor, terms: int) -> Tensor:
         exponent = grad.abs().log2() - lse2
         representable = (grad == 0) | ((exponent - c).abs() <= _WEIGHT_RANGE)
-        is_common = (lse2 + c >= math.log2(terms) + _FLOOR) & representable
+        is_common = (lse2 + c >= math.log2(terms) + FLOOR) & representable
         common = (grad * torch.exp2(-lse2 - c)).float().view(torch.int32) & ~1
         separate = (exponent.clamp(-1e30, 1e30).float().view(torch.int32) & ~3) | (grad < 0).int() << 1 | 1
         return torch.where(is_common, common, separate).view(torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 TERMS = 3
 COLUMNS = 8  # 2 TERMS, and zeros up to a multiple of 16 bytes
-_CEILING, _FLOOR = 110, -102  # kCeiling, kFloor of csrc/contrastive/sm90.cuh
+CEILING, FLOOR = 110, -102  # kCeiling, kFloor of csrc/contrastive/sm90_parts.cuh
 _LABEL_ROWS = 8192  # differences at a time: 24 MiB at 768 dims
 
 
@@ -46,8 +46,8 @@ def control(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
     k = logit_scale.reshape(()).float() * (2 / math.log(2))
     farthest = sum(torch.linalg.vector_norm(v, dim=1, dtype=torch.float32).amax() for v in (x, y)) ** 2 / 2
     bound = k.abs() * farthest * 1.001
-    spare = _CEILING - math.log2(max(len(x), len(y)))
-    up = (bound + _FLOOR).ceil().clamp(0, math.floor(spare))
+    spare = CEILING - math.log2(max(len(x), len(y)))
+    up = (bound + FLOOR).ceil().clamp(0, math.floor(spare))
     down = (bound - spare).ceil().clamp(min=0)
     return torch.stack([k, torch.where(k < 0, -down, up)])
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gapkern.ops.contrastive import emulation
-from gapkern.ops.contrastive.emulation import _FLOOR, _LN2, _SMALLEST_NORMAL
+from gapkern.ops.contrastive.emulation import _LN2, _SMALLEST_NORMAL
+from gapkern.ops.contrastive.lifted import FLOOR
 from gapkern.ops.contrastive.sm90 import row_pitch
 
 
@@ -65,7 +66,7 @@ def merge(
     flushes = ~(control[2] + control[1] >= -125)
     condition = torch.zeros_like(control[:1])
     for found, lse, terms in ((row_sums, row_lse, col_sums.shape[1]), (col_sums, col_lse, row_sums.shape[1])):
-        complete = (~flushes | (found >= terms * 2.0**_FLOOR)) & (found < 2.0**127) | (
+        complete = (~flushes | (found >= terms * 2.0**FLOOR)) & (found < 2.0**127) | (
             found.isnan() & ~control[1].isnan()
         )
         value = torch.where(complete, _LN2 * (found.log2() - control[1].double()), math.inf)

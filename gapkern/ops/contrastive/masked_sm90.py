@@ -1,8 +1,8 @@
 """The operators over classes of pairs on Hopper: ids and limits are compared in the products' epilogues.
 
 Contract: `masked` and `masked_sigmoid`, without guides. The steps are the operators `contrastive_sm90_masked_*`: CUDA
-kernels in csrc/contrastive/sm90_masked.cuh, in PyTorch's operations masked_emulation.py. As in sm90.py no step
-synchronises with the host, and float32 is rounded to bfloat16 once.
+kernels in csrc/contrastive/sm90_masked.cuh, in PyTorch's operations masked_emulation.py. No step synchronises
+with the host, and float32 is rounded to bfloat16 once.
 
 Rows and columns have records of float32, of which the first are the bits of an int32, equal for pairs of equal ids, and
 the limit of <x, y>. A log-sum-exp whose terms underflow at the shift common to all is found by another pass at a higher

@@ -24,7 +24,7 @@ SUPER_ROWS = 8192  # rows per call of contrastive_sm90_sums: they stay in L2 whi
 SHARE_OF_TERMS = 4  # a quarter of them where they are 6 D long
 GRADIENT_ELEMENTS = 9 * 2**25  # of dS at a time: 576 MiB,
 LARGEST_GRADIENT, GRADIENT_ROWS = 2**30, 4096  # or 2 GiB for so many rows: dY is read and written once for each chunk
-_LN2, _FLOOR = math.log(2.0), -102
+_LN2 = math.log(2.0)
 TILE, WIDTH, MULTIPROCESSORS = 128, 256, 132  # rows and columns of a product's tile, and the SMs of an H100
 
 
@@ -54,11 +54,11 @@ def _may_ask() -> bool:
 
 
 def _complete(sums: Tensor, count: int) -> Tensor:
-    """Whether the common shift held every sum over `count` pairs (kFloor of csrc/contrastive/sm90_parts.cuh).
+    """Whether the common shift held every sum over `count` pairs.
 
     One pair alone is the label, whose sum is empty.
     """
-    return ((sums >= (count if count > 1 else 0) * 2.0**_FLOOR) & (sums < 2.0**127)).all()
+    return ((sums >= (count if count > 1 else 0) * 2.0**lifted.FLOOR) & (sums < 2.0**127)).all()
 
 
 def _rows(x: Tensor, side: int) -> Tensor:
