@@ -147,5 +147,7 @@ def _measured(result: dict[str, Any], narrow: dict[str, Any] | None) -> str:
     with_avx2 = f" With AVX2 at most, PyTorch's part too: {machine(narrow)}" if narrow else ""
     return (
         f"\n\nA training step of {n:,} x {d}, float32. {machine(result)}{with_avx2} Memory is the peak above inputs "
-        f"and gradients at {peak:,} x {d}."
+        f"and gradients at {peak:,} x {d}. In it are unit vectors that a loss is called with where its inputs are not "
+        f"({peak * d * 4 // 2**20} MiB a side, and as much for their gradients), and up to 256 MiB of logits that "
+        f"`contrastive_loss` keeps for the backward pass."
     )
