@@ -26,6 +26,7 @@ HEADERS := $(if $(filter off OFF Off,$(GAPKERN_CUDA)),,$(if $(NVCC),$(if $(CUTLA
 
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py gapkern/_version.py
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+DEVICE := $(shell find tests/software_gpu tests/simt -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 SETTINGS := GAPKERN_CUDA=$(GAPKERN_CUDA) ARCH=$(TORCH_CUDA_ARCH_LIST) CXX=$(origin CXX):$(CXX) CUDACXX=$(CUDACXX) \
             CUTLASS=$(CUTLASS_PATH)
 
@@ -53,10 +54,10 @@ help:
 demo: build $(STAMPS)/packages-demo
 	$(BIN)/gapkern demo $(DEMO_ARGS)
 
-test: build $(STAMPS)/packages-test
+test: prepared
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_ARGS)
 
-test-slow: build $(STAMPS)/packages-test
+test-slow: prepared
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m slow $(TEST_ARGS)
 
 fuzz: build $(STAMPS)/packages-test
@@ -75,7 +76,7 @@ docs: build $(STAMPS)/packages-docs
 
 build: $(STAMPS)/build
 
-prepared: build $(STAMPS)/packages-test
+prepared: build $(STAMPS)/packages-test $(STAMPS)/device
 
 # The objects are those of `make build`; setuptools' copy of the sources is made anew, since it keeps what is no more.
 # PyTorch's libraries stay outside: the process that loads ours has them. auditwheel names the oldest glibc that serves.
@@ -138,8 +139,15 @@ $(STAMPS)/build: $(NATIVE) pyproject.toml $(STAMPS)/requirements $(STAMPS)/setti
 	@sed -n 's/^-- \(gapkern: \)/\1/p' build/cmake-*/build.log
 	@touch $@
 
-# Packages whose metrics and losses ours must equal, and the Hugging Face hub's loader of kernels. They ask for much that these do not import; what they do import, the
-# extra `test` has, and transformers and tokenizers, which belong together: 153 MB and 12 s in all.
+# The tests' CUDA device of software, and the device kernels as C++; they too are kept and brought up to date.
+$(STAMPS)/device: $(STAMPS)/build $(DEVICE)
+	@echo "Building the tests' device ..."
+	@$(BIN)/python -m tests.native
+	@touch $@
+
+# Packages whose metrics and losses ours must equal, and the Hugging Face hub's loader of kernels. They ask for much that
+# these do not import; what they do import, the extra `test` has, and transformers and tokenizers, which belong together:
+# 153 MB and 12 s in all.
 WITHOUT_DEPENDENCIES := clip-benchmark==1.6.2 sentence-transformers==6.2.0 transformers==5.24.0 tokenizers==0.23.3 \
                         pytorch-metric-learning==2.9.0 lightly==1.6.0 kernels==0.17.2
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gapkern.losses import contrastive_loss
 from gapkern.ops import contrastive
+from gapkern.reference import classes as classes_reference
 from gapkern.reference import contrastive as contrastive_reference
 from gapkern.reference import losses as losses_reference
 from gapkern.reference import meanshift as meanshift_reference
@@ -87,7 +88,10 @@ def _masked() -> tuple[bool, str]:
     ids = torch.arange(len(x)) // 3
     scale = torch.tensor(10.0)
     found = []
-    for function, leaves in ((contrastive.masked_lse, (x, y)), (losses_reference.masked_lse, (x.double(), y.double()))):
+    for function, leaves in (
+        (contrastive.masked_lse, (x, y)),
+        (classes_reference.masked_lse, (x.double(), y.double())),
+    ):
         classes = function(*leaves, scale, row_ids=ids, col_ids=ids, equal="positive", row_limit=torch.ones(len(x)))
         gradients = torch.autograd.grad(torch.cat(classes).sum(), leaves)
         found.append(torch.cat([*(c.detach().double() for c in classes), *(g.flatten().double() for g in gradients)]))
@@ -103,7 +107,7 @@ def _against_itself() -> tuple[bool, str]:
     found = []
     for given, classes in (
         (x, contrastive.self_lse(x, scale, ids=ids, equal="positive", limit=limit)),
-        (leaf, losses_reference.masked_lse(leaf, leaf, scale, **options)[:4:2]),  # type: ignore[arg-type]
+        (leaf, classes_reference.masked_lse(leaf, leaf, scale, **options)[:4:2]),  # type: ignore[arg-type]
     ):
         (gradient,) = torch.autograd.grad(torch.cat(classes).sum(), given)
         found.append(torch.cat([*(c.detach().double() for c in classes), gradient.flatten().double()]))
@@ -116,7 +120,7 @@ def _class_sums() -> tuple[bool, str]:
     ids, found = torch.arange(len(x)) // 3, []
     for rows, columns in (
         contrastive.class_sums(x, y, ids, ids, similarity="sqeuclidean"),
-        losses_reference.class_sums(x.double(), y.double(), ids, ids, similarity="sqeuclidean"),
+        classes_reference.class_sums(x.double(), y.double(), ids, ids, similarity="sqeuclidean"),
     ):
         gradients = torch.autograd.grad(rows.sin().sum() + columns.cos().sum(), (x, y))
         found.append(torch.cat([t.detach().double().flatten() for t in (rows, columns, *gradients)]))

@@ -8,7 +8,7 @@ from torch import func
 from torch.utils._pytree import tree_leaves
 
 from gapkern.ops.contrastive import class_sums, sums
-from gapkern.reference import losses as reference
+from gapkern.reference import classes as reference
 from gapkern.testing import assert_near, assert_three_way
 from tests.warm import peak_memory
 

@@ -7,6 +7,7 @@ import torch
 
 from gapkern import contrastive_loss, losses, sigmoid_loss
 from gapkern.ops.contrastive import chunked, masked_chunked, masked_lse, self_lse
+from gapkern.reference import classes as reference_classes
 from gapkern.reference import losses as reference
 from gapkern.testing import assert_three_way
 from tests.software_gpu.fixture import on_gpu
@@ -51,9 +52,9 @@ def test_masked_lse(cuda_device, in_chunks, poisoned, shape, dtype, chosen, opti
     y, _ = rounded(y, {})
     s = torch.tensor(12.0, dtype=work)
     found = cuda_device.on(differentiated, masked_lse, x, y, s, masks, options)
-    truth = differentiated(reference.masked_lse, x.double(), y.double(), s.double(), masks, options)
+    truth = differentiated(reference_classes.masked_lse, x.double(), y.double(), s.double(), masks, options)
     plain = {k: v.to(work) if v.is_floating_point() else v for k, v in masks.items()}
-    theirs = differentiated(reference.masked_lse, x.to(work), y.to(work), s, plain, options)
+    theirs = differentiated(reference_classes.masked_lse, x.to(work), y.to(work), s, plain, options)
     assert [g.dtype for g in found[5:7]] == [dtype] * 2
     for k, (a, b, c) in enumerate(zip(found, theirs, truth, strict=True)):
         margin = (3e-6 if dtype != torch.float64 else 1e-13) if k < 5 else 3 * MARGINS[dtype]

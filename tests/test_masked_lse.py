@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gapkern.ops.contrastive import itself, masked, masked_chunked, masked_lse, self_lse
-from gapkern.reference import losses as reference
+from gapkern.reference import classes as reference
 from gapkern.testing import assert_near, assert_three_way
 from tests import warm
 from tests.software_gpu import chunk_problems

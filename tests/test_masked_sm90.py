@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from gapkern.ops.contrastive import dispatch, masked_chunked, masked_lse, masked_sigmoid_sum, masked_sm90, sm90
-from gapkern.ops.contrastive.arguments import MaskedArguments, MaskedBackwardArguments, absent, given
-from gapkern.reference import losses as reference
+from gapkern.ops.contrastive.arguments import (
+    MaskedArguments,
+    MaskedBackwardArguments,
+    MaskedSigmoidArguments,
+    absent,
+    given,
+)
+from gapkern.reference import classes as reference
 from gapkern.testing import assert_near, assert_three_way
 from tests.software_gpu import masked_problems
 from tests.software_gpu.masked_problems import IDS, LIMITS, NAMES, check, pairs, weighted
@@ -159,7 +165,7 @@ def test_not_a_number_reaches_its_own_classes():
 
 
 def sigmoid_steps(x, y, scale, bias, masks, needs=(True, True), soft=False):
-    return list(masked_sm90.masked_sigmoid(x, y, scale, bias, *masks, soft, "medium", list(needs)))
+    return list(masked_sm90.masked_sigmoid(MaskedSigmoidArguments(x, y, scale, bias, *masks, soft, "medium", needs)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (13, 17, 16), (130, 260, 24), (260, 130, 8)])
@@ -204,7 +210,7 @@ def test_the_dispatcher_tells_guides_apart(monkeypatch):
             arguments = arguments._replace(guide_x=guide, guide_y=guide)
         dispatch.masked_lse(arguments)
         dispatch.masked_lse_backward(MaskedBackwardArguments((), (), (), arguments, [True] * 3))
-        dispatch.masked_sigmoid(x.to(dtype), x, v, v, v, v, v, v, False, "highest", [True] * 2)
+        dispatch.masked_sigmoid(MaskedSigmoidArguments(x.to(dtype), x, v, v, v, v, v, v, False, "highest", [True] * 2))
         here, there = masked_sm90 if dtype == torch.bfloat16 else masked_chunked, masked_chunked
         expected = there if guided else here
         assert taken == [(expected, "masked_lse"), (expected, "masked_lse_backward"), (here, "sigmoid")]

@@ -1,13 +1,14 @@
 """Every hand-written device kernel on the CPU: CUDA's threads as fibers (simt/simt.h), in both orders."""
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests import native
 
 SOURCES = Path(__file__).parent / "simt"
 CAPABILITIES = ["classes", "contrastive", "meanshift", "perturb", "robustness", "sm90", "sm90_masked"]
@@ -19,17 +20,7 @@ def built():
     """The folder of the emulated kernels' programs, kept: what has not changed is not compiled again."""
     if sys.platform != "linux":
         pytest.skip("fibers by ucontext")
-    folder = SOURCES.parent.parent / "build" / "simt"
-    tool = Path(sys.executable).parent / "cmake"
-    cmake = str(tool) if tool.exists() else shutil.which("cmake")
-    build(cmake, SOURCES, folder)
-    return folder
-
-
-def build(cmake, sources, folder):
-    for step in (["-S", sources, "-B", folder], ["--build", folder, "--parallel", "2"]):
-        done = subprocess.run([cmake, *map(str, step)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    return native.simt()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

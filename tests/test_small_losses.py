@@ -11,7 +11,7 @@ from gapkern.ops.contrastive import chunked, lse_pair, sigmoid_sum, sm90
 from gapkern.ops.contrastive.arguments import LseBackwardArguments
 from gapkern.reference import contrastive as reference
 from tests import warm
-from tests.software_gpu.problems import losses_of_pairs
+from tests.software_gpu.hopper_problems import losses_of_pairs
 
 NAMES = ("loss", "grad_images", "grad_texts", "grad_logit_scale")
 

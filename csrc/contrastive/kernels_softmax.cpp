@@ -24,33 +24,14 @@ template <Range kRange, class T>
 GAPKERN_INLINE GradientSums logit_gradient(const GradientBlock<T>& b, const T* logits, int64_t stride, T* tile,
                                            int rows, int64_t i0) {
   using V = typename Vec<T>::type;
-  constexpr bool kTracked = kRange == Range::tracked;
-  const T k = b.exponents.k;
   GradientSums sums;
   for (int r = 0; r < rows; ++r) {
-    const T* t = logits + r * stride;
     T* const out = tile + r * kStripe;
     const int64_t label = b.label + i0 + r;
-    const V weight = splat<T>(b.row_weight[i0 + r]);
-    const V reference = splat<T>(kTracked ? b.row_reference[i0 + r] : T(0));
-    const V log2 = splat<T>(kTracked ? b.row_log2[i0 + r] : T(0));
-    const AllButLabel<T> mask(b.cols, label, 1);
+    const GradientRow<kRange, T> of_row(b, i0 + r);
     V dot{}, row{};
     for (int64_t j = 0; j < b.cols; j += Vec<T>::size) {
-      const bool edge = j + Vec<T>::size > b.cols;
-      const V value = edge ? load_first(t + j, b.cols - j) : load(t + j), column = load(b.column_weight + j);
-      V d;
-      if (kTracked)
-        d = weight * exp2((value - reference) * k - log2) +
-            column * exp2((value - load(b.column_reference + j)) * k - load(b.column_log2 + j));
-      else
-        d = exponential<kRange>(value, b.exponents) * (weight + column);
-      V product = d * value;
-      if (mask.partial(j)) {
-        const auto counted = mask.lanes(j, 0);
-        d = counted ? d : V{};
-        product = counted ? product : V{};
-      }
+      const auto [d, product] = of_row.at(logits + r * stride, j);
       dot += product;
       row += d;
       if (b.column_sum != nullptr) store(b.column_sum + j, load(b.column_sum + j) + d);

@@ -2,12 +2,13 @@
 // assertion between two wgmma makes ptxas serialise them all (C7510).
 #pragma once
 #include <cutlass/cutlass.h>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/device_kernel.h>
 
 #include <cstring>
 #include <cute/tensor.hpp>
-#include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/kernel/gemm_universal.hpp>
+#include <cutlass/gemm/collective/builders/sm90_gmma_builder.inl>
+#include <cutlass/gemm/collective/sm90_mma_tma_gmma_ss_warpspecialized.hpp>
+#include <cutlass/gemm/kernel/sm90_gemm_tma_warpspecialized_cooperative.hpp>
 #include <cutlass/util/packed_stride.hpp>
 
 #include "contrastive/sm90_epilogue.cuh"
@@ -68,8 +69,8 @@ template <class Design>
 struct Gemm {
   using T = typename Design::Input;
   using Out = typename Design::Out;
-  using Raster = typename Kernel<Design>::TileScheduler::RasterOrderOptions;
-  using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel<Design>>;
+  using K = Kernel<Design>;
+  using Raster = typename K::TileScheduler::RasterOrderOptions;
 
   // CUTLASS prints that a descriptor could not be made, and would run with one of zeros.
   static bool is_encoded(const cute::TmaDescriptor* descriptor) {
@@ -77,12 +78,32 @@ struct Gemm {
     return std::memcmp(descriptor, &nothing, sizeof nothing) != 0;
   }
 
-  // Not the adapter's can_implement: it takes rows of the output for packed, and refuses those that our pitch aligns.
-  static bool can_run(const Problem& p, const typename Device::Arguments& arguments, int64_t pitch) {
+  // Not the kernel's can_implement: it takes rows of the output for packed, and refuses those that our pitch aligns.
+  static bool can_run(const Problem& p, const typename K::Arguments& arguments, int64_t pitch) {
     using Mainloop = typename Parts<Design>::Mainloop;
     const auto shape = cute::make_shape(p.rows, p.columns, p.depth, 1);
     return pitch % 8 == 0 && Mainloop::can_implement(shape, arguments.mainloop) &&
-           Device::get_workspace_size(arguments) == 0;
+           K::get_workspace_size(arguments) == 0;
+  }
+
+  // What CUTLASS's adapter does, whose header includes every kernel of every architecture.
+  static cudaError_t launch(typename K::Params& params, cudaStream_t stream) {
+    const void* const entry = reinterpret_cast<const void*>(cutlass::device_kernel<K>);
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), cute::size<2>(Cluster{})};
+    cudaLaunchConfig_t config{};
+    config.gridDim = K::get_grid_shape(params);
+    config.blockDim = K::get_block_shape();
+    config.dynamicSmemBytes = K::SharedStorageSize;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    void* arguments[] = {&params};
+    cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, K::SharedStorageSize);
+    if (error == cudaSuccess) error = cudaLaunchKernelExC(&config, entry, arguments);
+    if (error != cudaSuccess) cudaGetLastError();  // clears it
+    return error;
   }
 
   static cudaError_t run(const Problem& p, const typename Design::Arguments& design, Out* out, int64_t pitch,
@@ -90,26 +111,22 @@ struct Gemm {
     const auto packed = [&](auto stride, int rows) {
       return cutlass::make_cute_packed_stride(stride, {rows, p.depth, 1});
     };
-    typename Device::Arguments arguments{
-        cutlass::gemm::GemmUniversalMode::kGemm,
-        {p.rows, p.columns, p.depth, 1},
-        {static_cast<const T*>(p.x), packed(typename Kernel<Design>::StrideA{}, p.rows), static_cast<const T*>(p.y),
-         packed(typename Kernel<Design>::StrideB{}, p.columns)},
-        {design, out, pitch},
-        {p.device, p.multiprocessors},
-        {kSwizzle, Raster::AlongM}};
+    typename K::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                    {p.rows, p.columns, p.depth, 1},
+                                    {static_cast<const T*>(p.x), packed(typename K::StrideA{}, p.rows),
+                                     static_cast<const T*>(p.y), packed(typename K::StrideB{}, p.columns)},
+                                    {design, out, pitch},
+                                    {p.device, p.multiprocessors},
+                                    {kSwizzle, Raster::AlongM}};
     if (!can_run(p, arguments, pitch)) return cudaErrorNotSupported;
     // Autograd's threads may have no context yet, and descriptors need one.
     const cudaError_t bound = cudaSetDevice(p.device);
     if (bound != cudaSuccess) return bound;
-    Device device;
-    if (device.initialize(arguments, nullptr, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-    const auto& made = device.params();
-    bool encoded = is_encoded(made.mainloop.tma_load_a.get_tma_descriptor()) &&
-                   is_encoded(made.mainloop.tma_load_b.get_tma_descriptor());
-    if constexpr (!std::is_void_v<Out>) encoded = encoded && is_encoded(made.epilogue.map.get_tma_descriptor());
-    if (!encoded) return cudaErrorDeviceUninitialized;
-    return device.run(stream) == cutlass::Status::kSuccess ? cudaSuccess : cudaErrorLaunchFailure;
+    typename K::Params params = K::to_underlying_arguments(arguments, nullptr);
+    bool encoded = is_encoded(params.mainloop.tma_load_a.get_tma_descriptor()) &&
+                   is_encoded(params.mainloop.tma_load_b.get_tma_descriptor());
+    if constexpr (!std::is_void_v<Out>) encoded = encoded && is_encoded(params.epilogue.map.get_tma_descriptor());
+    return encoded ? launch(params, stream) : cudaErrorDeviceUninitialized;
   }
 };
 

@@ -1,6 +1,5 @@
 // The sums of a tile's exponentials over rows and over columns, all but the labels'. Only for kernels_*.cpp.
 #pragma once
-#include "contrastive/mask.h"
 #include "contrastive/softmax_tile.h"
 
 namespace gapkern::contrastive {

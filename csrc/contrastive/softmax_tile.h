@@ -1,5 +1,6 @@
 // What the softmax kernels do with a tile of logits: exponentials, and keeping it. Only for kernels_*.cpp.
 #pragma once
+#include "contrastive/mask.h"
 #include "contrastive/tile.h"
 
 namespace gapkern::contrastive {
@@ -102,6 +103,50 @@ struct GradientSums {
     }
     if (b.row_sum != nullptr) b.row_sum[i] = row;
   }
+};
+
+// A row of dS = (row weight + column weight) exp2(k t), without its label.
+template <Range kRange, class T>
+class GradientRow {
+ public:
+  using V = typename Vec<T>::type;
+  struct Lanes {
+    V d, of_scale;  // dS, and dS t
+  };
+
+  [[gnu::always_inline]] GradientRow(const GradientBlock<T>& b, int64_t i)
+      : b_(b),
+        weight_(splat<T>(b.row_weight[i])),
+        reference_(splat<T>(kTracked ? b.row_reference[i] : T(0))),
+        log2_(splat<T>(kTracked ? b.row_log2[i] : T(0))),
+        others_(b.cols, b.label + i, 1) {}
+
+  // From column j on; t is the row's.
+  [[gnu::always_inline]] Lanes at(const T* t, int64_t j) const {
+    const T k = b_.exponents.k;
+    const bool edge = j + Vec<T>::size > b_.cols;
+    const V value = edge ? load_first(t + j, b_.cols - j) : load(t + j), column = load(b_.column_weight + j);
+    V d;
+    if (kTracked)
+      d = weight_ * exp2((value - reference_) * k - log2_) +
+          column * exp2((value - load(b_.column_reference + j)) * k - load(b_.column_log2 + j));
+    else
+      d = exponential<kRange>(value, b_.exponents) * (weight_ + column);
+    V product = d * value;
+    if (others_.partial(j)) {
+      const auto counted = others_.lanes(j, 0);
+      d = counted ? d : V{};
+      product = counted ? product : V{};
+    }
+    return {d, product};
+  }
+
+ private:
+  static constexpr bool kTracked = kRange == Range::tracked;
+
+  const GradientBlock<T>& b_;
+  const V weight_, reference_, log2_;
+  const AllButLabel<T> others_;
 };
 
 }  // namespace

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from tests.native import tool
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -26,13 +28,8 @@ PROCESSORS = {"neonbf16": "max", "neon": "cortex-a72"}
 
 def missing() -> str | None:
     """What is not installed that this needs."""
-    absent = [name for name in (COMPILER, EMULATOR, "cmake") if _tool(name) is None]
+    absent = [name for name in (COMPILER, EMULATOR, "cmake") if tool(name) is None]
     return f"{', '.join(absent)} not installed (apt install g++-aarch64-linux-gnu qemu-user)" if absent else None
-
-
-def _tool(name: str) -> str | None:
-    beside = Path(sys.executable).parent / name
-    return str(beside) if beside.exists() else shutil.which(name)
 
 
 def build(folder: Path) -> Path:
@@ -43,13 +40,13 @@ def build(folder: Path) -> Path:
         _run([*common, "-shared", *sources, f"-Wl,-soname,{name}", "-o", folder / name])
     _run([*common, HERE / "run.cpp", f"-L{folder}", "-ltorch_cpu", "-Wl,-rpath,$ORIGIN", "-o", folder / "run"])
     configure = [
-        *(_tool("cmake"), "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
-        *(f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}", "-DGAPKERN_CUDA=off"),
+        *(tool("cmake"), "-S", ROOT, "-B", folder / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}", "-DGAPKERN_CUDA=off"),
         f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'}",
         *(f"-DGAPKERN_TORCH={Path(torch.__file__).parent}", f"-DGAPKERN_TORCH_LIB={folder}"),
     ]
     _run(configure)
-    _run([_tool("cmake"), "--build", folder / "build", "--target", "gapkern_cpu", "--parallel", os.cpu_count() or 1])
+    _run([tool("cmake"), "--build", folder / "build", "--target", "gapkern_cpu", "--parallel", os.cpu_count() or 1])
     shutil.copy(folder / "build" / "libgapkern_cpu.so", folder)
     return folder
 

@@ -2,12 +2,9 @@
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import os
 import re
-import shutil
-import subprocess
 import sys
 import unittest.mock
 import warnings
@@ -16,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+from tests import native
+
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
@@ -30,21 +27,6 @@ class Fault:
     line: int
     statement: str
     what: str
-
-
-def _compiled(target: str) -> Path | None:
-    """The library of a CMake target, built or brought up to date; None where this checkout has no build or CUDA."""
-    if not (BUILD / "CMakeCache.txt").exists():
-        return None
-    beside = Path(sys.executable).parent / "cmake"
-    cmake = str(beside) if beside.exists() else shutil.which("cmake")
-    with open(BUILD / "build.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in another process may ask as well
-        done = subprocess.run([cmake, "--build", BUILD, "--target", target], capture_output=True, text=True)
-    if done.returncode and "unknown target" in done.stdout + done.stderr:
-        return None
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next((BUILD / "tests" / "software_gpu").glob(f"lib{target}.so"), None)
 
 
 class Device:
@@ -286,14 +268,14 @@ def quiet():
 @functools.cache
 def machine() -> Device | None:
     """The device alone, for PTX of one's own."""
-    path = _compiled("software_gpu")
+    path = native.device("software_gpu")
     return Device(path) if path else None
 
 
 @functools.cache
 def with_library() -> Device | None:
     """The device with gapkern's CUDA objects; None where they are not built."""
-    path = _compiled("gapkern_cuda_software")
+    path = native.device("gapkern_cuda_software")
     if path is None:
         return None
     device = Device(path)

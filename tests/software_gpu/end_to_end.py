@@ -9,8 +9,8 @@ from gapkern import contrastive_loss, sigmoid_loss
 from gapkern.ops.contrastive import lse_pair, sigmoid_sum, sm90
 from gapkern.testing import assert_three_way
 
-from . import problems
-from .problems import ROUNDING, losses_of_pairs, pair, rounding, seen_by_products
+from . import hopper_problems
+from .hopper_problems import ROUNDING, losses_of_pairs, pair, rounding, seen_by_products
 
 
 @contextlib.contextmanager
@@ -34,12 +34,12 @@ def softmax_in_blocks(device, n, m, d, dtype, kept_rows, offset, rows, elements,
     """As a whole problem, with rows of exponentials kept in the first blocks and recomputed in the others."""
     with blocks(rows, elements):
         options = {"offset": offset, "precision": precision}
-        return problems.softmax_statistics(device, n, m, d, dtype, kept_rows * 4 * m, **options)
+        return hopper_problems.softmax_statistics(device, n, m, d, dtype, kept_rows * 4 * m, **options)
 
 
 def sigmoid_in_blocks(device, n, m, d, dtype, offset, elements, precision="medium"):
     with blocks(128, elements):
-        return problems.sigmoid(device, n, m, d, dtype, offset, precision)
+        return hopper_problems.sigmoid(device, n, m, d, dtype, offset, precision)
 
 
 def nearly_solved(device, n, m, d, dtype, scale, offset=0, work_bytes=0, precision="medium"):

@@ -4,6 +4,8 @@ from .planting import GONE, GRADIENTS, KEPT, SIGMOIDS, SUMS, TERMS, of, separate
 
 _TRY_WAIT = r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 P1, \[%r\d+\], )(%r\d+)(, %r\d+;)"
 _OTHER_PARITY = r"{ .reg .b32 t; xor.b32 t, \2, 1; \1t\3 }"
+_EXPECT_BYTES = r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+"
+_INITIALISE = r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)"
 
 
 def _mistakes():
@@ -35,30 +37,10 @@ def _mistakes():
         SUMS,
         (r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 7;"),
     )
-    yield of(
-        "too few bytes expected",
-        "mbarrier bytes",
-        SUMS,
-        (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49136"),
-    )
-    yield of(
-        "too many bytes expected",
-        "mbarrier bytes",
-        SUMS,
-        (r"(arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\], )%r\d+", r"\g<1>49168"),
-    )
-    yield of(
-        "a full barrier for one producer more",
-        "deadlock",
-        SUMS,
-        (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>2", 0),
-    )
-    yield of(
-        "an empty barrier for one consumer less",
-        ("race", "mbarrier"),
-        SUMS,
-        (r"(mbarrier\.init\.shared::cta\.b64 \[%r\d+\], )(%r\d+)", r"\g<1>3", 1),
-    )
+    yield of("too few bytes expected", "mbarrier bytes", SUMS, (_EXPECT_BYTES, r"\g<1>49136"))
+    yield of("too many bytes expected", "mbarrier bytes", SUMS, (_EXPECT_BYTES, r"\g<1>49168"))
+    yield of("a full barrier for one producer more", "deadlock", SUMS, (_INITIALISE, r"\g<1>2", 0))
+    yield of("an empty barrier for one consumer less", ("race", "mbarrier"), SUMS, (_INITIALISE, r"\g<1>3", 1))
     yield of(
         "no fence after the barriers' initialisation",
         "mbarrier",

@@ -6,7 +6,7 @@ import math
 import torch
 
 from gapkern.ops.contrastive import masked_lse, masked_sigmoid_sum, masked_sm90
-from gapkern.reference import losses as reference
+from gapkern.reference import classes as reference
 from gapkern.testing import assert_near, assert_three_way
 
 from .fixture import on_gpu

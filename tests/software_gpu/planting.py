@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import chunk_problems, problems
+from . import chunk_problems, hopper_problems, problems
 from .device import Device, quiet
 
 SUMS, KEPT, GRADIENTS = "4SumsINS_10bfloat16_tEv", "4SumsINS_10bfloat16_tES", "GradientsINS_10bfloat16_tELi1"
@@ -18,7 +18,7 @@ def exponentials(x, y):
 
 
 def sums(device):
-    x, y = problems.pair(300, 300, 320, torch.bfloat16)
+    x, y = hopper_problems.pair(300, 300, 320, torch.bfloat16)
     control = torch.tensor([5.0, -3.0])
     rows, columns = device.call("contrastive_sm90_sums", x, y, control, x.new_empty(0), 0)
     truth = exponentials(x, y)
@@ -27,30 +27,30 @@ def sums(device):
 
 
 def kept(device):
-    x, y = problems.pair(300, 300, 136, torch.bfloat16)
+    x, y = hopper_problems.pair(300, 300, 136, torch.bfloat16)
     control, to = torch.tensor([5.0, -3.0]), torch.zeros(300, 304, dtype=torch.bfloat16)
     device.call("contrastive_sm90_sums", x, y, control, to, 0)
     problems.assert_near(to[:, :300], exponentials(x, y), 4e-3)
 
 
 def gradient(device):
-    problems.gradient_elements(device, 140, 300, 72, torch.bfloat16, False)
+    hopper_problems.gradient_elements(device, 140, 300, 72, torch.bfloat16, False)
 
 
 def separate(device):
-    problems.gradient_elements(device, 140, 300, 72, torch.bfloat16, False, True)
+    hopper_problems.gradient_elements(device, 140, 300, 72, torch.bfloat16, False, True)
 
 
 def single_pair(device):
-    problems.softmax_statistics(device, 1, 1, 8, torch.bfloat16)
+    hopper_problems.softmax_statistics(device, 1, 1, 8, torch.bfloat16)
 
 
 def sigmoid(device):
-    problems.sigmoid_elements(device, 140, 300, 72, torch.bfloat16)
+    hopper_problems.sigmoid_elements(device, 140, 300, 72, torch.bfloat16)
 
 
 def terms(device):
-    problems.in_terms(device, "softmax", 140, 300, 40)
+    hopper_problems.in_terms(device, "softmax", 140, 300, 40)
 
 
 def exact(device):
@@ -70,7 +70,7 @@ def chunk(device):
 
 
 def statistics(device):
-    problems.softmax_statistics(device, 131, 260, 72, torch.bfloat16)
+    hopper_problems.softmax_statistics(device, 131, 260, 72, torch.bfloat16)
 
 
 def bits(device):

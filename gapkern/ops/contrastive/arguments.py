@@ -55,6 +55,22 @@ class MaskedArguments(NamedTuple):
         return self.x.shape[0], self.y.shape[0]
 
 
+class MaskedSigmoidArguments(NamedTuple):
+    """Of `contrastive_masked_sigmoid`."""
+
+    x: Tensor  # (N, D)
+    y: Tensor  # (M, D)
+    logit_scale: Tensor  # one element
+    logit_bias: Tensor  # one element
+    row_ids: Tensor  # (N,) int64
+    col_ids: Tensor  # (M,) int64
+    row_weights: Tensor  # (N,) float64
+    col_weights: Tensor  # (M,) float64
+    soft_targets: bool
+    precision: str
+    needs: Sequence[bool]  # gradients to form: of x, y
+
+
 class MaskedBackwardArguments(NamedTuple):
     """Of `contrastive_masked_lse_backward`. `grads` and `lses` by class: row and column of the negatives, of the
     positives; then, of `grads`, the labels."""

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from gapkern.ops.contrastive import chunked, masked_chunked, masked_sm90, sm90
-from gapkern.ops.contrastive.arguments import LseBackwardArguments, MaskedArguments, MaskedBackwardArguments
+from gapkern.ops.contrastive.arguments import (
+    LseBackwardArguments,
+    MaskedArguments,
+    MaskedBackwardArguments,
+    MaskedSigmoidArguments,
+)
 
 _SM90_SCOPE = (
     "sm90 for bfloat16, for float32 with matmul precision medium, and for dot products of float16 and of float32 with "
@@ -158,21 +163,7 @@ def masked_lse_backward(arguments: MaskedBackwardArguments) -> tuple[Tensor, Ten
     return _masked_implementation(arguments.pairs).masked_lse_backward(arguments)
 
 
-def masked_sigmoid(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    row_ids: Tensor,
-    col_ids: Tensor,
-    row_weights: Tensor,
-    col_weights: Tensor,
-    soft_targets: bool,
-    precision: str,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+def masked_sigmoid(arguments: MaskedSigmoidArguments) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.masked_sigmoid_sum`."""
-    implementation = masked_sm90 if uses_sm90(x, "dot", precision, True) else masked_chunked
-    return implementation.masked_sigmoid(
-        x, y, logit_scale, logit_bias, row_ids, col_ids, row_weights, col_weights, soft_targets, precision, needs
-    )
+    implementation = masked_sm90 if uses_sm90(arguments.x, "dot", arguments.precision, True) else masked_chunked
+    return implementation.masked_sigmoid(arguments)

@@ -1,6 +1,7 @@
 """The labels' part of the softmax losses, composed in float64 from log-sum-exps over all the others."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,13 +55,20 @@ def loss_scale(arguments: LseBackwardArguments, dtype: torch.dtype) -> Tensor:
     Gradients of 1/N underflow in float16, and those of a small loss sooner. Loss scaling: a power of two brings the
     largest bound of dS to at most 2^13, and the products with dS are divided by it.
     """
+    bounds: tuple[Tensor, ...] = (arguments.grad_row,)
+    if dtype == torch.float16:
+        of_col = arguments.grad_col.clone()
+        row, col = _others(arguments)
+        of_col[arguments.label_offset :][: len(col)] *= col
+        bounds = arguments.grad_row * row, of_col, gradient(arguments)
+    return loss_scale_of(bounds, dtype)
+
+
+def loss_scale_of(bounds: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The same from the bounds of dS, float64, of which some may have no elements."""
     if dtype != torch.float16:
-        return torch.ones((), dtype=torch.float64, device=arguments.images.device)
-    of_col = arguments.grad_col.clone()
-    row, col = _others(arguments)
-    of_col[arguments.label_offset :][: len(col)] *= col
-    bounds = arguments.grad_row * row, of_col, gradient(arguments)
-    largest = torch.stack([g.abs().amax() for g in bounds]).amax()
+        return torch.ones((), dtype=torch.float64, device=bounds[0].device)
+    largest = torch.stack([g.abs().amax() for g in bounds if g.numel()]).amax().double()
     return torch.exp2(13 - torch.log2(largest).ceil().nan_to_num(0, 0, 0).clamp(min=-100))
 
 

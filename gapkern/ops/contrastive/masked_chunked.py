@@ -4,12 +4,13 @@ Contract: `masked` and `masked_sigmoid`. What lies between the products is `mask
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive.arguments import MaskedArguments, MaskedBackwardArguments
+from gapkern.ops.contrastive import labels
+from gapkern.ops.contrastive.arguments import MaskedArguments, MaskedBackwardArguments, MaskedSigmoidArguments
 from gapkern.ops.contrastive.chunked import _Gradients, _labels, _Logits
 from gapkern.ops.contrastive.masked_steps import ChunkClasses
 from gapkern.ops.products import matmul
@@ -113,10 +114,7 @@ def masked_lse_backward(given: MaskedBackwardArguments) -> tuple[Tensor, Tensor,
     chunks = _Chunks(arguments)
     logits = chunks.logits
     low = logits.images if not logits.euclidean else logits.image_norms  # whose dtype dS has
-    loss_scale = torch.ones((), dtype=torch.float64, device=arguments.x.device)
-    if low.dtype == torch.float16:  # gradients of 1/N underflow
-        largest = torch.stack([g.abs().amax() for g in grads if g.numel()]).amax()
-        loss_scale = torch.exp2(13 - torch.log2(largest.double()).ceil().nan_to_num(0, 0, 0))
+    loss_scale = labels.loss_scale_of(grads, low.dtype)
     gradients = _Gradients(logits, needs, loss_scale)
     of_row, of_col = (torch.stack(pair).double() * loss_scale for pair in (grads[:4:2], grads[1:4:2]))
     row_lse2, col_lse2 = (torch.stack(pair).double() / _LN2 for pair in (lses[::2], lses[1::2]))
@@ -141,32 +139,21 @@ def masked_lse_backward(given: MaskedBackwardArguments) -> tuple[Tensor, Tensor,
     return dx.to(arguments.x.dtype), dy.to(arguments.y.dtype), of_scale.to(arguments.logit_scale.dtype)
 
 
-def masked_sigmoid(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    row_ids: Tensor,
-    col_ids: Tensor,
-    row_weights: Tensor,
-    col_weights: Tensor,
-    soft_targets: bool,
-    precision: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def masked_sigmoid(arguments: MaskedSigmoidArguments) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.masked_sigmoid_sum`."""
-    logits = _logits_of(x, y, "dot")
-    gradients = _Gradients(logits, needs)
-    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    a = arguments
+    logits = _logits_of(a.x, a.y, "dot")
+    gradients = _Gradients(logits, a.needs)
+    loss = torch.zeros((), dtype=torch.float64, device=a.x.device)
     grad_bias = torch.zeros_like(loss)
     none = logits.image_norms
     for rows in logits.chunks():
-        ids, weights = (row_ids[rows], col_ids), (row_weights[rows], col_weights)
+        ids, weights = (a.row_ids[rows], a.col_ids), (a.row_weights[rows], a.col_weights)
         losses, ds, of_scale, of_bias = torch.ops.gapkern.contrastive_masked_chunk_sigmoid(
-            logits.products(rows), logit_scale, logit_bias, *ids, *weights, soft_targets, x
+            logits.products(rows), a.logit_scale, a.logit_bias, *ids, *weights, a.soft_targets, a.x
         )
         loss += losses.sum()
         grad_bias += of_bias.sum()
         gradients.add(rows, ds, of_scale, none, none)
-    dx, dy, of_scale = gradients.finish(logit_scale.reshape(()))
+    dx, dy, of_scale = gradients.finish(a.logit_scale.reshape(()))
     return loss, dx, dy, of_scale.clone(), grad_bias

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gapkern.ops import autocast, derivatives
 from gapkern.ops.contrastive import dispatch, masked_tangents, saved
+from gapkern.ops.contrastive.arguments import MaskedSigmoidArguments
 from gapkern.ops.precision import matmul_precision
 
 _library = torch.library.Library("gapkern", "IMPL")
@@ -59,7 +60,11 @@ def masked_sigmoid_sum(
     )[0]
 
 
-_library.impl("contrastive_masked_sigmoid", autocast.untouched(dispatch.masked_sigmoid), "CompositeExplicitAutograd")
+def _forward(*inputs):
+    return dispatch.masked_sigmoid(MaskedSigmoidArguments(*inputs))
+
+
+_library.impl("contrastive_masked_sigmoid", autocast.untouched(_forward), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("gapkern::contrastive_masked_sigmoid", lib=_library)

@@ -10,14 +10,12 @@ one; what PASSES have not found is recomputed in float32 without tensor cores.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gapkern.ops.contrastive import lifted, sm90
-from gapkern.ops.contrastive.arguments import MaskedArguments, MaskedBackwardArguments
-from gapkern.ops.products import add_matmul, write_matmul
+from gapkern.ops.contrastive import labels, lifted, sm90
+from gapkern.ops.contrastive.arguments import MaskedArguments, MaskedBackwardArguments, MaskedSigmoidArguments
 
 PASSES = 3
 NO_ROW, NO_COLUMN = -1, -2  # kNoRow, kNoColumn of csrc/contrastive/sm90_gemm.h: of rows and columns without ids
@@ -155,16 +153,13 @@ def masked_lse_backward(given: MaskedBackwardArguments) -> tuple[Tensor, Tensor,
     """Gradients of `masked_lse`."""
     pairs, needs = _Pairs(given.pairs), given.needs
     x, y, n, m = pairs.x, pairs.y, pairs.n, pairs.m
-    loss_scale = torch.ones((), dtype=torch.float64, device=x.device)
-    if x.dtype == torch.float16:  # gradients of 1/N underflow
-        largest = torch.stack([g.abs().amax() for g in given.grads if g.numel()]).amax()
-        loss_scale = torch.exp2(13 - torch.log2(largest.double()).ceil().nan_to_num(0, 0, 0))
+    loss_scale = labels.loss_scale_of(given.grads, x.dtype)
     row_marks, col_marks = _weighted(pairs, given, loss_scale)
     grad_label = given.grads[4].double() * loss_scale
     if not grad_label.numel():
         grad_label = loss_scale.new_zeros(n)
     products = needs[0] or (needs[2] and not needs[1]), needs[1]
-    dx, dy = _accumulators(x, y, products)
+    dx, dy = sm90.accumulators(x, y, products)
     for rows in sm90._chunks(n, 0, sm90._gradient_rows(n, m, x.shape[1])):
         ds = torch.ops.gapkern.contrastive_sm90_masked_gradient(
             images=x[rows],
@@ -175,11 +170,8 @@ def masked_lse_backward(given: MaskedBackwardArguments) -> tuple[Tensor, Tensor,
             grad_label=grad_label[rows],
             label_offset=rows.start + pairs.label_offset,
         )
-        _add(ds, x[rows], y, dx[rows], dy, products)
-    of_scale = loss_scale.new_empty(0)
-    if needs[2]:  # <X, dX>, or <Y, dY>
-        side, gradient = (x, dx) if products[0] else (y, dy)
-        of_scale = (torch.linalg.vecdot(side.float(), gradient).sum(dtype=torch.float64) / loss_scale).reshape(1)
+        sm90.multiply(ds, x[rows], y, dx[rows], dy, products)
+    of_scale = sm90.scale_gradient(*((x, dx) if products[0] else (y, dy)), loss_scale, needs[2])
     factor = (given.pairs.logit_scale.reshape(()).double() / loss_scale).float()
     if pairs.euclidean:
         dx, dy = lifted.gradients(pairs.images, pairs.texts, dx, dy)
@@ -189,50 +181,25 @@ def masked_lse_backward(given: MaskedBackwardArguments) -> tuple[Tensor, Tensor,
     return dx, dy, of_scale.to(given.pairs.logit_scale.dtype)
 
 
-def masked_sigmoid(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    row_ids: Tensor,
-    col_ids: Tensor,
-    row_weights: Tensor,
-    col_weights: Tensor,
-    soft_targets: bool,
-    precision: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def masked_sigmoid(arguments: MaskedSigmoidArguments) -> tuple[Tensor, ...]:
     """See `gapkern.ops.contrastive.masked_sigmoid_sum`."""
-    images, texts = (sm90._operands(v, "medium") for v in (x, y))
+    a = arguments
+    images, texts = (sm90._operands(v, "medium") for v in (a.x, a.y))
     whole = -(-texts.shape[0] // sm90.WIDTH) * sm90.WIDTH
-    ordered = torch.cat([row_ids, col_ids]).sort().values
-    numbers = [torch.searchsorted(ordered, ids, out_int32=True) for ids in (row_ids, col_ids)]  # equal of equal ids
-    row_marks = _records(numbers[0], row_weights.float())
-    col_marks = _records(_filled(numbers[1], whole, NO_COLUMN), _filled(col_weights.float(), whole, 0.0))
+    ordered = torch.cat([a.row_ids, a.col_ids]).sort().values
+    numbers = [torch.searchsorted(ordered, ids, out_int32=True) for ids in (a.row_ids, a.col_ids)]  # equal of equal ids
+    row_marks = _records(numbers[0], a.row_weights.float())
+    col_marks = _records(_filled(numbers[1], whole, NO_COLUMN), _filled(a.col_weights.float(), whole, 0.0))
 
     n, m = images.shape[0], texts.shape[0]
     sums = torch.zeros(3, dtype=torch.float64, device=images.device)
-    dx, dy = _accumulators(images, texts, needs)
+    dx, dy = sm90.accumulators(images, texts, a.needs)
     for rows in sm90._chunks(n, 0, sm90._gradient_rows(n, m, images.shape[1])):
         of_rows, ds = torch.ops.gapkern.contrastive_sm90_masked_sigmoid(
-            images[rows], texts, logit_scale, logit_bias, row_marks[rows], col_marks, soft_targets
+            images[rows], texts, a.logit_scale, a.logit_bias, row_marks[rows], col_marks, a.soft_targets
         )
         sums += of_rows.sum(1)
-        _add(ds, images[rows], texts, dx[rows], dy, needs)
-    scale = logit_scale.reshape(()).float()
+        sm90.multiply(ds, images[rows], texts, dx[rows], dy, a.needs)
+    scale = a.logit_scale.reshape(()).float()
     loss, of_bias, of_scale = (v.clone() for v in sums)
     return loss, dx.mul_(scale), dy.mul_(scale), of_scale, of_bias
-
-
-def _accumulators(x: Tensor, y: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
-    return dx, torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
-
-
-def _add(ds: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, needs: Sequence[bool]) -> None:
-    """dx = dS y and dy += dS^T x, where needed."""
-    ds = ds[:, : len(y)]
-    if needs[0]:
-        write_matmul(dx, ds, y)
-    if needs[1]:
-        add_matmul(dy, ds.T, x)

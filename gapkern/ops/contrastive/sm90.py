@@ -163,10 +163,7 @@ def contrastive_lse_backward(arguments: LseBackwardArguments) -> tuple[Tensor, T
     by_rows = not _in_terms(x) and (needs[0] or not needs[1])
     products = needs[0] or (needs[2] and by_rows), needs[1] or (needs[2] and not by_rows)
     dx, dy = _unscaled_gradients(x, y, control, weights, arguments.scaled(loss_scale), products)
-    of_scale = loss_scale.new_empty(0)
-    if needs[2]:
-        side, gradient = (x, dx) if by_rows else (texts, dy)
-        of_scale = (torch.linalg.vecdot(side.float(), gradient).sum(dtype=torch.float64) / loss_scale).reshape(1)
+    of_scale = scale_gradient(*((x, dx) if by_rows else (texts, dy)), loss_scale, needs[2])
     factor = (logit_scale.reshape(()).double() / loss_scale).float()
     of_images = torch.full_like(factor, _LN2) if _in_terms(x) else factor
     if arguments.similarity == "sqeuclidean":
@@ -197,8 +194,7 @@ def _unscaled_gradients(
     grad_label = labels.gradient(arguments)
     row_weight, col_weight, separate = weights
     exponentials = _exponentials(arguments.kept, x, y)
-    dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
-    dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
+    dx, dy = accumulators(x, y, needs)
     columns, count = _rows(y, 1), terms.TERMS if _in_terms(x) else 1
     for rows in _chunks(n, exponentials.shape[0], _gradient_rows(n, count * m, x.shape[1])):
         some = _rows(x[rows], 0)
@@ -214,11 +210,24 @@ def _unscaled_gradients(
             label_offset=rows.start + arguments.label_offset,
             terms=count,
         )
-        _multiply(ds, some, columns, dx[rows], dy, needs)
+        multiply(ds, some, columns, dx[rows], dy, needs)
     return dx, dy
 
 
-def _multiply(ds: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, needs: Sequence[bool]) -> None:
+def accumulators(x: Tensor, y: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """What `multiply` writes and what it adds to; empty where not needed."""
+    dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
+    return dx, torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
+
+
+def scale_gradient(side: Tensor, gradient: Tensor, loss_scale: Tensor, needed: bool) -> Tensor:
+    """The gradient of logit_scale, (1,) float64, from a side and its unscaled gradient; (0,) where not needed."""
+    if not needed:
+        return loss_scale.new_empty(0)
+    return (torch.linalg.vecdot(side.float(), gradient).sum(dtype=torch.float64) / loss_scale).reshape(1)
+
+
+def multiply(ds: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, needs: Sequence[bool]) -> None:
     """dx = dS y and dy += dS^T x where needed, of operands as the products had them, and dS with its padding."""
     if len(ds) == len(x):
         ds = ds[:, : len(y)]
@@ -247,8 +256,7 @@ def sigmoid_loss(
     x, y = _operands(images, precision), _operands(texts, precision)
     n, m = x.shape[0], y.shape[0]
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
-    dx = torch.empty(x.shape if needs[0] else (0,), dtype=torch.float32, device=x.device)
-    dy = torch.zeros(y.shape if needs[1] else (0,), dtype=torch.float32, device=x.device)
+    dx, dy = accumulators(x, y, needs)
     columns, count = _rows(y, 1), terms.TERMS if _in_terms(x) else 1
     for rows in _chunks(n, 0, _gradient_rows(n, count * m, x.shape[1])):
         some = _rows(x[rows], 0)
@@ -256,7 +264,7 @@ def sigmoid_loss(
             some, columns, logit_scale, logit_bias, rows.start + label_offset, count
         )
         sums += of_rows.sum(1)
-        _multiply(ds, some, columns, dx[rows], dy, needs)
+        multiply(ds, some, columns, dx[rows], dy, needs)
     scale = logit_scale.reshape(()).float()
     loss, of_bias, of_scale = (v.clone() for v in sums)
     return loss, _times(dx, scale, dx.dtype), _times(dy, scale, dy.dtype), of_scale, of_bias
