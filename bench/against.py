@@ -106,7 +106,7 @@ def answer(**found): print(json.dumps(found), file=out, flush=True)
 out, sys.stdout = sys.stdout, sys.stderr
 try:
     import gapkern
-    exec(json.loads(sys.stdin.readline()))
+    exec(json.loads(sys.stdin.readline()), {"torch": torch, "draw": draw, "case": case})
     answer(cases=list(makers), where=gapkern.__file__)
 except Exception as error:
     answer(failed=f"{type(error).__name__}: {error}"[:200])

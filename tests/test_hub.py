@@ -197,7 +197,7 @@ def compiled(project, variant, name, work):
     build = tomllib.loads((project / "build.toml").read_text())
     (project / "torch-ext" / "registration.h").write_text(REGISTRATION)
     include = Path(torch.__file__).parent / "include"
-    common = [os.environ.get("CXX", "c++"), "-fPIC", "-O1", "-w", f"-DTORCH_EXTENSION_NAME={name}", "-DCPU_KERNEL"]
+    common = [os.environ.get("CXX", "c++"), "-fPIC", "-O0", "-w", f"-DTORCH_EXTENSION_NAME={name}", "-DCPU_KERNEL"]
     common += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x03090000", "-DNDEBUG"]
     common += [f"-isystem{include}", f"-I{sysconfig.get_path('include')}", f"-I{project / 'torch-ext'}"]
     jobs = [(source, ["-std=c++20"]) for source in build["torch"]["src"] if source.endswith(".cpp")]
@@ -208,8 +208,8 @@ def compiled(project, variant, name, work):
 
     def compile_one(job):
         source, flags = job
-        # -O1 comes last: two times faster to compile, and the vectors are written out.
-        command = [*common, *flags, "-O1", "-c", project / source, "-o", work / f"{source.replace('/', '_')}.o"]
+        # -O0 comes last: the vectors are written out, and compile three times faster than with -O1.
+        command = [*common, *flags, "-O0", "-c", project / source, "-o", work / f"{source.replace('/', '_')}.o"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return command[-1]

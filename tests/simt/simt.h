@@ -6,6 +6,7 @@
 // results that depend on their order. `skipped` leaves out one barrier: a kernel's test must then fail, or the barrier
 // is not needed.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -39,21 +40,21 @@ enum class State { ready, at_barrier, at_shuffle, done };
 struct Site {
   const char* file = "";
   int line = 0;
-  bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+  int order(const Site& other) const { return file == other.file ? 0 : std::strcmp(file, other.file); }
+  bool operator==(const Site& other) const { return line == other.line && order(other) == 0; }
   bool operator!=(const Site& other) const { return !(*this == other); }
-  bool operator<(const Site& other) const {
-    const int order = std::strcmp(file, other.file);
-    return order < 0 || (order == 0 && line < other.line);
-  }
+  bool operator<(const Site& other) const { return line < other.line || (line == other.line && order(other) < 0); }
   std::string text() const {
     return std::string(file).substr(std::string(file).rfind('/') + 1) + ":" + std::to_string(line);
   }
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  State state;
+  State state = State::ready;
   unsigned mask;
   uint64_t slot;
   Site site;
@@ -61,7 +62,7 @@ struct Fiber {
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline int current = 0;
 inline std::function<void()> body;
 inline dim3 grid, block, block_index;
@@ -86,10 +87,24 @@ inline void check_margins() {
         throw std::runtime_error("a write beside the shared array at " + site.text());
 }
 
+// Between stacks by jumps: swapcontext asks the kernel for the signal mask every time.
+inline void leave(Fiber& f) {
+  if (!_setjmp(f.place)) _longjmp(scheduler, 1);
+}
+inline void resume(Fiber& f) {
+  if (_setjmp(scheduler)) return;
+  if (f.started) _longjmp(f.place, 1);
+  f.started = true;
+  setcontext(&f.start);
+}
+
+// One block's thread after the other.
 inline void enter() {
-  body();
-  fibers[current].state = State::done;
-  swapcontext(&fibers[current].context, &scheduler);
+  for (;;) {
+    body();
+    fibers[current].state = State::done;
+    leave(fibers[current]);
+  }
 }
 
 inline void park(State state, unsigned mask, Site site) {
@@ -97,7 +112,7 @@ inline void park(State state, unsigned mask, Site site) {
   me.state = state;
   me.mask = mask;
   me.site = site;
-  swapcontext(&me.context, &scheduler);
+  leave(me);
 }
 
 inline void barrier(Site site) {
@@ -140,7 +155,7 @@ inline bool run_warp(int first, int threads) {
   for (int i = first; i < last; ++i) {
     current = reversed ? last - 1 - (i - first) : i;
     if (fibers[current].state != State::ready) continue;
-    swapcontext(&scheduler, &fibers[current].context);
+    resume(fibers[current]);
     moved = true;
   }
   for (int i = first; i < last; ++i)
@@ -154,11 +169,14 @@ inline void run_block(int threads) {
   shared_arrays.clear();
   fibers.resize(threads);
   for (Fiber& f : fibers) {
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = Fiber::kStack;
-    f.context.uc_link = &scheduler;
-    makecontext(&f.context, enter, 0);
+    if (!f.started || f.state != State::done) {  // of a block that came to its end they go on
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = f.stack.get();
+      f.start.uc_stack.ss_size = Fiber::kStack;
+      f.start.uc_link = nullptr;
+      makecontext(&f.start, enter, 0);
+      f.started = false;
+    }
     f.state = State::ready;
   }
   for (;;) {
