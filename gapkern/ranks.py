@@ -75,6 +75,11 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         if self._made:
+            # The default arguments of its functions are the default group at the moment of its import. Imported later,
+            # with a model's library, it would hold the group beyond destroy_process_group, and gloo's threads, alive as
+            # the interpreter ends, abort the process now and then.
+            from torch.distributed import nn  # noqa: F401
+
             with _together():
                 dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         together = dist.is_available() and dist.is_initialized()

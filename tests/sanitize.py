@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = ["test_contrastive.py", "test_contrastive_contract.py", "test_losses.py", "test_work_space.py"]
+LOSSES += ["test_masked_lse.py", "test_masked_sigmoid.py", "test_class_sums.py", "test_prefixes.py"]
 TESTS = {
     "address": [*LOSSES, "test_meanshift.py", "test_perturb.py", "test_robustness_ops.py"],
     "thread": LOSSES,

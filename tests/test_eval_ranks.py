@@ -85,3 +85,27 @@ def test_a_rank_that_leaves_takes_the_others_with_it(how, timeout, files_of_all_
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+ENDS = """
+from pathlib import Path
+from gapkern.ranks import Ranks
+with Ranks(60) as ranks:
+    import torch.distributed.nn  # as the libraries of models do, when a model is loaded
+    ranks.agree("nothing", 0)
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads")
+def test_no_thread_of_the_group_is_left(tmp_path):
+    """Some processes would abort as they exit."""
+    place = environment(WORLD_SIZE="2")
+    command = [sys.executable, "-c", ENDS]
+    streams = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    ranks = [subprocess.Popen(command, env=place | {"RANK": str(rank)}, **streams) for rank in range(2)]
+    for process in ranks:
+        _, error = process.communicate(timeout=HANGS)
+        assert process.returncode == 0, error
