@@ -1,6 +1,7 @@
 """The documentation: examples run, command lines work, numbers are those measured, links lead somewhere."""
 
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from gapkern import losses
 from gapkern.experiments.reproduce import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,17 @@ LONG = ("reproduce all",)
 SHORT = ["--steps", "3"]  # for the demo
 
 
+STATED = re.findall(r'(\w+)="(\w+)"`?, the default', "".join(text for *_, text in (*PAGES.items(), *BLOCKS)))
+
+
+@pytest.mark.parametrize(("argument", "value"), sorted(set(STATED)))
+def test_the_losses_defaults_are_as_stated(argument, value):
+    found = [inspect.signature(vars(losses)[name]).parameters.get(argument) for name in losses.__all__]
+    assert {parameter.default for parameter in found if parameter is not None} == {value}
+
+
 def test_there_is_something_to_test():
+    assert len(STATED) > 1
     named = set(re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     assert set(PAGES) == named
     assert len(EXAMPLES) >= 10
