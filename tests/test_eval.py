@@ -128,6 +128,10 @@ BAD = {
     "unknown data set": (["--dataset", "cifar11", "--model", "x"], "dataset: expected one of 'aokvqa', 'cifar10'"),
     "nothing to evaluate": ([], "expected --images and --texts, or --dataset and --model"),
     "one side": (["--images", "images.npy"], "images and texts: expected both, got one"),
+    "no such file": (
+        ["--images", "images.npy", "--texts", "absent.npy", "--labels", "labels.npy"],
+        "texts: expected a file, got absent.npy, which does not exist",
+    ),
     "no labels": (["--images", "images.npy", "--texts", "prompts.npy"], "labels: expected a file of integers"),
     "labels out of range": (
         ["--images", "images.npy", "--texts", "prompts.npy", "--labels", "high.npy"],

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gapkern import files, layout
+from gapkern import _formats, files, layout
 from gapkern.embeddings import keys
 from gapkern.embeddings.folder import Embeddings
 from gapkern.embeddings.manifests import manifest
@@ -67,6 +67,8 @@ def made_from(path: str | os.PathLike[str], kind: str | None = None, *, name: st
     """
     told = described(path, kind, name=name)
     parts = [layout.parted(shard) for shard in files.shards(place(path, kind, name=name), name=name)]
+    for file, _ in parts:
+        _formats.opened(Path(file), name)
     facts = {
         "sha256": [files.digest(file) for file, _ in parts],
         "key": parts[0][1],
