@@ -14,7 +14,6 @@ from gapkern.losses.steps import IN_A_RING, in_float, wanted
 from gapkern.ops import autocast
 
 REDUCTIONS = ("mean", "sum", "none")
-CHUNK_ELEMENTS = 2**19  # at a time: the CPU's sums in float64 first convert all that they add
 
 
 def integers(name: str, value: Any, rows: int, like: Tensor) -> Tensor:
@@ -99,14 +98,7 @@ def added(total: Tensor, counted: int) -> Tensor:
 def own_products(x: Tensor, y: Tensor, work: torch.dtype | None = None) -> Tensor:
     """<x_i, y_i> (N,) in float64, from products in `work`: float64, or by default float32 of shorter embeddings."""
     work = work or torch.promote_types(x.dtype, torch.float32)
-
-    def of(x: Tensor, y: Tensor) -> Tensor:
-        return (x.to(work) * y.to(work)).sum(1, dtype=torch.float64)
-
-    step = max(1, CHUNK_ELEMENTS // x.shape[1])
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= step:
-        return of(x, y)
-    return torch.cat([of(*some) for some in zip(x.split(step), y.split(step), strict=True)])
+    return (x.to(work) * y.to(work)).sum(1, dtype=torch.float64)
 
 
 class Batch:
