@@ -17,10 +17,9 @@ from gapkern.experiments.reproduce import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXTS = {**PAGES, "README.md": (ROOT / "README.md").read_text()}
 BLOCKS = [
-    (name, *block)
-    for name, text in (*PAGES.items(), ("README.md", (ROOT / "README.md").read_text()))
-    for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    (name, *block) for name, text in TEXTS.items() for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
 ]
 EXAMPLES = [(name, i, code) for i, (name, kind, code) in enumerate(BLOCKS) if kind == "python" and name in PAGES]
 # In reading order: what a line reads, one above it has written.
@@ -33,7 +32,7 @@ LONG = ("reproduce all",)
 SHORT = ["--steps", "3"]  # for the demo
 
 
-STATED = re.findall(r'(\w+)="(\w+)"`?, the default', "".join(text for *_, text in (*PAGES.items(), *BLOCKS)))
+STATED = re.findall(r'(\w+)="(\w+)"`?, the default', "".join(TEXTS.values()))
 
 
 @pytest.mark.parametrize(("argument", "value"), sorted(set(STATED)))

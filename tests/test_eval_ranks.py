@@ -1,5 +1,6 @@
 """`gapkern eval` in several processes: any number writes the same, one that leaves ends all."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,23 @@ import pytest
 
 from tests.evaluated import environment, port
 from tests.scenes import HANGS
+
+
+@contextlib.contextmanager
+def started(command, world, folder):
+    """The processes of all ranks; killed, where they are still there, at the end."""
+    place = environment(WORLD_SIZE=str(world))
+    ranks = [
+        subprocess.Popen(command, cwd=folder, env=place | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
 
 MANY = """
 import json, sys
@@ -69,22 +87,13 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.parametrize(("how", "timeout"), [("dies", 1800), ("hangs", 5)])
 def test_a_rank_that_leaves_takes_the_others_with_it(how, timeout, files_of_all_tasks, tmp_path):
     (tmp_path / "leaves.py").write_text(LEAVES)
-    place = environment(WORLD_SIZE="3")
     command = [sys.executable, "leaves.py", how, "eval", *files_of_all_tasks[0], "--timeout", str(timeout)]
-    ranks = [
-        subprocess.Popen(command, cwd=tmp_path, env=place | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
-    try:
+    with started(command, 3, tmp_path) as ranks:
         for rank in (0, 2):
             _, error = ranks[rank].communicate(timeout=HANGS)
             assert ranks[rank].returncode == 1, error
             assert f"gapkern eval: rank {rank}: lost another rank" in error
             assert "Traceback" not in error
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
 
 
 ENDS = """
@@ -102,10 +111,7 @@ assert not [name for name in names if "gloo" in name], names
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads")
 def test_no_thread_of_the_group_is_left(tmp_path):
     """Some processes would abort as they exit."""
-    place = environment(WORLD_SIZE="2")
-    command = [sys.executable, "-c", ENDS]
-    streams = {"stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    ranks = [subprocess.Popen(command, env=place | {"RANK": str(rank)}, **streams) for rank in range(2)]
-    for process in ranks:
-        _, error = process.communicate(timeout=HANGS)
-        assert process.returncode == 0, error
+    with started([sys.executable, "-c", ENDS], 2, tmp_path) as ranks:
+        for process in ranks:
+            _, error = process.communicate(timeout=HANGS)
+            assert process.returncode == 0, error

@@ -39,5 +39,5 @@ def test_a_planted_mistake_is_caught(built, tmp_path, capability):
     (tmp_path / "right").mkdir()
     assert not plant.kernels_fail(tmp_path / "right")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        said = pool.map(plant, *zip(*((i, *mistake) for i, mistake in enumerate(PLANTED[capability])), strict=True))
-        assert [line for line in said if line] == []
+        mistakes = PLANTED[capability]
+        assert [line for line in pool.map(plant, range(len(mistakes)), mistakes) if line] == []

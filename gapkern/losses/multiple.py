@@ -120,14 +120,14 @@ def _both_ways(
 
 
 def _norms(x: Tensor) -> Tensor:
-    return pairs.own_products(x, x, torch.float64)[:, None]
+    return x.double().square().sum(1, keepdim=True)
 
 
 def _sum_t(x: Tensor, sums: Tensor, counts: Tensor, squares: Tensor, similarity: str) -> Tensor:
     """The sum of t(x_i, .) over `counts` vectors, of their sum and the sum of their squared norms."""
     if similarity == "dot":
         return pairs.own_products(x, sums)
-    return 2 * pairs.own_products(x, sums, torch.float64) - counts * _norms(x)[:, 0] - squares
+    return 2 * pairs.own_products(x.double(), sums) - counts * _norms(x)[:, 0] - squares
 
 
 def multiple_positives_sigmoid(

@@ -95,9 +95,9 @@ def added(total: Tensor, counted: int) -> Tensor:
     return torch.logaddexp(total, torch.full_like(total, math.log(counted)))
 
 
-def own_products(x: Tensor, y: Tensor, work: torch.dtype | None = None) -> Tensor:
-    """<x_i, y_i> (N,) in float64, from products in `work`: float64, or by default float32 of shorter embeddings."""
-    work = work or torch.promote_types(x.dtype, torch.float32)
+def own_products(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> (N,) in float64."""
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (x.to(work) * y.to(work)).sum(1, dtype=torch.float64)
 
 

@@ -103,8 +103,9 @@ def _factors(x: Tensor, widths: Sequence[int], normalize: bool) -> Tensor:
     """What makes each prefix a unit vector, (P, N) float64."""
     if not normalize:
         return torch.ones(len(widths), len(x), dtype=torch.float64)
-    parts = [x[:, begin:end] for begin, end in zip([0, *widths], widths, strict=False)]
-    segments = torch.stack([pairs.own_products(part, part) for part in parts])
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+    ends = zip([0, *widths], widths, strict=False)
+    segments = torch.stack([squares[:, begin:end].sum(1, dtype=torch.float64) for begin, end in ends])
     return segments.cumsum(0).clamp_min(EPS**2).rsqrt()
 
 

@@ -30,8 +30,9 @@ class Planting:
         self._compile(work, "-O1", "-c", self.program, "-o", work / "around.o", standard=False)
         self._kernels = self._emitting()
 
-    def __call__(self, number: int, right: str, wrong: str) -> str | None:
-        """The mistake, unless its program says that it is one."""
+    def __call__(self, number: int, mistake: tuple[str, str]) -> str | None:
+        """The mistake in words, unless its program says that it is one."""
+        right, wrong = mistake
         changed = self.work / str(number)
         (changed / self.folder).mkdir(parents=True)
         for name, text in self.texts.items():

@@ -55,13 +55,12 @@ def loss_scale(arguments: LseBackwardArguments, dtype: torch.dtype) -> Tensor:
     Gradients of 1/N underflow in float16, and those of a small loss sooner. Loss scaling: a power of two brings the
     largest bound of dS to at most 2^13, and the products with dS are divided by it.
     """
-    bounds: tuple[Tensor, ...] = (arguments.grad_row,)
-    if dtype == torch.float16:
-        of_col = arguments.grad_col.clone()
-        row, col = _others(arguments)
-        of_col[arguments.label_offset :][: len(col)] *= col
-        bounds = arguments.grad_row * row, of_col, gradient(arguments)
-    return loss_scale_of(bounds, dtype)
+    if dtype != torch.float16:
+        return loss_scale_of((arguments.grad_row,), dtype)
+    of_col = arguments.grad_col.clone()
+    row, col = _others(arguments)
+    of_col[arguments.label_offset :][: len(col)] *= col
+    return loss_scale_of((arguments.grad_row * row, of_col, gradient(arguments)), dtype)
 
 
 def loss_scale_of(bounds: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
